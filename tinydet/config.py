@@ -1,0 +1,395 @@
+"""An experiment is plain Python: frozen dataclasses, a file that ends in `experiment`, overrides by path.
+
+A file builds `experiment = Experiment(...)`; a variant imports another file's `experiment` (files in
+the same folder import each other by name) and uses `dataclasses.replace`. `--set a.b=c` changes one field.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import json
+import math
+import re
+import runpy
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A field, value or experiment file is wrong; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The detector: YOLOF (arXiv 2103.09460) on one feature map of a timm backbone.
+
+    Attributes:
+        backbone: any timm model name that works with `features_only=True`.
+        weights: "imagenet" (the installed weight package for this backbone, else timm's hub),
+            "random", or the path of a state-dict file (.pth, .pt, .safetensors).
+        feature: "C5" (stride 32), "DC5" (the last stage dilated to stride 16) or "C4" (stride 16;
+            cheap, far better on small objects: the last stage is not even built).
+        encoder_channels: channels of the dilated encoder and of the head.
+        encoder_mid_channels: channels inside the encoder's residual blocks.
+        dilations: one residual block for each entry, with that dilation.
+        cls_convs: convs in the head's classification tower.
+        reg_convs: convs in the head's regression tower.
+        anchor_scales: square anchors have sides of `scale * stride` pixels.
+        match_topk: nearest predictions and nearest anchors taken as positives for each box.
+        match_pos_ignore: a match whose anchor's IoU with its box is below this is ignored.
+        match_neg_ignore: an unmatched prediction whose IoU with any box is above this is ignored.
+        center_clamp: a prediction's centre moves at most this many pixels from its anchor's.
+        score_threshold: detections with a lower score are dropped.
+        nms_iou: IoU above which the lower-scored detection of the same class is dropped.
+        candidates: detections kept before non-maximum suppression, the best over all classes.
+        max_detections: detections kept for an image.
+    """
+
+    backbone: str = "rexnet_100"
+    weights: str = "imagenet"
+    feature: Literal["C5", "DC5", "C4"] = "C5"
+    encoder_channels: int = 512
+    encoder_mid_channels: int = 128
+    dilations: tuple[int, ...] = (2, 4, 6, 8)
+    cls_convs: int = 2
+    reg_convs: int = 4
+    anchor_scales: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    match_topk: int = 4
+    match_pos_ignore: float = 0.15
+    match_neg_ignore: float = 0.7
+    center_clamp: float = 32.0
+    score_threshold: float = 0.05
+    nms_iou: float = 0.6
+    candidates: int = 1000
+    max_detections: int = 100
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training image, in the order they are applied.
+
+    Attributes:
+        color_jitter: brightness, contrast and saturation vary by up to this fraction; 0 is off.
+        hue: the hue varies by up to this fraction of the colour circle.
+        scale: the image is resized by a factor drawn from this range, then cropped or padded to
+            size; (1, 1) is off.
+        hflip: probability of a left-right flip.
+        vflip: probability of an upside-down flip.
+        shift: probability of YOLOF's random shift.
+        max_shift: furthest shift in pixels, along each axis.
+        multiscale: each batch's image size is drawn from this range of factors and rounded to
+            whole strides of 32; (1, 1) is off.
+    """
+
+    color_jitter: float = 0.0
+    hue: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    shift: float = 0.5
+    max_shift: int = 32
+    multiscale: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A folder in VOC layout (`Annotations/ ImageSets/Main/ JPEGImages/`) and how it is read.
+
+    Attributes:
+        root: the folder.
+        source: where the data comes from when the folder is not there: "voc07" offers the
+            download, "shapes" renders the synthetic set, "folder" is an error.
+        train_split: name of the split trained on, as in `ImageSets/Main/<split>.txt`.
+        test_split: name of the split evaluated on.
+        classes: class names in label order; empty reads them from the annotations, sorted.
+        image_size: longer side of the network's input in pixels.
+        keep_ratio: keep the aspect ratio and pad to whole strides; False stretches to a square.
+        augment: random changes of training images.
+        workers: loader processes; -1 chooses from the machine's cores.
+    """
+
+    root: str = "datasets/VOCdevkit/VOC2007"
+    source: Literal["voc07", "shapes", "folder"] = "voc07"
+    train_split: str = "trainval"
+    test_split: str = "test"
+    classes: tuple[str, ...] = VOC_CLASSES
+    image_size: int = 512
+    keep_ratio: bool = True
+    augment: Augment = field(default_factory=Augment)
+    workers: int = -1
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimiser and its schedule; rates and iterations are meant for `base_batch` images a step.
+
+    Attributes:
+        optimizer: "sgd" (momentum) or "adamw".
+        lr: peak learning rate.
+        backbone_lr_factor: the backbone's learning rate is `lr` times this.
+        momentum: SGD's momentum, or AdamW's first beta.
+        weight_decay: never applied to norms and biases.
+        schedule: "step" (times `gamma` at `milestones`) or "cosine" (to zero at the end).
+        milestones: fractions of the run at which the step schedule drops.
+        gamma: factor of each drop.
+        warmup_iters: iterations of linear warm-up from `warmup_factor * lr`.
+        warmup_factor: fraction of the rate at the first iteration.
+        clip_norm: largest norm of the gradient; 0 is off.
+        base_batch: the total batch that `lr` and `warmup_iters` are stated for.
+        scale_with_batch: scale `lr` by total batch / `base_batch` and `warmup_iters` by its inverse.
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.03
+    backbone_lr_factor: float = 1 / 3
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (8 / 12, 11 / 12)
+    gamma: float = 0.1
+    warmup_iters: int = 1500
+    warmup_factor: float = 0.00066667
+    clip_norm: float = 0.0
+    base_batch: int = 16
+    scale_with_batch: bool = True
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training run.
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: images a step and process.
+        accumulate: batches whose gradients are summed for one optimiser step.
+        dtype: of the forward pass (autocast); "auto" times the choices on a CPU, and is float16
+            with loss scaling on a GPU.
+        memory_format: "auto" times both on a CPU, and is channels_last on a GPU.
+        ema_decay: decay of the averaged weights, which are the ones evaluated and shipped; 0 is off.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        eval_batch_size: images a step of evaluation.
+        seed: seeds weights, order of images and augmentation.
+        device: "auto" is the first GPU, else the CPU.
+    """
+
+    epochs: int = 12
+    batch_size: int = 16
+    accumulate: int = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    ema_decay: float = 0.0
+    eval_every: int = 1
+    eval_batch_size: int = 16
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides the outcome of a run.
+
+    Attributes:
+        name: names the folder `runs/<name>/`; empty takes the experiment file's name.
+        model: the detector.
+        data: the data set and its augmentation.
+        optim: the optimiser and its schedule.
+        train: length, batch, precision, evaluation.
+    """
+
+    name: str = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+
+
+def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> Experiment:
+    """Load an experiment from a Python file that defines `experiment`, or from a run's experiment.json.
+
+    Args:
+        path: the file. A Python file is executed; files beside it can be imported by name.
+        overrides: strings like "train.epochs=3".
+
+    Raises:
+        ConfigError: the file is missing or defines no experiment, or an override is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such experiment file{hint}")
+    if path.suffix == ".json":
+        try:
+            experiment = experiment_from_dict(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not JSON: {error}") from None
+    else:
+        experiment = _run_file(path)
+    if not experiment.name:
+        experiment = dataclasses.replace(experiment, name=path.stem)
+    return override(experiment, overrides)
+
+
+def _run_file(path: Path) -> Experiment:
+    before = set(sys.modules)
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        namespace = runpy.run_path(str(path))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+        # Two folders may hold files of one name: do not let one stand in for the other later.
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and str(Path(file).parent) == folder:
+                del sys.modules[name]
+    experiment = namespace.get("experiment")
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{path}: must end with `experiment = Experiment(...)`")
+    # Type-check what the file built: dataclasses do not.
+    return experiment_from_dict(dataclasses.asdict(experiment))
+
+
+def override(experiment: Experiment, assignments: typing.Sequence[str]) -> Experiment:
+    """Return the experiment with "a.b=value" assignments applied in order.
+
+    Values are read by the field's declared type: `train.epochs=3`, `data.keep_ratio=false`,
+    `model.dilations=2,4,6,8`, `data.classes=cat,dog`.
+
+    Raises:
+        ConfigError: an unknown name (the nearest right one is given) or a value of the wrong type.
+    """
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write it as name=value, e.g. train.epochs=3")
+        experiment = _replace_path(experiment, name.strip().split("."), text.strip(), name.strip())
+    return experiment
+
+
+def _replace_path(node: Any, path: list[str], text: str, full: str) -> Any:
+    name, *rest = path
+    hints = typing.get_type_hints(type(node))
+    if name not in hints:
+        raise ConfigError(f"--set {full}: {_unknown(name, full, list(hints), type(node))}")
+    nested = dataclasses.is_dataclass(hints[name])
+    if rest and not nested:
+        raise ConfigError(f"--set {full}: {'.'.join(full.split('.')[: -len(rest)])} has no fields")
+    if not rest and nested:
+        inner = ", ".join(typing.get_type_hints(hints[name]))
+        raise ConfigError(f"--set {full}: {name} is a group; set one of its fields: {inner}")
+    if rest:
+        value = _replace_path(getattr(node, name), rest, text, full)
+    else:
+        value = _convert(_parse_text(text, hints[name]), hints[name], f"--set {full}={text}")
+    return dataclasses.replace(node, **{name: value})
+
+
+def _unknown(name: str, full: str, names: list[str], owner: type) -> str:
+    paths = _all_paths(Experiment)
+    in_owner = difflib.get_close_matches(name, names, 1)
+    # A right name under the wrong group is as common as a typo.
+    elsewhere = [p for p in paths if p.split(".")[-1] == name]
+    near = elsewhere or [full[: len(full) - len(name)] + n for n in in_owner]
+    near = near or difflib.get_close_matches(full, paths, 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{owner.__name__} has no field {name!r}{hint} (it has {', '.join(names)})"
+
+
+def _all_paths(cls: type, prefix: str = "") -> list[str]:
+    paths: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        paths += _all_paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []
+        paths += [] if dataclasses.is_dataclass(hint) else [prefix + name]
+    return paths
+
+
+def _parse_text(text: str, hint: Any) -> Any:
+    """Read command-line text as the Python value it spells, leaving checks to `_convert`."""
+    if hint is str or typing.get_origin(hint) is Literal:
+        return text
+    if hint is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
+            text.lower(), text
+        )
+    if typing.get_origin(hint) is tuple:
+        if not text.strip("()[] "):
+            return ()
+        item = typing.get_args(hint)[0]
+        return tuple(_parse_text(t.strip(" '\""), item) for t in text.strip("()[], ").split(","))
+    fraction = re.fullmatch(r"([\d.]+)/([\d.]+)", text)
+    if fraction and hint is float:
+        return float(fraction[1]) / float(fraction[2])
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Check a value against a declared type; ints become floats and lists tuples where declared."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], 1)
+        hint_text = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{where}: must be one of {', '.join(map(str, args))}{hint_text}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if Ellipsis not in args and len(value) != len(args):
+            raise ConfigError(f"{where}: needs {len(args)} values, got {len(value)}")
+        item_hints = [args[0]] * len(value) if Ellipsis in args else args
+        return tuple(_convert(v, h, where) for v, h in zip(value, item_hints, strict=True))
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    name = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
+    raise ConfigError(f"{where}: {value!r} is not of type {name}")
+
+
+def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Return the experiment as nested dicts of JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
+
+
+def experiment_from_dict(values: dict[str, Any]) -> Experiment:
+    """Build an experiment from nested dicts; fields left out keep their defaults.
+
+    Raises:
+        ConfigError: an unknown name or a value of the wrong type.
+    """
+    return _from_dict(Experiment, values, "")
+
+
+def _from_dict(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{prefix.rstrip('.') or 'experiment'}: {values!r} is not a group of fields"
+        )
+    hints = typing.get_type_hints(cls)
+    converted = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(_unknown(name, prefix + name, list(hints), cls))
+        if dataclasses.is_dataclass(hints[name]):
+            converted[name] = _from_dict(hints[name], value, f"{prefix}{name}.")
+        else:
+            converted[name] = _convert(value, hints[name], prefix + name)
+    return cls(**converted)
