@@ -1,0 +1,137 @@
+"""COCO average precision by pycocotools, from the arrays the VOC metric takes, without files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from tinydet.evaluation.boxes import GroundTruth, check_inputs
+
+
+@dataclass(frozen=True)
+class CocoResult:
+    """COCO's average precisions, as fractions; NaN where there is no ground truth to find.
+
+    Sizes are areas of boxes in pixels of the original image: small below 32 x 32, large above
+    96 x 96. (COCO itself measures the area of the object's mask, which VOC does not have.)
+
+    Attributes:
+        ap: mean over IoU thresholds 0.5, 0.55, ... 0.95 and over classes with ground truth.
+        ap50: at IoU 0.5.
+        ap75: at IoU 0.75.
+        ap_small: `ap` of small objects.
+        ap_medium: `ap` of medium objects.
+        ap_large: `ap` of large objects.
+        ap_per_class: (K,) `ap` of each class.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ap_per_class: np.ndarray
+
+
+class _Evaluation(COCOeval):
+    """COCOeval that treats a difficult box as the VOC devkit does.
+
+    pycocotools overwrites a box's "ignore" with its "iscrowd", and only a crowd region may take up
+    more than one detection. So a difficult box is given as a crowd; but the IoU with a crowd is
+    the overlap over the *detection's* area, under which a small detection inside a large difficult
+    box would always be excused. Here the IoU stays the usual one.
+    """
+
+    def computeIoU(self, image_id: int, category_id: int) -> Any:  # noqa: N802 (overrides)
+        truth, found = self._gts[image_id, category_id], self._dts[image_id, category_id]
+        if not truth and not found:
+            return []
+        order = np.argsort([-d["score"] for d in found], kind="mergesort")
+        boxes = [found[i]["bbox"] for i in order[: self.params.maxDets[-1]]]
+        return mask.iou(boxes, [g["bbox"] for g in truth], [0] * len(truth))
+
+
+def evaluate_coco(
+    detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    ground_truth: Sequence[GroundTruth],
+    num_classes: int,
+) -> CocoResult:
+    """Return COCO's average precisions (101 recalls, at most 100 detections an image and class).
+
+    Difficult boxes need not be found, and a detection whose best remaining match is a difficult box
+    counts neither for nor against, however many there are: see `_Evaluation`. Matching is otherwise
+    COCO's: a detection gets the best box that is still *free*, where VOC calls it a duplicate.
+
+    Args:
+        detections: one (boxes (N, 4), scores (N,), labels (N,)) an image, as in `boxes.py`.
+        ground_truth: one an image, in the same order.
+        num_classes: number of classes K.
+
+    Raises:
+        ValueError: an array has the wrong shape or content; the message names the image.
+    """
+    found, truth = check_inputs(detections, ground_truth, num_classes)
+    if not any(len(image.labels) for image in truth):
+        return CocoResult(*[float("nan")] * 6, np.full(num_classes, np.nan))
+    rows = [
+        {"iscrowd": int(d)} for image in truth for d in image.difficult.tolist()
+    ]  # one for each box, in order
+    truth_set = _data_set([(t.boxes, t.labels) for t in truth], rows, num_classes)
+    rows = [{"iscrowd": 0, "score": s} for image in found for s in image.scores.tolist()]
+    found_set = _data_set([(f.boxes, f.labels) for f in found], rows, num_classes)
+    evaluation = _Evaluation(truth_set, found_set, "bbox")
+    evaluation.params.maxDets = [100]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # (T thresholds, R recalls, K, A areas, 1), -1 where there is nothing to find
+    precision = evaluation.eval["precision"][..., 0]
+    return CocoResult(
+        ap=_mean(precision[..., 0]),
+        ap50=_mean(precision[0, ..., 0]),
+        ap75=_mean(precision[5, ..., 0]),
+        ap_small=_mean(precision[..., 1]),
+        ap_medium=_mean(precision[..., 2]),
+        ap_large=_mean(precision[..., 3]),
+        ap_per_class=np.array([_mean(precision[:, :, k, 0]) for k in range(num_classes)]),
+    )
+
+
+def _mean(precision: np.ndarray) -> float:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _data_set(
+    images: list[tuple[np.ndarray, np.ndarray]], rows: list[dict[str, Any]], num_classes: int
+) -> COCO:
+    """Index boxes and labels of all images as pycocotools does; `rows` are their other fields."""
+    annotations = []
+    for index, (boxes, labels) in enumerate(images):
+        sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)  # xywh
+        areas = sides[:, 2] * sides[:, 3]
+        for box, area, label in zip(sides.tolist(), areas.tolist(), labels.tolist(), strict=True):
+            # Numbers start at 1: pycocotools marks "unmatched" with 0.
+            number = len(annotations) + 1
+            annotations.append(
+                rows[number - 1]
+                | {"id": number, "image_id": index, "category_id": label, "bbox": box, "area": area}
+            )
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": index} for index in range(len(images))],
+        "categories": [{"id": label} for label in range(num_classes)],
+        "annotations": annotations,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
