@@ -1,0 +1,1 @@
+"""Backbones: one factory over timm, and the models timm does not have."""

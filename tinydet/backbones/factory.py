@@ -1,0 +1,115 @@
+"""One way to build a backbone: any timm model, cut after one feature map."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+from einops import rearrange
+from timm.layers import Format
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
+from torch import Tensor, nn
+
+from tinydet.backbones.weights import load_weights
+from tinydet.config import ConfigError
+
+# feature -> (reduction wanted, keyword that makes it)
+_FEATURES = {"C5": (32, {}), "DC5": (16, {"output_stride": 16}), "C4": (16, {})}
+# timm's models built for one input size take any with these, each where it knows the word.
+_ANY_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+
+
+@dataclass
+class Backbone:
+    """A feature extractor and what timm says of it.
+
+    Attributes:
+        module: (B, 3, H, W) normalised pixels to a list with one (B, channels, H/stride, W/stride).
+        channels: of the feature map.
+        stride: input pixels between neighbouring cells.
+        mean: of the normalisation, per channel in 0..1.
+        std: of the normalisation, per channel in 0..1.
+    """
+
+    module: nn.Module
+    channels: int
+    stride: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class _ChannelsFirst(nn.Module):
+    """Puts the channels of timm models that work in (B, H, W, C) where convs expect them."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [rearrange(feature, "b h w c -> b c h w") for feature in self.body(x)]
+
+
+def create_backbone(name: str, weights: str, feature: str) -> Backbone:
+    """Build a timm backbone that returns one feature map.
+
+    Args:
+        name: a timm model name.
+        weights: "imagenet", "random" or a file; see `tinydet.config.Model`.
+        feature: "C5", "DC5" or "C4".
+
+    Raises:
+        ConfigError: no such model or feature, or the weights cannot be had.
+    """
+    base_name = name.split(".")[0]
+    if not timm.is_model(base_name):
+        near = difflib.get_close_matches(base_name, timm.list_models(), 3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them"
+        raise ConfigError(f"model.backbone={name}: timm {timm.__version__} has no such model{hint}")
+
+    reduction, kwargs = _FEATURES[feature]
+    probe = _probe(name, feature, kwargs)
+    reductions = [info["reduction"] for info in probe.feature_info.info]
+    if reduction not in reductions:
+        raise ConfigError(
+            f"model.backbone={name}: no feature map of stride {reduction} for model.feature="
+            f"{feature}; its strides are {', '.join(map(str, sorted(set(reductions))))}"
+        )
+    # The last map of that stride is the deepest.
+    index = len(reductions) - 1 - reductions[::-1].index(reduction)
+    module = load_weights(partial(_build, name, out_indices=(index,), **kwargs), name, weights)
+    info = module.feature_info.info[index]
+    if isinstance(module, (EfficientNetFeatures, MobileNetV3Features)):
+        # These two run stages that no feature needs; timm's other wrappers do not build them.
+        module.blocks = module.blocks[: info["stage"]]
+    config = module.pretrained_cfg
+    if getattr(module, "output_fmt", None) == Format.NHWC:
+        module = _ChannelsFirst(module)
+    return Backbone(module, info["num_chs"], info["reduction"], config["mean"], config["std"])
+
+
+def _build(name: str, **kwargs: object) -> nn.Module:
+    """Call timm with the first of the `_ANY_SIZE` words that this model knows."""
+    for any_size in _ANY_SIZE:
+        try:
+            return timm.create_model(name, features_only=True, **any_size, **kwargs)
+        except TypeError:
+            if not any_size:
+                raise
+    raise AssertionError("unreachable: the last choice has no words")
+
+
+def _probe(name: str, feature: str, kwargs: dict[str, int]) -> nn.Module:
+    try:
+        return _build(name, **kwargs)
+    except Exception as error:
+        if kwargs:
+            raise ConfigError(
+                f"model.backbone={name}: timm cannot dilate it for model.feature={feature}; "
+                "use C5 or C4, or a ResNet, RegNet, ConvNeXt, EfficientNet or CSPNet"
+            ) from error
+        raise ConfigError(
+            f"model.backbone={name}: timm cannot build it with features_only: {error}"
+        ) from error

@@ -1,0 +1,38 @@
+"""Square anchors on a regular grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def make_anchors(
+    height: int,
+    width: int,
+    stride: int,
+    sides: Sequence[float],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return every anchor of a (height, width) feature map.
+
+    Centres are at (x * stride, y * stride), without the half-stride offset some detectors use: this
+    is how the reference YOLOF was trained.
+
+    Args:
+        height: rows of the feature map.
+        width: columns of the feature map.
+        stride: pixels of the network input between neighbouring cells.
+        sides: side of each square anchor in pixels.
+        device: where to put them.
+
+    Returns:
+        (height * width * len(sides), 4) float32 xyxy pixels, ordered (y, x, side).
+    """
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
+    centers = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) * float(stride)
+    half = torch.as_tensor(tuple(sides), dtype=torch.float32, device=device)[:, None] / 2
+    return (centers + half * half.new_tensor([-1, -1, 1, 1])).reshape(-1, 4)

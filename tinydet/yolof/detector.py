@@ -1,0 +1,185 @@
+"""The whole detector: pixels in, losses or detections out.
+
+B images, A anchors, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinydet.backbones.factory import create_backbone
+from tinydet.config import Model
+from tinydet.yolof.anchors import make_anchors
+from tinydet.yolof.decode import Detections, decode_boxes, postprocess
+from tinydet.yolof.encoder import DilatedEncoder
+from tinydet.yolof.head import Head
+from tinydet.yolof.loss import pad_targets, yolof_losses
+from tinydet.yolof.matcher import uniform_match
+
+
+class Detector(nn.Module):
+    """YOLOF (arXiv 2103.09460) on one feature map of a backbone.
+
+    Takes raw pixels: normalisation with the backbone's mean and deviation is part of the model.
+
+    Attributes:
+        backbone: (B, 3, H, W) to a list with one feature map.
+        encoder: the dilated encoder.
+        head: to cls_logits and deltas.
+        classes: class names in label order.
+        stride: pixels of the input between neighbouring cells of the feature map.
+        config: the model's part of the experiment.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        encoder: nn.Module,
+        head: nn.Module,
+        classes: Sequence[str],
+        stride: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        config: Model,
+    ) -> None:
+        """Take the parts; `mean` and `std` are the backbone's, in units of 0..1."""
+        super().__init__()
+        self.backbone = backbone
+        self.encoder = encoder
+        self.head = head
+        self.classes = tuple(classes)
+        self.stride = stride
+        self.config = config
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255, persistent=False)
+
+    @property
+    def anchor_sides(self) -> tuple[float, ...]:
+        """Sides of the square anchors of a cell in pixels."""
+        return tuple(scale * self.stride for scale in self.config.anchor_scales)
+
+    def forward(
+        self, images: Tensor, targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Return raw outputs, or the losses when there are targets.
+
+        Args:
+            images: (B, 3, H, W) RGB in 0..255, uint8 or float; H and W multiples of 32.
+            targets: for each image `boxes` (N, 4) xyxy pixels and `labels` (N,) int64; N may be 0.
+
+        Returns:
+            cls_logits (B, A, K) and deltas (B, A, 4), float32; with targets, `loss_cls` and
+            `loss_box` as scalars.
+        """
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        (features,) = self.backbone(x)
+        cls_logits, deltas = self.head(self.encoder(features))
+        if targets is None:
+            return cls_logits, deltas
+        return self._losses(cls_logits, deltas, tuple(images.shape[-2:]), targets)
+
+    def anchors(self, image_size: tuple[int, int]) -> Tensor:
+        """Return the (A, 4) xyxy anchors for an input of (H, W) pixels."""
+        height, width = (-(-side // self.stride) for side in image_size)
+        return make_anchors(height, width, self.stride, self.anchor_sides, self.mean.device)
+
+    def _losses(
+        self,
+        cls_logits: Tensor,
+        deltas: Tensor,
+        image_size: tuple[int, int],
+        targets: Sequence[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        anchors = self.anchors(image_size)
+        pred_boxes = decode_boxes(anchors, deltas, self.config.center_clamp)
+        gt_boxes, gt_labels, gt_valid = pad_targets(targets)
+        matches = uniform_match(
+            anchors,
+            pred_boxes,
+            gt_boxes,
+            gt_valid,
+            self.config.match_topk,
+            self.config.match_pos_ignore,
+            self.config.match_neg_ignore,
+        )
+        return yolof_losses(cls_logits, pred_boxes, gt_boxes, gt_labels, matches)
+
+    @torch.inference_mode()
+    def detect(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        scales: Sequence[tuple[float, float]] | None = None,
+    ) -> list[Detections]:
+        """Detect objects in a batch.
+
+        Args:
+            images: (B, 3, H, W) RGB in 0..255; H and W multiples of 32.
+            sizes: (H, W) of each original image; boxes are clipped to it.
+            scales: (sy, sx) of each image, network pixels an original pixel; boxes are divided
+                by it. Without `sizes` and `scales` boxes are in pixels of the network input.
+        """
+        cls_logits, deltas = self(images)
+        detections = self.select(cls_logits, deltas, tuple(images.shape[-2:]))
+        for i, found in enumerate(detections):
+            if scales is not None:
+                sy, sx = scales[i]
+                found.boxes = found.boxes / found.boxes.new_tensor([sx, sy, sx, sy])
+            if sizes is not None:
+                height, width = sizes[i]
+                limit = found.boxes.new_tensor([width, height, width, height])
+                found.boxes = found.boxes.clamp(min=0).minimum(limit)
+                # A box that lay in the padding alone has nothing left.
+                solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
+                found.boxes, found.scores, found.labels = (
+                    t[solid] for t in (found.boxes, found.scores, found.labels)
+                )
+        return detections
+
+    def select(
+        self, cls_logits: Tensor, deltas: Tensor, image_size: tuple[int, int]
+    ) -> list[Detections]:
+        """Decode and select detections from raw outputs, in pixels of the (H, W) network input."""
+        config = self.config
+        boxes = decode_boxes(self.anchors(image_size), deltas, config.center_clamp)
+        return postprocess(
+            cls_logits,
+            boxes,
+            image_size,
+            config.score_threshold,
+            config.candidates,
+            config.nms_iou,
+            config.max_detections,
+        )
+
+
+def build_detector(config: Model, classes: Sequence[str]) -> Detector:
+    """Build the detector of an experiment, in training mode.
+
+    Raises:
+        ConfigError: the backbone does not exist, has no such feature, or its weights cannot be had.
+    """
+    backbone = create_backbone(config.backbone, config.weights, config.feature)
+    encoder = DilatedEncoder(
+        backbone.channels, config.encoder_channels, config.encoder_mid_channels, config.dilations
+    )
+    head = Head(
+        config.encoder_channels,
+        len(classes),
+        len(config.anchor_scales),
+        config.cls_convs,
+        config.reg_convs,
+    )
+    return Detector(
+        backbone.module,
+        encoder,
+        head,
+        classes,
+        backbone.stride,
+        backbone.mean,
+        backbone.std,
+        config,
+    )

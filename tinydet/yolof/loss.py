@@ -1,0 +1,68 @@
+"""YOLOF's training loss: focal loss on every anchor, GIoU loss on every match.
+
+B images, A anchors, K classes, G boxes an image at most, M matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from tinydet.yolof.matcher import IGNORED, Matches
+
+
+def pad_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Stack targets of different lengths.
+
+    Returns:
+        boxes (B, G, 4), labels (B, G) int64 and valid (B, G) bool, False for padding.
+    """
+    boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)
+    labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
+    lengths = torch.tensor([len(t["labels"]) for t in targets])
+    valid = torch.arange(labels.shape[1]) < lengths[:, None]
+    return boxes, labels, valid.to(labels.device, non_blocking=True)
+
+
+def yolof_losses(
+    cls_logits: Tensor, pred_boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, matches: Matches
+) -> dict[str, Tensor]:
+    """Return `loss_cls` and `loss_box`, both divided by the mean number of positives a process.
+
+    `loss_cls` is the focal loss (arXiv 1708.02002, alpha 0.25, gamma 2) over all (anchor, class)
+    pairs but those of ignored anchors. `loss_box` is the GIoU loss (arXiv 1902.09630) over all
+    positive matches; an anchor matched twice counts twice here, while its class is the last
+    match's, as in the reference. The divisor counts anchors, at least one an image.
+
+    Args:
+        cls_logits: (B, A, K) float32.
+        pred_boxes: (B, A, 4) xyxy pixels, decoded; gradient flows through them.
+        gt_boxes: (B, G, 4) xyxy pixels, padded.
+        gt_labels: (B, G) int64, padded.
+        matches: from `uniform_match`.
+    """
+    is_positive = matches.assigned >= 0  # (B, A)
+    normalizer = is_positive.sum(dim=1).clamp(min=1).sum().float()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(normalizer)
+        normalizer = normalizer / distributed.get_world_size()
+
+    num_classes = cls_logits.shape[2]
+    if gt_labels.shape[1]:
+        labels = gt_labels.gather(1, matches.assigned.clamp(min=0))  # (B, A)
+    else:
+        labels = torch.zeros_like(matches.assigned)
+    cls_targets = F.one_hot(labels, num_classes) * is_positive[..., None]  # (B, A, K)
+    focal = sigmoid_focal_loss(cls_logits, cls_targets.to(cls_logits.dtype))
+    loss_cls = (focal * (matches.assigned != IGNORED)[..., None]).sum()
+
+    # Negative matches get weight 0 instead of being selected: shapes stay fixed and nothing waits.
+    pred = pred_boxes.gather(1, matches.anchor_idxs[..., None].expand(-1, -1, 4))  # (B, M, 4)
+    giou = generalized_box_iou_loss(pred, gt_boxes[:, matches.gt_idxs])  # (B, M)
+    loss_box = giou.where(matches.positive, 0).sum()
+    return {"loss_cls": loss_cls / normalizer, "loss_box": loss_box / normalizer}
