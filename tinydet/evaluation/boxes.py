@@ -1,8 +1,8 @@
 """What evaluation compares: detections and ground truth of an image, as numpy arrays.
 
 Boxes are xyxy in pixels of the original image, 0-based and continuous: x runs from 0 to the width.
-An area is (x2 - x1) * (y2 - y1), without the "+ 1" of the VOC devkit, which counts 1-based inclusive
-pixels. An annotation read as (xmin - 1, ymin - 1, xmax, ymax) has the same area here as there, so
+An area is (x2 - x1) * (y2 - y1), without the "+ 1" of the VOC devkit, which counts inclusive pixels
+from 1. An annotation read as (xmin - 1, ymin - 1, xmax, ymax) has the same area here as there, so
 every IoU is the devkit's for detections written to its files as (x1 + 1, y1 + 1, x2, y2).
 """
 

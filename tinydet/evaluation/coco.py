@@ -80,11 +80,8 @@ def evaluate_coco(
         ValueError: an array has the wrong shape or content; the message names the image.
     """
     found, truth = check_inputs(detections, ground_truth, num_classes)
-    if not any(len(image.labels) for image in truth):
-        return CocoResult(*[float("nan")] * 6, np.full(num_classes, np.nan))
-    rows = [
-        {"iscrowd": int(d)} for image in truth for d in image.difficult.tolist()
-    ]  # one for each box, in order
+    rows: list[dict[str, Any]]  # one a box, in order
+    rows = [{"iscrowd": int(d)} for image in truth for d in image.difficult.tolist()]
     truth_set = _data_set([(t.boxes, t.labels) for t in truth], rows, num_classes)
     rows = [{"iscrowd": 0, "score": s} for image in found for s in image.scores.tolist()]
     found_set = _data_set([(f.boxes, f.labels) for f in found], rows, num_classes)
