@@ -1,0 +1,145 @@
+"""Fold a trained network: the same function with fewer layers.
+
+First every block that can re-parameterize itself does, then each batch norm goes into the
+convolution or linear layer that feeds it. All arithmetic is in float64 on a copy, the copy is
+compared with the original in float64, and only then are the weights cast back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinydet.reparam.blocks import reparameterize_blocks
+from tinydet.reparam.conv_norm import fold_norms
+from tinydet.reparam.norms import count_norms, is_norm
+from tinydet.reparam.report import FoldReport
+from tinydet.reparam.verify import compare
+
+# Folding reorders float64 sums of some thousand terms: 1e-9 is far above that rounding error, and
+# far below the effect of a wrong fold.
+_TOLERANCE = 1e-9
+
+
+def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.Module, FoldReport]:
+    """Return a copy of a network with its blocks re-parameterized and its batch norms folded.
+
+    The structure of the result depends only on the network's description, not on its weights: the
+    weights of one folded network load strictly into another one's. Folding twice changes nothing.
+
+    Args:
+        model: the network, in eval mode; it is not modified. Its forward pass must work in float64
+            and on the CPU, where the folding is done.
+        example_input: a small input, or a tuple of positional arguments. The data flow is observed
+            and the result is checked on it and on random values of its shape; the result takes
+            every input the original takes.
+
+    Returns:
+        The folded network, of the original's dtype and device, and the report.
+
+    Raises:
+        ValueError: the model is in training mode, or the folded one is another function.
+    """
+    _check_eval_mode(model)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    with _exact_arithmetic():
+        original = copy.deepcopy(model).cpu().double()
+        inputs = [_random_like(arguments), _as_float64(arguments)]
+        # On random values: a network's answer to an all-zero example tells little.
+        folded, blocks, failed = reparameterize_blocks(copy.deepcopy(original), inputs[0])
+        norms, kept = fold_norms(folded, inputs[0])
+        found = compare(original, folded, inputs)
+    if not found.max_rel <= _TOLERANCE:
+        raise ValueError(
+            f"folding {type(model).__name__} changed its output by {found.max_rel:.1e} of the "
+            f"largest value (allowed {_TOLERANCE:.0e}); nothing was folded"
+        )
+    _restore_dtype_and_device(folded, model)
+    report = FoldReport(
+        folded=(*blocks, *norms),
+        kept=(*failed, *kept),
+        norms_before=count_norms(model),
+        norms_after=count_norms(folded),
+        params_before=sum(p.numel() for p in model.parameters()),
+        params_after=sum(p.numel() for p in folded.parameters()),
+        max_rel=found.max_rel,
+    )
+    return folded.eval(), report
+
+
+def _check_eval_mode(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        acts = is_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd)
+        if module.training and (module is model or acts):
+            where = f"its layer {name}" if name else type(model).__name__
+            raise ValueError(f"{where} is in training mode; call model.eval() before fold(model)")
+
+
+@contextmanager
+def _exact_arithmetic() -> Iterator[None]:
+    """Compute in float64, also in layers that a block's own method creates without a dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _as_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_moved(x) if isinstance(x, Tensor) else x for x in arguments)
+
+
+def _moved(x: Tensor) -> Tensor:
+    x = x.detach().cpu()
+    return x.double() if x.is_floating_point() else x.clone()
+
+
+def _random_like(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if x.is_floating_point():
+            return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        if x.dtype == torch.uint8:
+            return torch.randint(0, 256, x.shape, generator=generator, dtype=torch.uint8)
+        return _moved(x)  # Indices and masks: other values may not be legal.
+
+    return tuple(random(x) for x in arguments)
+
+
+def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
+    """Give each weight the dtype and device it had; a new one those of its block's first weight."""
+    like = dict(_floating(original))
+    for path, tensor in _floating(folded):
+        source = like.get(path)
+        scope = path
+        while source is None and scope:
+            scope = scope.rpartition(".")[0]
+            prefix = scope + "." if scope else ""
+            inside = [t for name, t in like.items() if name.startswith(prefix)]
+            # Kernels first: norms may be kept in float32 beside bfloat16 convolutions.
+            source = next((t for t in inside if t.ndim > 1), inside[0] if inside else None)
+        if source is not None:
+            tensor.data = tensor.data.to(device=source.device, dtype=source.dtype)
+    devices = {p: t.device for p, t in original.named_buffers() if not t.is_floating_point()}
+    for path, buffer in folded.named_buffers():
+        if path in devices:
+            buffer.data = buffer.data.to(devices[path])
+
+
+def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for named in (model.named_parameters(), model.named_buffers()):
+        yield from ((name, tensor) for name, tensor in named if tensor.is_floating_point())

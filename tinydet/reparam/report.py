@@ -1,0 +1,52 @@
+"""What a fold did and what it left, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module that was folded away or kept.
+
+    Attributes:
+        name: the module's qualified name in the model.
+        detail: where it went, or why it stays.
+    """
+
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """The outcome of folding a model.
+
+    Attributes:
+        folded: blocks re-parameterized and norms folded, in order.
+        kept: every normalization layer that stays, and blocks whose own method failed.
+        norms_before: normalization layers in the model.
+        norms_after: normalization layers in the folded model.
+        params_before: parameters in the model.
+        params_after: parameters in the folded model.
+        max_rel: largest difference of outputs found by the check in float64, as a fraction of the
+            largest absolute output.
+    """
+
+    folded: tuple[Step, ...]
+    kept: tuple[Step, ...]
+    norms_before: int
+    norms_after: int
+    params_before: int
+    params_after: int
+    max_rel: float
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text: a summary, then one line for each thing kept."""
+        summary = [
+            f"norms       {self.norms_before} -> {self.norms_after}",
+            f"parameters  {self.params_before:,} -> {self.params_after:,}",
+            f"folded      {len(self.folded)} blocks and layers",
+            f"difference  {self.max_rel:.1e} of the largest output, in float64",
+        ]
+        return summary + [f"kept        {step.name}: {step.detail}" for step in self.kept]

@@ -1,0 +1,106 @@
+"""Two networks compared by what they return."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two sets of outputs are apart.
+
+    Attributes:
+        max_abs: largest absolute difference of any two elements.
+        max_rel: largest over output tensors of the absolute difference divided by the largest
+            absolute value of the first side's tensor (0 if both are all zero). Not element by
+            element: an output next to zero carries the rounding error of its larger neighbours.
+    """
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+
+    def merge(self, other: Difference) -> Difference:
+        """Return the larger of both, field by field."""
+        return Difference(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors_in(item)]
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [t for item in value for t in tensors_in(item)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [t for f in dataclasses.fields(value) for t in tensors_in(getattr(value, f.name))]
+    return []
+
+
+def difference(a: Any, b: Any) -> Difference:
+    """Compare two outputs tensor by tensor.
+
+    Args:
+        a: the reference: a tensor, or nested tuples, lists, dicts or dataclasses of tensors.
+        b: what is compared with it.
+
+    Returns:
+        The difference; infinite where either side has a value that is not finite.
+
+    Raises:
+        ValueError: the two differ in number of tensors or in a shape.
+    """
+    tensors_a, tensors_b = tensors_in(a), tensors_in(b)
+    shapes_a = [tuple(t.shape) for t in tensors_a]
+    shapes_b = [tuple(t.shape) for t in tensors_b]
+    if shapes_a != shapes_b:
+        raise ValueError(f"outputs have other shapes: {shapes_a} and {shapes_b}")
+    largest = Difference()
+    for x, y in zip(tensors_a, tensors_b, strict=True):
+        if x.numel() == 0:
+            continue
+        x, y = x.detach().double(), y.detach().double().to(x.device)
+        max_abs = (x - y).abs().max().item()
+        if not math.isfinite(max_abs):
+            return Difference(math.inf, math.inf)
+        scale = x.abs().max().item()
+        max_rel = 0.0 if max_abs == 0.0 else max_abs / scale if scale > 0.0 else math.inf
+        largest = largest.merge(Difference(max_abs, max_rel))
+    return largest
+
+
+def compare(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Difference:
+    """Run two networks on the same inputs and compare what they return.
+
+    Args:
+        a: the reference.
+        b: what is compared with it.
+        inputs: each is a tensor or a tuple of positional arguments. Each network gets a copy.
+
+    Returns:
+        The largest differences over all inputs.
+
+    Raises:
+        ValueError: the outputs differ in number or shape, or hold no tensor at all.
+    """
+    largest = Difference()
+    with torch.no_grad():
+        for item in inputs:
+            arguments = item if isinstance(item, tuple) else (item,)
+            output_a, output_b = (model(*_copies(arguments)) for model in (a, b))
+            if not tensors_in(output_a):
+                raise ValueError(f"{type(a).__name__} returns no tensor: nothing to compare")
+            largest = largest.merge(difference(output_a, output_b))
+    return largest
+
+
+def _copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    # A network may work on its input in place.
+    return tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
