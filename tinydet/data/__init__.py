@@ -1,0 +1,1 @@
+"""Data sets in VOC layout, their augmentation, and loaders of batches."""

@@ -1,0 +1,131 @@
+"""Checks images and their VOC annotations one by one, and builds the index of what is usable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinydet.data.annotation import RawAnnotation, RawObject, parse_annotation
+from tinydet.data.image import ImageInfo, probe_image
+from tinydet.data.index import Index
+from tinydet.data.problems import Problems
+
+
+@dataclass
+class _Image:
+    """A checked image of the index, with class names still as text."""
+
+    name: str
+    file: str
+    size: tuple[int, int]
+    turned: bool
+    boxes: list[tuple[float, float, float, float]]
+    names: list[str]
+    difficult: list[bool]
+
+
+class IndexBuilder:
+    """Gathers checked images and counts problems on the way.
+
+    Args:
+        classes: class names in label order; empty takes the names found, sorted.
+    """
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self.problems = Problems()
+        self.classes = classes
+        self.images: list[_Image] = []
+
+    def add_image(self, name: str, annotation_file: Path, image_file: Path) -> None:
+        """Check one image and its annotation, and keep what is usable."""
+        for file, rule in ((image_file, "missing_image"), (annotation_file, "missing_annotation")):
+            if not file.is_file():
+                self.problems.add(rule, name)
+                return
+        try:
+            annotation = parse_annotation(annotation_file)
+        except (ValueError, OSError) as error:
+            self.problems.add("bad_annotation", name, str(error))
+            return
+        try:
+            info = probe_image(image_file)
+        except (ValueError, OSError) as error:
+            self.problems.add("bad_image", name, str(error).removeprefix(f"{image_file}: "))
+            return
+        if info.mode != "RGB":
+            self.problems.add("not_rgb", name, info.mode)
+        turned = self._decide_orientation(name, info, annotation)
+        size = info.turned_size if turned else info.size
+        if annotation.size is not None and annotation.size != size:
+            stated = f"{annotation.size[1]}x{annotation.size[0]}"
+            self.problems.add("wrong_size", name, f"{stated}, is {size[1]}x{size[0]}")
+        file = f"JPEGImages/{image_file.name}"
+        image = _Image(name, file, size, turned, boxes=[], names=[], difficult=[])
+        for item in annotation.objects:
+            box = self._check_object(name, item, size)
+            if box is not None:
+                image.boxes.append(box)
+                image.names.append(item.name)
+                image.difficult.append(item.difficult)
+        self.images.append(image)
+
+    def _decide_orientation(self, name: str, info: ImageInfo, annotation: RawAnnotation) -> bool:
+        """Whether boxes refer to the turned image: only if just that has the stated size."""
+        if info.orientation == 1:
+            return False
+        turned = info.size != info.turned_size and annotation.size == info.turned_size
+        rule = "exif_applied" if turned else "exif_ignored"
+        self.problems.add(rule, name, f"orientation {info.orientation}")
+        return turned
+
+    def _check_object(
+        self, name: str, item: RawObject, size: tuple[int, int]
+    ) -> tuple[float, float, float, float] | None:
+        """Return the object's box, 0-based and inside the image, or None if it is dropped."""
+        if item.box is None:
+            self.problems.add("bad_box", name, item.name or "no class name")
+            return None
+        xmin, ymin, xmax, ymax = item.box
+        what = f"{item.name} {xmin:g},{ymin:g},{xmax:g},{ymax:g}"
+        # Judged as written: a box of one pixel, 1-based inclusive, is in practice a stray click.
+        if xmax <= xmin or ymax <= ymin:
+            self.problems.add("zero_area", name, what)
+            return None
+        if self.classes and item.name not in self.classes:
+            self.problems.add("unknown_class", name, item.name)
+            counts = self.problems.unknown_classes
+            counts[item.name] = counts.get(item.name, 0) + 1
+            return None
+        height, width = size
+        box = (xmin - 1, ymin - 1, xmax, ymax)
+        clipped = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height))
+        if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            self.problems.add("outside", name, f"{what} in {width}x{height}")
+            return None
+        if clipped != box:
+            self.problems.add("clipped", name, f"{what} in {width}x{height}")
+        return clipped
+
+    def index(self, root: Path, split: str) -> Index:
+        """Return the index of everything added."""
+        names = [name for image in self.images for name in image.names]
+        classes = self.classes or tuple(sorted(set(names)))
+        number = {name: i for i, name in enumerate(classes)}
+        counts = [len(image.boxes) for image in self.images]
+        boxes = [box for image in self.images for box in image.boxes]
+        return Index(
+            root=root,
+            split=split,
+            classes=classes,
+            image_ids=[image.name for image in self.images],
+            image_files=[image.file for image in self.images],
+            sizes=np.array([i.size for i in self.images], dtype=np.int32).reshape(-1, 2),
+            turned=np.array([image.turned for image in self.images], dtype=bool),
+            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+            labels=np.array([number[name] for name in names], dtype=np.int64),
+            difficult=np.array([d for i in self.images for d in i.difficult], dtype=bool),
+            problems=self.problems,
+        )

@@ -1,0 +1,118 @@
+"""Image files: what the header says, and decoding to uint8 RGB."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_EXIF_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+
+@dataclass
+class ImageInfo:
+    """What an image file's header states.
+
+    Attributes:
+        size: (height, width) of the stored pixels.
+        mode: pillow's mode, e.g. "RGB", "L", "CMYK".
+        orientation: EXIF orientation, 1 (as stored) to 8.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    orientation: int
+
+    @property
+    def turned_size(self) -> tuple[int, int]:
+        """(height, width) after the EXIF orientation is applied."""
+        return self.size[::-1] if self.orientation in _TURNED else self.size
+
+
+def probe_image(path: Path) -> ImageInfo:
+    """Read an image file's header, and make sure the file is whole.
+
+    Reading every pixel of every file would take minutes on a large set. A file that ends with its
+    format's end marker is taken as whole; any other is decoded to find out.
+
+    Raises:
+        ValueError: not an image, or truncated.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of odd EXIF blocks and very large images
+            width, height = image.size
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            info = ImageInfo((height, width), image.mode, orientation)
+            file_format = image.format
+    # Pillow's readers raise many types on broken headers (SyntaxError and struct.error among them).
+    except Exception as error:
+        raise ValueError(f"not a readable image ({type(error).__name__})") from None
+    if info.orientation not in range(1, 9):
+        info.orientation = 1
+    if not _ends_well(path, file_format or ""):
+        read_image(path)
+    return info
+
+
+def _ends_well(path: Path, file_format: str) -> bool:
+    with path.open("rb") as file:
+        file.seek(0, io.SEEK_END)
+        file.seek(max(0, file.tell() - 64))
+        tail = file.read()
+    if file_format == "JPEG":
+        # Some cameras pad the file with zeros after the end-of-image marker.
+        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
+    if file_format == "PNG":
+        return b"IEND" in tail
+    return False
+
+
+def read_image(path: Path, orientation: bool = False) -> Tensor:
+    """Decode an image file.
+
+    Args:
+        path: JPEG, PNG or anything else pillow reads; grey and CMYK are converted.
+        orientation: turn the image as its EXIF orientation says.
+
+    Returns:
+        (3, H, W) uint8 RGB.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+        FileNotFoundError: there is no such file.
+    """
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path}: empty file")
+    try:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=orientation)
+        if image.dtype == torch.uint8 and image.dim() == 3:
+            return image
+    except RuntimeError:
+        pass  # A format that only pillow reads, or a broken file that pillow refuses as well.
+    return _read_with_pillow(path, data, orientation)
+
+
+def _read_with_pillow(path: Path, data: bytes, orientation: bool) -> Tensor:
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            if orientation:
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):  # pillow would clip 16 bits to 8, not scale them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be decoded ({error})") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,186 @@
+"""Index: the annotations of one split in a few flat arrays, and its file in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinydet.data.problems import Problems
+
+logger = logging.getLogger(__name__)
+
+# Raise it with any change of the rules or of the file's layout: other versions are rebuilt.
+_VERSION = 1
+
+
+class Objects(NamedTuple):
+    """The annotated objects of one image.
+
+    Attributes:
+        boxes: (N, 4) float32 xyxy, 0-based pixels of the original image, x in [0, W].
+        labels: (N,) int64 class indices.
+        difficult: (N,) bool.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """One split of a data set. Objects of all images lie one after another in flat arrays.
+
+    Attributes:
+        root: the data set's folder.
+        split: name of the split.
+        classes: class names in label order.
+        image_ids: names of the images.
+        image_files: paths of the image files below `root`.
+        sizes: (I, 2) int32 height and width of each image as `read_image` returns it.
+        turned: (I,) bool; the image's EXIF orientation has to be applied.
+        offsets: (I + 1,) int64; image i has the objects `offsets[i]:offsets[i + 1]`.
+        boxes: (M, 4) float32 xyxy, 0-based pixels of the original image, x in [0, W].
+        labels: (M,) int64 class indices.
+        difficult: (M,) bool.
+        problems: what was dropped, repaired or assumed.
+    """
+
+    root: Path
+    split: str
+    classes: tuple[str, ...]
+    image_ids: list[str]
+    image_files: list[str]
+    sizes: np.ndarray
+    turned: np.ndarray
+    offsets: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+    problems: Problems
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def objects(self, i: int) -> Objects:
+        """Return the objects of image `i`, difficult ones included."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return Objects(self.boxes[part], self.labels[part], self.difficult[part])
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Return (height, width) of image `i` in pixels."""
+        height, width = self.sizes[i]
+        return int(height), int(width)
+
+    def image_path(self, i: int) -> Path:
+        """Return the path of image `i`'s file."""
+        return self.root / self.image_files[i]
+
+
+def cache_folder() -> Path:
+    """Return the folder of cached indexes: `$TINYDET_CACHE`, else `~/.cache/tinydet`."""
+    return Path(os.environ.get("TINYDET_CACHE") or Path.home() / ".cache" / "tinydet")
+
+
+def cache_file(root: Path, split: str, classes: tuple[str, ...]) -> Path:
+    """Return the cache file of one split as read with these classes."""
+    key = json.dumps([str(root.resolve()), split, list(classes)])
+    return cache_folder() / f"index-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Return a hash that changes when any of the files does: name, length, time of last change."""
+    digest = hashlib.sha256(f"version {_VERSION}\n".encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(f"{path.name} {state}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def save_index(index: Index, path: Path, mark: str) -> None:
+    """Write the index to a cache file under the fingerprint `mark`; failing to is only logged."""
+    header = {
+        "fingerprint": mark,
+        "classes": index.classes,
+        "problems": index.problems.as_dict(),
+        "image_ids": index.image_ids,
+        "image_files": index.image_files,
+    }
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, header=text, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.info("the index is not cached: %s", error)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def load_index(path: Path, mark: str, root: Path, split: str) -> Index | None:
+    """Return the index in a cache file, or None if it is missing, damaged or out of date."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = json.loads(file["header"].tobytes())
+            if header["fingerprint"] != mark:
+                return None
+            arrays = {name: file[name] for name in _ARRAYS}
+        index = Index(
+            root=root,
+            split=split,
+            classes=tuple(header["classes"]),
+            image_ids=header["image_ids"],
+            image_files=header["image_files"],
+            problems=Problems(**header["problems"]),
+            **arrays,
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+    return index if _consistent(index) else None
+
+
+_ARRAYS = {
+    "sizes": np.int32,
+    "turned": np.bool_,
+    "offsets": np.int64,
+    "boxes": np.float32,
+    "labels": np.int64,
+    "difficult": np.bool_,
+}
+
+
+def _consistent(index: Index) -> bool:
+    """Whether the parts of an index fit together: a cache file may have been damaged."""
+    n, m = len(index.image_ids), len(index.boxes)
+    shapes = {
+        "sizes": (n, 2),
+        "turned": (n,),
+        "offsets": (n + 1,),
+        "boxes": (m, 4),
+        "labels": (m,),
+        "difficult": (m,),
+    }
+    return (
+        len(index.image_files) == n
+        and all(getattr(index, k).shape == shape for k, shape in shapes.items())
+        and all(getattr(index, k).dtype == dtype for k, dtype in _ARRAYS.items())
+        and index.offsets[-1] == m
+    )

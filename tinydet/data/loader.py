@@ -1,0 +1,253 @@
+"""Loaders of batches whose content depends on seed and epoch only, not on the loader processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tinydet.config import Data
+from tinydet.data.sample import Batch, Sample
+from tinydet.data.sampler import SampleKey, TestBatches, TrainBatches
+from tinydet.data.seeding import seeded_generator
+from tinydet.data.transforms import (
+    PAD_VALUE,
+    network_size,
+    padded_size,
+    test_transform,
+    train_transform,
+)
+from tinydet.data.voc import VocDataset
+
+logger = logging.getLogger(__name__)
+
+
+class DetectionLoader(DataLoader):
+    """A DataLoader of `Batch` that reports each image it had to replace, once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reported: set[str] = set()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next iteration has."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            for image_id in batch.unreadable:
+                if image_id not in self._reported:
+                    self._reported.add(image_id)
+                    logger.warning("image %s cannot be decoded any more: replaced", image_id)
+            yield batch
+
+
+def make_train_loader(
+    dataset: VocDataset,
+    data: Data,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> DetectionLoader:
+    """Return the loader of shuffled, augmented training batches; call `set_epoch` every epoch.
+
+    Args:
+        dataset: what is trained on; its own transform, where it has one, takes the place of
+            `train_transform(data)`.
+        data: image size, augmentation and number of workers.
+        batch_size: images in a batch of this process.
+        seed: seeds order and augmentation.
+        rank: this process among `world_size`.
+        world_size: processes training together; each gets as many images as the others.
+        device: where the model trains; decides on pinned memory and on the number of workers.
+
+    Raises:
+        ValueError: the data set is empty, or batch_size is not positive.
+    """
+    batches = TrainBatches(
+        dataset.index.sizes,
+        batch_size,
+        seed,
+        image_size=data.image_size,
+        multiscale=data.augment.multiscale,
+        rank=rank,
+        world_size=world_size,
+    )
+    source = _TrainSource(dataset, dataset.transform or train_transform(data), seed)
+    return _loader(source, batches, _collate_train, data.workers, device)
+
+
+def make_test_loader(
+    dataset: VocDataset,
+    data: Data,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> DetectionLoader:
+    """Return the loader of all images, resized, each exactly once over all processes.
+
+    A batch holds images of one padded shape only, so no image gets more padding than it needs:
+    results do not depend on the batch size, and fewer pixels are computed. An image that cannot be
+    decoded is a grey one: its objects count as missed.
+
+    Args:
+        dataset: what is evaluated.
+        data: image size and number of workers.
+        batch_size: most images in a batch.
+        rank: this process among `world_size`.
+        world_size: processes evaluating together; process r reads images r, r + world_size, ...
+        device: where the model runs; decides on pinned memory and on the number of workers.
+
+    Raises:
+        ValueError: batch_size is not positive.
+    """
+    shapes = [
+        padded_size(network_size(dataset.index.size(i), data.image_size, data.keep_ratio))
+        for i in range(len(dataset))
+    ]
+    batches = TestBatches(shapes, batch_size, rank=rank, world_size=world_size)
+    source = _TestSource(dataset, dataset.transform or test_transform(data))
+    return _loader(source, batches, _collate_test, data.workers, device)
+
+
+def choose_workers(workers: int, device: torch.device | str) -> int:
+    """Return the number of loader processes; -1 chooses from the cores this process may use."""
+    if workers >= 0:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    if torch.device(device).type == "cpu":
+        # The model needs the cores itself, and a worker prepares far more images than it consumes.
+        return 1 if cores < 8 else 2
+    return min(8, max(1, cores - 1))
+
+
+def collate(samples: Sequence[Sample], keep_difficult: bool) -> Batch:
+    """Pad samples at the right and bottom to one shape, and put them into a batch.
+
+    Args:
+        samples: of any sizes; the batch has the largest height and width, in whole strides.
+        keep_difficult: keep difficult objects in the targets.
+    """
+    height, width = padded_size(
+        (max(s.image.shape[-2] for s in samples), max(s.image.shape[-1] for s in samples))
+    )
+    images = torch.full((len(samples), 3, height, width), PAD_VALUE, dtype=torch.uint8)
+    targets = []
+    for image, sample in zip(images, samples, strict=True):
+        image[:, : sample.image.shape[-2], : sample.image.shape[-1]] = sample.image
+        kept = torch.ones_like(sample.difficult) if keep_difficult else ~sample.difficult
+        targets.append(
+            {
+                "boxes": sample.boxes[kept],
+                "labels": sample.labels[kept],
+                "difficult": sample.difficult[kept],
+            }
+        )
+    return Batch(
+        images=images,
+        targets=targets,
+        image_ids=[s.image_id for s in samples],
+        sizes=[s.size for s in samples],
+        scales=[s.scale for s in samples],
+        unreadable=[name for s in samples for name in s.unreadable],
+    )
+
+
+def _collate_train(samples: Sequence[Sample]) -> Batch:
+    return collate(samples, keep_difficult=False)
+
+
+def _collate_test(samples: Sequence[Sample]) -> Batch:
+    return collate(samples, keep_difficult=True)
+
+
+class _TrainSource(Dataset[Sample]):
+    """Reads and augments the sample that a key stands for; steps over unreadable images."""
+
+    def __init__(self, dataset: VocDataset, transform: Callable[..., Sample], seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        sample = self._read(key.index)
+        generator = seeded_generator("sample", self.seed, key.epoch, key.index)
+        if key.image_size is None:
+            return self.transform(sample, generator)
+        return self.transform(sample, generator, key.image_size)
+
+    def _read(self, index: int) -> Sample:
+        unreadable: list[str] = []
+        for step in range(len(self.dataset)):
+            i = (index + step) % len(self.dataset)
+            try:
+                sample = self.dataset.read(i)
+            except (ValueError, OSError):
+                unreadable.append(self.dataset.index.image_ids[i])
+                continue
+            sample.unreadable = tuple(unreadable)
+            return sample
+        raise ValueError(f"{self.dataset.index.root}: not one of its images can be decoded")
+
+
+class _TestSource(Dataset[Sample]):
+    """Reads and resizes image by image; an unreadable image is a grey one."""
+
+    def __init__(self, dataset: VocDataset, transform: Callable[..., Sample]) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, i: int) -> Sample:
+        try:
+            sample = self.dataset.read(i)
+        except (ValueError, OSError):
+            sample = self._grey(i)
+        return self.transform(sample, seeded_generator("test", i))
+
+    def _grey(self, i: int) -> Sample:
+        index = self.dataset.index
+        size, (boxes, labels, difficult) = index.size(i), index.objects(i)
+        return Sample(
+            image=torch.full((3, *size), PAD_VALUE, dtype=torch.uint8),
+            boxes=torch.tensor(boxes),
+            labels=torch.tensor(labels),
+            difficult=torch.tensor(difficult),
+            image_id=index.image_ids[i],
+            size=size,
+            unreadable=(index.image_ids[i],),
+        )
+
+
+def _loader(
+    source: Dataset[Sample],
+    batches: TrainBatches | TestBatches,
+    collate_batch: Callable[[Sequence[Sample]], Batch],
+    workers: int,
+    device: torch.device | str,
+) -> DetectionLoader:
+    workers = choose_workers(workers, device)
+    return DetectionLoader(
+        source,
+        batch_sampler=batches,
+        collate_fn=collate_batch,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    del worker
+    # Each worker is one process of many: threads of its own would only compete.
+    torch.set_num_threads(1)

@@ -1,0 +1,113 @@
+"""What was wrong with a data set and what was done about it: counted by rule, a few named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Rule -> (singular, plural) of what one report line says after the count. The order is the order
+# of the report: what loses whole images first, mere notes last.
+RULES = {
+    "missing_image": (
+        "image file is missing: image left out",
+        "image files are missing: images left out",
+    ),
+    "missing_annotation": (
+        "image has no annotation file: image left out",
+        "images have no annotation file: images left out",
+    ),
+    "bad_annotation": (
+        "annotation file cannot be read: image left out",
+        "annotation files cannot be read: images left out",
+    ),
+    "bad_image": (
+        "image is truncated or cannot be decoded: left out",
+        "images are truncated or cannot be decoded: left out",
+    ),
+    "duplicate_id": (
+        "name is listed twice in the split: used once",
+        "names are listed more than once in the split: used once",
+    ),
+    "unknown_class": (
+        "object has a class that is not in the list of classes: dropped",
+        "objects have a class that is not in the list of classes: dropped",
+    ),
+    "bad_box": ("object has no readable box: dropped", "objects have no readable box: dropped"),
+    "zero_area": ("box has no area: dropped", "boxes have no area: dropped"),
+    "outside": ("box lies outside its image: dropped", "boxes lie outside their images: dropped"),
+    "clipped": (
+        "box reaches over its image's edge: clipped",
+        "boxes reach over their images' edges: clipped",
+    ),
+    "wrong_size": (
+        "annotation states a wrong image size: the image file's is used",
+        "annotations state a wrong image size: the image file's is used",
+    ),
+    "exif_applied": (
+        "image is turned as its EXIF says, since its annotation has the turned size",
+        "images are turned as their EXIF says, since their annotations have the turned size",
+    ),
+    "exif_ignored": (
+        "image has an EXIF orientation that its annotation does not call for: not turned",
+        "images have an EXIF orientation that their annotations do not call for: not turned",
+    ),
+    "not_rgb": (
+        "image is not stored as RGB: converted",
+        "images are not stored as RGB: converted",
+    ),
+}
+
+_MAX_EXAMPLES = 5
+
+
+@dataclass
+class Problems:
+    """Counts and examples of what was dropped, repaired or assumed.
+
+    Attributes:
+        counts: occurrences of each rule of `RULES` that occurred.
+        examples: the first few occurrences of each rule, as "name: what".
+        unknown_classes: objects dropped for each class name that is not in the list of classes.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    unknown_classes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, rule: str, name: str, what: str = "") -> None:
+        """Count one occurrence of `rule` in the image called `name`; `what` says what exactly."""
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r}")
+        self.counts[rule] = self.counts.get(rule, 0) + 1
+        examples = self.examples.setdefault(rule, [])
+        if len(examples) < _MAX_EXAMPLES:
+            examples.append(f"{name}: {what}" if what else name)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def summary(self) -> list[str]:
+        """Return one line for each rule that occurred, with its first examples."""
+        lines = []
+        for rule, (one, many) in RULES.items():
+            count = self.counts.get(rule, 0)
+            if not count:
+                continue
+            line = f"{count} {one if count == 1 else many}"
+            if rule == "unknown_class":
+                names = sorted(self.unknown_classes.items(), key=lambda item: (-item[1], item[0]))
+                named = ", ".join(f"{name} ({n})" for name, n in names[:20])
+                line += f": {named}" + (", ..." if len(names) > 20 else "")
+            else:
+                more = "; ..." if count > len(self.examples[rule]) else ""
+                line += f" ({'; '.join(self.examples[rule])}{more})"
+            lines.append(line)
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; `Problems(**value)` makes the same object again."""
+        return {
+            "counts": dict(self.counts),
+            "examples": {rule: list(found) for rule, found in self.examples.items()},
+            "unknown_classes": dict(self.unknown_classes),
+        }

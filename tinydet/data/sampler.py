@@ -1,0 +1,151 @@
+"""Which images make up which batch: decided in the main process, from seed and epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from tinydet.data.seeding import seeded_generator, uniform
+from tinydet.data.transforms import STRIDE
+
+
+class SampleKey(NamedTuple):
+    """What a loader process needs to make one training sample.
+
+    Attributes:
+        index: number of the image.
+        epoch: epoch, part of the seed of its augmentation.
+        image_size: longer side of the network's input, where it is drawn for the batch.
+    """
+
+    index: int
+    epoch: int
+    image_size: int | None
+
+
+class TrainBatches(Sampler[list[SampleKey]]):
+    """Shuffled batches of one epoch, as many on every process.
+
+    Upright images are batched with upright ones and wide with wide as far as it goes: a batch of
+    both would be padded to a square, a quarter of it empty. What is left of the two kinds makes
+    up the last batches. An incomplete batch is dropped, unless it is the only one.
+
+    Args:
+        sizes: (I, 2) heights and widths of all images.
+        batch_size: images in a batch of one process.
+        seed: seeds order and sizes.
+        image_size: longer side of the network's input in pixels.
+        multiscale: range of factors on `image_size`, drawn for each batch; (1, 1) is off.
+        rank: this process.
+        world_size: number of processes. Where the images do not divide evenly, the first of the
+            epoch's order are used twice.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        image_size: int,
+        multiscale: tuple[float, float] = (1.0, 1.0),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not len(sizes):
+            raise ValueError("the training split has no images")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.upright = (sizes[:, 0] > sizes[:, 1]).tolist()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.image_size = image_size
+        self.multiscale = multiscale
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        images = -(-len(self.upright) // self.world_size)
+        return max(1, images // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for number, batch in enumerate(self._batches()[: len(self)]):
+            image_size = self._draw_size(number)
+            yield [SampleKey(index, self.epoch, image_size) for index in batch]
+
+    def _batches(self) -> list[list[int]]:
+        generator = seeded_generator("order", self.seed, self.epoch)
+        order = torch.randperm(len(self.upright), generator=generator).tolist()
+        while len(order) % self.world_size:
+            order += order[: self.world_size - len(order) % self.world_size]
+        batches: list[list[int]] = []
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for index in order[self.rank :: self.world_size]:
+            same = waiting[self.upright[index]]
+            same.append(index)
+            if len(same) == self.batch_size:
+                batches.append(same.copy())
+                same.clear()
+        rest = waiting[False] + waiting[True]
+        return batches + [
+            rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)
+        ]
+
+    def _draw_size(self, number: int) -> int | None:
+        """Draw a batch's image size; without the rank, so that processes take equally long."""
+        low, high = self.multiscale
+        if low == high == 1.0:
+            return None
+        generator = seeded_generator("size", self.seed, self.epoch, number)
+        size = self.image_size * uniform(generator, low, high)
+        return max(STRIDE, round(size / STRIDE) * STRIDE)
+
+
+class TestBatches(Sampler[list[int]]):
+    """Batches of images that share one padded shape; each image once over all processes.
+
+    Args:
+        shapes: padded (height, width) of every image.
+        batch_size: most images in a batch.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    __test__ = False  # pytest would take it for a test class
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i in range(rank, len(shapes), world_size):
+            groups.setdefault(shapes[i], []).append(i)
+        self.batches = [
+            group[start : start + batch_size]
+            for group in groups.values()
+            for start in range(0, len(group), batch_size)
+        ]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: every epoch is the same."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
