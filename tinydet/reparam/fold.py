@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam.blocks import reparameterize_blocks
 from tinydet.reparam.conv_norm import fold_norms
@@ -80,6 +81,27 @@ def _check_eval_mode(model: nn.Module) -> None:
             raise ValueError(f"{where} is in training mode; call model.eval() before fold(model)")
 
 
+class _CastsToFloat64(TorchDispatchMode):
+    """Makes `x.float()` and the like cast to float64.
+
+    Networks leave float16 that way; in a float64 check it would round away what is looked for.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype")
+        if func.overloadpacket is torch.ops.aten._to_copy and dtype and dtype.is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _exact_arithmetic() -> Iterator[None]:
     """Compute in float64, also in layers that a block's own method creates without a dtype."""
@@ -90,6 +112,7 @@ def _exact_arithmetic() -> Iterator[None]:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
+            _CastsToFloat64(),
         ):
             yield
     finally:
