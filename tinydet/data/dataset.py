@@ -7,15 +7,21 @@ from pathlib import Path
 
 from tinydet.config import Data
 from tinydet.data.index import Index
-from tinydet.data.voc import read_index
+from tinydet.data.voc import read_index, split_names
 
 logger = logging.getLogger(__name__)
 
 
 def is_missing(data: Data) -> bool:
-    """Whether the data's folder is not there (an empty folder counts as not there)."""
+    """Whether the data's folder is not there, is empty, or is half of VOC 2007's download."""
     root = Path(data.root)
-    return not root.is_dir() or not any(root.iterdir())
+    if not root.is_dir() or not any(root.iterdir()):
+        return True
+    if data.source != "voc07":
+        return False
+    # Only VOC's own splits: a misspelt name is no reason to download.
+    wanted = {data.train_split, data.test_split} & {"train", "val", "trainval", "test"}
+    return not wanted <= set(split_names(root))
 
 
 def fetch(data: Data) -> None:
@@ -75,7 +81,10 @@ def load_split(data: Data, split: str) -> Index:
 
 def _missing(data: Data) -> str:
     if data.source == "voc07":
-        return f"{data.root}: PASCAL VOC 2007 is not there; run: bash tools/download_voc07.sh"
+        return (
+            f"{data.root}: PASCAL VOC 2007 is not there, or not whole; run: "
+            "bash tools/download_voc07.sh"
+        )
     return (
         f"{data.root}: no such folder, or it is empty; set data.root to a folder with "
         "Annotations/, ImageSets/Main/ and JPEGImages/"
