@@ -1,0 +1,147 @@
+"""The whole detector, with a stub for a backbone where its numbers are the reference's."""
+
+import pytest
+import torch
+from torch import nn
+
+from tinydet.config import Model
+from tinydet.yolof.detector import Detector, build_detector
+
+CLASSES = tuple(f"class{i}" for i in range(20))
+
+
+class Features(nn.Module):
+    """Stands in for a backbone: always the same feature map."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x
+        return [self.features[: len(x)]]
+
+
+@pytest.fixture
+def detector(head, reference):
+    features = Features(reference["head"]["x"])
+    mean, std = (0.5, 0.25, 0.75), (0.1, 0.2, 0.4)
+    return Detector(features, nn.Identity(), head, CLASSES, 32, mean, std, Model()).eval()
+
+
+def images(count=2):
+    return torch.randint(0, 256, (count, 3, 320, 416), dtype=torch.uint8)
+
+
+def targets_of(reference, scenario):
+    part = reference["head"]["gt"][scenario]
+    return [{"boxes": b, "labels": c} for b, c in zip(part["boxes"], part["labels"], strict=True)]
+
+
+def test_pixels_are_normalized_with_the_mean_and_deviation_of_the_backbone(detector):
+    pixels = images()
+    for given in (pixels, pixels.float()):
+        detector(given)
+        mean = torch.tensor([0.5, 0.25, 0.75]).reshape(3, 1, 1)
+        std = torch.tensor([0.1, 0.2, 0.4]).reshape(3, 1, 1)
+        expected = (pixels.float() / 255 - mean) / std
+        torch.testing.assert_close(detector.backbone.seen, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_anchors_are_the_reference(detector, reference):
+    assert detector.anchor_sides == (32, 64, 128, 256, 512)
+    torch.testing.assert_close(detector.anchors((320, 416)), reference["anchors"])
+
+
+@pytest.mark.parametrize("scenario", ["tiny_huge_empty", "five_one"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_losses_are_the_reference(detector, reference, mode, scenario):
+    losses = detector.train(mode == "train")(images(), targets_of(reference, scenario))
+    assert sorted(losses) == ["loss_box", "loss_cls"]
+    actual = torch.stack([losses["loss_cls"], losses["loss_box"]]).detach()
+    expected = reference["head"][mode]["scenarios"][scenario]["loss"]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found.scores, expected["scores"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.labels, expected["labels"])
+    torch.testing.assert_close(found.boxes, expected["boxes"], rtol=1e-4, atol=1e-2)
+
+
+def test_detections_in_original_pixels_are_the_reference(detector, reference):
+    part = reference["head"]["predict"]
+    sizes = [tuple(meta["ori_shape"]) for meta in part["metas"]]
+    scales = [tuple(meta["scale_factor"]) for meta in part["metas"]]
+    assert scales[1] == (0.5, 0.5)
+    for found, expected in zip(
+        detector.detect(images(), sizes, scales), part["rescaled"], strict=True
+    ):
+        assert_same(found, expected)
+
+
+def test_detections_in_network_pixels_are_the_reference(detector, reference):
+    # The second image of the reference is clipped to a smaller size than the batch has.
+    found = detector.detect(images())
+    assert_same(found[0], reference["head"]["predict"]["plain"][0])
+
+
+def test_scale_is_height_first(detector):
+    plain, scaled = detector.detect(images(1))[0], detector.detect(images(1), None, [(2.0, 0.5)])[0]
+    torch.testing.assert_close(scaled.boxes, plain.boxes / torch.tensor([0.5, 2, 0.5, 2]))
+
+
+def test_detect_leaves_no_gradient_and_no_box_outside(detector):
+    for found in detector.detect(images(), [(100, 200)] * 2, [(1.0, 1.0)] * 2):
+        assert not found.boxes.requires_grad
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= torch.tensor([200, 100, 200, 100])).all()
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    model = Model(
+        backbone="mobilenetv3_small_050",
+        weights="random",
+        encoder_channels=32,
+        encoder_mid_channels=8,
+        dilations=(1, 2),
+        cls_convs=1,
+        reg_convs=1,
+        anchor_scales=(1.0, 2.0),
+    )
+    return build_detector(model, ("cat", "dog", "cow"))
+
+
+def test_built_detector_has_the_shapes_and_classes_asked_for(small):
+    assert small.training
+    assert small.classes == ("cat", "dog", "cow")
+    assert small.stride == 32
+    cls_logits, deltas = small(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    assert cls_logits.shape == (2, 2 * 3 * 2, 3)
+    assert deltas.shape == (2, 2 * 3 * 2, 4)
+
+
+def test_every_parameter_learns_and_losses_are_finite(small):
+    pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    targets = [
+        {"boxes": torch.tensor([[4.0, 4, 40, 50]]), "labels": torch.tensor([1])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    small.zero_grad()
+    losses = small.train()(pixels, targets)
+    sum(losses.values()).backward()
+    for name, parameter in small.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_detections_do_not_depend_on_the_batch(small):
+    small.eval()
+    pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
+    together = small(pixels)
+    for i in range(3):
+        for whole, single in zip(together, small(pixels[i : i + 1]), strict=True):
+            torch.testing.assert_close(whole[i], single[0], rtol=1e-4, atol=1e-4)
