@@ -38,12 +38,14 @@ class IndexBuilder:
         self.classes = classes
         self.images: list[_Image] = []
 
-    def add_image(self, name: str, annotation_file: Path, image_file: Path) -> None:
+    def add_image(self, name: str, annotation_file: Path, image_file: Path | None) -> None:
         """Check one image and its annotation, and keep what is usable."""
-        for file, rule in ((image_file, "missing_image"), (annotation_file, "missing_annotation")):
-            if not file.is_file():
-                self.problems.add(rule, name)
-                return
+        if image_file is None:
+            self.problems.add("missing_image", name)
+            return
+        if not annotation_file.is_file():
+            self.problems.add("missing_annotation", name)
+            return
         try:
             annotation = parse_annotation(annotation_file)
         except (ValueError, OSError) as error:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _EXIF_ORIENTATION = 0x0112
@@ -54,8 +53,7 @@ def probe_image(path: Path) -> ImageInfo:
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
             info = ImageInfo((height, width), image.mode, orientation)
             file_format = image.format
-    # Pillow's readers raise many types on broken headers (SyntaxError and struct.error among them).
-    except Exception as error:
+    except Exception as error:  # of many types, as in `read_image`
         raise ValueError(f"not a readable image ({type(error).__name__})") from None
     if info.orientation not in range(1, 9):
         info.orientation = 1
@@ -80,6 +78,8 @@ def _ends_well(path: Path, file_format: str) -> bool:
 def read_image(path: Path, orientation: bool = False) -> Tensor:
     """Decode an image file.
 
+    With pillow: torchvision's decoders are deprecated since 0.29, and read fewer formats.
+
     Args:
         path: JPEG, PNG or anything else pillow reads; grey and CMYK are converted.
         orientation: turn the image as its EXIF orientation says.
@@ -92,19 +92,6 @@ def read_image(path: Path, orientation: bool = False) -> Tensor:
         FileNotFoundError: there is no such file.
     """
     data = path.read_bytes()
-    if not data:
-        raise ValueError(f"{path}: empty file")
-    try:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=orientation)
-        if image.dtype == torch.uint8 and image.dim() == 3:
-            return image
-    except RuntimeError:
-        pass  # A format that only pillow reads, or a broken file that pillow refuses as well.
-    return _read_with_pillow(path, data, orientation)
-
-
-def _read_with_pillow(path: Path, data: bytes, orientation: bool) -> Tensor:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
@@ -112,7 +99,8 @@ def _read_with_pillow(path: Path, data: bytes, orientation: bool) -> Tensor:
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):  # pillow would clip 16 bits to 8, not scale them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
+    # Pillow's readers raise many types on broken files (SyntaxError and struct.error among them).
     except Exception as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

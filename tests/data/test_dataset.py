@@ -1,0 +1,82 @@
+import logging
+
+import pytest
+
+from tinydet.config import Data
+from tinydet.data.dataset import fetch, is_missing, load_split
+from tinydet.data.shapes import render_shapes
+
+
+def few_shapes(root):
+    render_shapes(root, num_train=4, num_test=2, image_size=64)
+
+
+def test_load_split__renders_shapes_where_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinydet.data.shapes.render_shapes", few_shapes)
+    data = Data(root=str(tmp_path / "shapes"), source="shapes", classes=())
+    assert is_missing(data)
+    assert len(load_split(data, "trainval")) == 4
+    assert not is_missing(data)
+    assert len(load_split(data, "test")) == 2
+
+
+def test_load_split__missing_voc07_names_the_command(tmp_path):
+    data = Data(root=str(tmp_path / "VOCdevkit/VOC2007"))
+    with pytest.raises(FileNotFoundError, match=r"VOC2007.*run: bash tools/download_voc07\.sh"):
+        load_split(data, "test")
+
+
+def test_load_split__missing_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "empty"):
+        data = Data(root=str(tmp_path / name), source="folder")
+        assert is_missing(data)
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such folder, or it is empty"):
+            load_split(data, "test")
+        with pytest.raises(FileNotFoundError, match=name):
+            fetch(data)
+
+
+def test_is_missing__half_of_voc07(tree):
+    tree.add("a")
+    tree.split("a", name="trainval")
+    data = Data(root=str(tree.root))
+    assert is_missing(data)
+    assert not is_missing(Data(root=str(tree.root), source="folder"))
+    # A split of the user's own, or misspelt, is no reason to download.
+    assert not is_missing(Data(root=str(tree.root), test_split="tset"))
+    tree.split("a", name="test")
+    assert not is_missing(data)
+
+
+def test_fetch__voc07_goes_where_the_archives_unpack_to(tmp_path, monkeypatch):
+    roots = []
+    monkeypatch.setattr("tinydet.data.download.download_voc07", roots.append)
+    fetch(Data(root=str(tmp_path / "VOCdevkit" / "VOC2007")))
+    assert roots == [tmp_path]
+    with pytest.raises(ValueError, match=r"data\.root=.*end in that"):
+        fetch(Data(root=str(tmp_path / "elsewhere")))
+
+
+def test_load_split__classes_are_those_of_the_training_split(tree):
+    tree.add("a", [("bird", (1, 1, 9, 9)), ("dog", (1, 1, 9, 9))])
+    tree.add("b", [("dog", (1, 1, 9, 9)), ("cow", (1, 1, 9, 9))])
+    tree.split("a", name="trainval")
+    tree.split("b", name="test")
+    data = Data(root=str(tree.root), source="folder", classes=())
+    assert load_split(data, "trainval").classes == ("bird", "dog")
+    index = load_split(data, "test")
+    assert index.classes == ("bird", "dog")
+    assert index.labels.tolist() == [1]
+    assert index.problems.unknown_classes == {"cow": 1}
+
+
+def test_load_split__says_what_was_wrong(tree, caplog):
+    tree.add("a", [("dog", (1, 1, 9, 9)), ("dog", (3, 3, 3, 3))])
+    tree.split("a", name="trainval")
+    data = Data(root=str(tree.root), source="folder", classes=("dog",))
+    with caplog.at_level(logging.WARNING):
+        load_split(data, "trainval")
+    (record,) = caplog.records
+    assert "trainval" in record.getMessage()
+    assert "1 box has no area: dropped (a: dog 3,3,3,3)" in record.getMessage()

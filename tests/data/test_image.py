@@ -1,0 +1,88 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from tinydet.data.image import probe_image, read_image
+
+
+def gradient(height=40, width=60):
+    ys, xs = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([xs * 4, ys * 6, 255 - xs * 4], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_read_image__jpeg_modes_like_pillow(tmp_path, mode):
+    path = tmp_path / "a.jpg"
+    gradient().convert(mode).save(path, quality=95)
+    image = read_image(path)
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int).transpose(2, 0, 1)
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 40, 60)
+    assert np.abs(image.numpy().astype(int) - expected).max() <= 2
+    assert probe_image(path).mode == mode
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", ".png"), ("P", ".png"), ("RGB", ".bmp")])
+def test_read_image__other_formats(tmp_path, mode, suffix):
+    path = tmp_path / f"a{suffix}"
+    source = gradient().convert(mode)
+    source.save(path)
+    expected = np.asarray(source.convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_image(path).numpy(), expected)
+
+
+def test_read_image__sixteen_bits_are_scaled(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 256 * 7, 65535]], dtype=np.uint16)).save(path)
+    assert read_image(path)[0].tolist() == [[0, 7, 255]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_read_image__orientation_only_when_asked(tmp_path, orientation):
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    gradient().save(path, exif=exif, quality=95)
+    stored = np.asarray(Image.open(path)).transpose(2, 0, 1)
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(path))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_image(path).numpy(), stored)
+    np.testing.assert_array_equal(read_image(path, orientation=True).numpy(), turned)
+    assert probe_image(path).orientation == orientation
+    assert probe_image(path).turned_size == turned.shape[1:]
+
+
+def encoded(file_format):
+    buffer = io.BytesIO()
+    gradient().save(buffer, file_format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.8])
+def test_probe_image__finds_truncated_files(tmp_path, file_format, kept):
+    data = encoded(file_format)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    assert probe_image(path).size == (40, 60)
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(ValueError, match=r"a\.jpg|not a readable image"):
+        probe_image(path)
+    with pytest.raises(ValueError, match=r"a\.jpg"):
+        read_image(path)
+
+
+def test_probe_image__bytes_after_the_end_do_no_harm(tmp_path):
+    path = tmp_path / "a.jpg"
+    for tail in (b"\0" * 40, b"trailing text of some camera" * 10):
+        path.write_bytes(encoded("JPEG") + tail)
+        assert probe_image(path).size == (40, 60)
+
+
+def test_probe_image__not_an_image(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match="not a readable image"):
+        probe_image(path)

@@ -1,0 +1,172 @@
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from tinydet.config import Augment, Data
+from tinydet.data.loader import choose_workers, collate, make_test_loader, make_train_loader
+from tinydet.data.sample import Sample
+from tinydet.data.transforms import PAD_VALUE
+from tinydet.data.voc import VocDataset, read_index
+
+DATA = Data(image_size=64, workers=0, augment=Augment(0.3, 0.1, (0.5, 1.5), multiscale=(0.5, 1.5)))
+
+
+@pytest.fixture
+def dataset(tree):
+    names = [f"{i:02d}" for i in range(11)]
+    for i, name in enumerate(names):
+        objects = [("cat", (3 + i, 3, 30 + i, 30)), ("dog", (2, 2, 12, 12 + i), True)]
+        tree.add(name, objects if i != 4 else [], size=(50, 70) if i % 3 == 0 else (60, 40))
+    return VocDataset(read_index(tree.split(*names), "train"))
+
+
+def test_make_train_loader__same_batches_whatever_number_of_workers(dataset):
+    runs = []
+    for workers in (0, 2):
+        data = dataclasses.replace(DATA, workers=workers)
+        loader = make_train_loader(dataset, data, batch_size=2, seed=3)
+        torch.manual_seed(workers)
+        batches = []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            batches += list(loader)
+        runs.append(batches)
+    assert len(runs[0]) == len(runs[1]) == 10
+    for one, two in zip(*runs, strict=True):
+        assert one.image_ids == two.image_ids
+        assert torch.equal(one.images, two.images)
+        for target, other in zip(one.targets, two.targets, strict=True):
+            assert torch.equal(target["boxes"], other["boxes"])
+            assert torch.equal(target["labels"], other["labels"])
+
+
+def test_make_train_loader__epochs_and_seeds_differ(dataset):
+    data = dataclasses.replace(DATA, augment=Augment(color_jitter=0.4))
+
+    def first(epoch, seed):
+        loader = make_train_loader(dataset, data, batch_size=11, seed=seed)
+        loader.set_epoch(epoch)
+        (batch,) = loader
+        order = sorted(range(11), key=lambda i: batch.image_ids[i])
+        return batch.image_ids, batch.images[order]
+
+    ids, images = first(0, 0)
+    assert sorted(ids) == sorted(dataset.index.image_ids)
+    for epoch, seed in ((1, 0), (0, 1)):
+        other_ids, other_images = first(epoch, seed)
+        assert other_ids != ids
+        assert not torch.equal(other_images, images)
+    again_ids, again_images = first(0, 0)
+    assert again_ids == ids
+    assert torch.equal(again_images, images)
+
+
+def test_make_train_loader__no_difficult_objects_and_empty_images_stay(dataset):
+    data = dataclasses.replace(DATA, augment=Augment(hflip=0.0, shift=0.0))
+    (batch,) = make_train_loader(dataset, data, batch_size=11)
+    for name, target in zip(batch.image_ids, batch.targets, strict=True):
+        assert target["labels"].tolist() == ([] if name == "04" else [0])
+        assert target["boxes"].shape == (len(target["labels"]), 4)
+        assert not target["difficult"].any()
+
+
+def test_make_train_loader__incomplete_batch_only_if_there_is_no_other(dataset):
+    assert [len(b) for b in make_train_loader(dataset, DATA, batch_size=4)] == [4, 4]
+    loader = make_train_loader(dataset, DATA, batch_size=32)
+    assert len(loader) == 1
+    assert [len(b) for b in loader] == [11]
+
+
+def test_make_train_loader__unreadable_image_is_replaced_and_reported_once(dataset, caplog):
+    path = dataset.index.image_path(10)
+    path.write_bytes(path.read_bytes()[:300])
+    dataset.index.image_path(0).unlink()
+    loader = make_train_loader(dataset, DATA, batch_size=11)
+    with caplog.at_level(logging.WARNING):
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            (batch,) = loader
+            # The next readable one: 1 stands in for 0, and for 10 by way of 0.
+            assert sorted(batch.image_ids) == sorted(
+                ["01", "01", "01"] + [f"{i:02d}" for i in range(2, 10)]
+            )
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert any("image 10 " in m for m in messages)
+    assert any("image 00 " in m for m in messages)
+
+
+def test_make_train_loader__nothing_readable_is_an_error(dataset):
+    for i in range(11):
+        dataset.index.image_path(i).unlink()
+    with pytest.raises(ValueError, match="not one of its images"):
+        next(iter(make_train_loader(dataset, DATA, batch_size=2)))
+
+
+def test_make_train_loader__own_transform(dataset):
+    def transform(sample, _):
+        return dataclasses.replace(sample, image=torch.zeros(3, 5, 5, dtype=torch.uint8))
+
+    data = dataclasses.replace(DATA, augment=Augment())
+    own = VocDataset(dataset.index, transform)
+    batch = next(iter(make_train_loader(own, data, batch_size=2)))
+    assert batch.images.shape == (2, 3, 32, 32)
+
+
+def test_make_test_loader__every_image_once_and_boxes_lead_back(dataset):
+    batches = list(make_test_loader(dataset, DATA, batch_size=3))
+    assert sorted(name for b in batches for name in b.image_ids) == dataset.index.image_ids
+    number = {name: i for i, name in enumerate(dataset.index.image_ids)}
+    for batch in batches:
+        for name, size, (sy, sx), target in zip(
+            batch.image_ids, batch.sizes, batch.scales, batch.targets, strict=True
+        ):
+            boxes, labels, difficult = dataset.index.objects(number[name])
+            back = target["boxes"] / torch.tensor([sx, sy, sx, sy])
+            torch.testing.assert_close(back, torch.tensor(boxes))
+            assert target["labels"].tolist() == labels.tolist()
+            assert target["difficult"].tolist() == difficult.tolist()
+            assert size == dataset.index.size(number[name])
+
+
+def test_make_test_loader__images_do_not_depend_on_the_batch_size(dataset):
+    images = []
+    for batch_size in (1, 4):
+        loader = make_test_loader(dataset, DATA, batch_size)
+        images.append({n: x for b in loader for n, x in zip(b.image_ids, b.images, strict=True)})
+    for name in images[0]:
+        assert torch.equal(images[0][name], images[1][name])
+
+
+def test_make_test_loader__unreadable_image_is_grey(dataset, caplog):
+    dataset.index.image_path(3).write_text("no image any more")
+    loader = make_test_loader(dataset, DATA, batch_size=1)
+    with caplog.at_level(logging.WARNING):
+        batches = {b.image_ids[0]: b for b in loader}
+    assert sorted(batches) == dataset.index.image_ids
+    assert (batches["03"].images == PAD_VALUE).all()
+    assert len(batches["03"].targets[0]["boxes"]) == 2
+    assert ["image 03 " in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_collate__pads_to_whole_strides():
+    def sample(height, width):
+        image = torch.full((3, height, width), 9, dtype=torch.uint8)
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Sample(image, torch.zeros(0, 4), empty, empty.bool(), "a", (height, width))
+
+    batch = collate([sample(33, 20), sample(5, 70)], keep_difficult=False)
+    assert batch.images.shape == (2, 3, 64, 96)
+    assert (batch.images[0, :, :33, :20] == 9).all()
+    assert (batch.images == 9).sum() == 3 * (33 * 20 + 5 * 70)
+    assert set(batch.images.unique().tolist()) == {9, PAD_VALUE}
+    assert batch.targets[0]["boxes"].shape == (0, 4)
+
+
+def test_choose_workers():
+    assert choose_workers(3, "cpu") == 3
+    assert choose_workers(0, "cuda") == 0
+    assert choose_workers(-1, "cpu") in (1, 2)
+    assert 1 <= choose_workers(-1, "cuda") <= 8

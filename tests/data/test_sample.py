@@ -1,0 +1,24 @@
+import torch
+
+from tinydet.data.sample import Batch
+
+
+def batch():
+    target = {
+        "boxes": torch.zeros(2, 4),
+        "labels": torch.zeros(2, dtype=torch.int64),
+        "difficult": torch.zeros(2, dtype=torch.bool),
+    }
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    return Batch(images, [target], ["a"], [(10, 20)], [(1.0, 2.0)], ["b"])
+
+
+def test_batch__to_moves_every_tensor_and_keeps_the_rest():
+    first = batch()
+    moved = first.to("meta")
+    assert moved.images.device.type == "meta"
+    assert {v.device.type for v in moved.targets[0].values()} == {"meta"}
+    assert (moved.image_ids, moved.sizes, moved.scales) == (["a"], [(10, 20)], [(1.0, 2.0)])
+    assert moved.unreadable == ["b"]
+    assert first.images.device.type == "cpu"
+    assert len(moved) == 1
