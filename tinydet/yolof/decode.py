@@ -76,13 +76,13 @@ def postprocess(
         max_detections: kept for an image.
     """
     num_images, num_anchors, num_classes = cls_logits.shape
-    scores = cls_logits.float().sigmoid().flatten(1)  # (B, A * K)
+    scores = cls_logits.sigmoid().flatten(1)  # (B, A * K)
     top_scores, top_pairs = scores.topk(min(candidates, num_anchors * num_classes), dim=1)
     image_idxs, ranks = (top_scores > score_threshold).nonzero(as_tuple=True)
     pairs = top_pairs[image_idxs, ranks]
     kept_scores = top_scores[image_idxs, ranks]
     labels = pairs % num_classes
-    kept_boxes = boxes.float()[image_idxs, pairs // num_classes]
+    kept_boxes = boxes[image_idxs, pairs // num_classes]
     kept_boxes = clip_boxes_to_image(kept_boxes, image_size)
 
     solid = (kept_boxes[:, 2:] > kept_boxes[:, :2]).all(dim=1)

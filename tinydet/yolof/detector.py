@@ -79,7 +79,9 @@ class Detector(nn.Module):
         cls_logits, deltas = self.head(self.encoder(features))
         if targets is None:
             return cls_logits, deltas
-        return self._losses(cls_logits, deltas, tuple(images.shape[-2:]), targets)
+        # Outside autocast: in half precision neither IoUs nor sums over all anchors are exact.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._losses(cls_logits, deltas, tuple(images.shape[-2:]), targets)
 
     def anchors(self, image_size: tuple[int, int]) -> Tensor:
         """Return the (A, 4) xyxy anchors for an input of (H, W) pixels."""

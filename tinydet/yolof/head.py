@@ -47,16 +47,17 @@ class Head(nn.Module):
         nn.init.constant_(self.cls_score.bias, -math.log((1 - _PRIOR) / _PRIOR))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, channels, H, W) to cls_logits (B, A, K) and deltas (B, A, 4), float32."""
+        """Map (B, channels, H, W) to cls_logits (B, A, K) and deltas (B, A, 4)."""
         cls_features = self.cls_tower(x)
         reg_features = self.reg_tower(x)
         # Channels are anchor-major, then class: anchor order (y, x, side) as in make_anchors.
         cls_logits = rearrange(
-            self.cls_score(cls_features).float(), "b (a k) h w -> b (h w a) k", k=self.num_classes
+            self.cls_score(cls_features), "b (a k) h w -> b (h w a) k", k=self.num_classes
         )
-        obj_logits = rearrange(self.objectness(reg_features).float(), "b a h w -> b (h w a) 1")
-        deltas = rearrange(self.box_delta(reg_features).float(), "b (a d) h w -> b (h w a) d", d=4)
-        return fuse_objectness(cls_logits, obj_logits), deltas
+        obj_logits = rearrange(self.objectness(reg_features), "b a h w -> b (h w a) 1")
+        deltas = rearrange(self.box_delta(reg_features), "b (a d) h w -> b (h w a) d", d=4)
+        fused = fuse_objectness(_at_least_float32(cls_logits), _at_least_float32(obj_logits))
+        return fused, _at_least_float32(deltas)
 
 
 def fuse_objectness(cls_logits: Tensor, obj_logits: Tensor) -> Tensor:
@@ -66,6 +67,11 @@ def fuse_objectness(cls_logits: Tensor, obj_logits: Tensor) -> Tensor:
     """
     capped = cls_logits.clamp(max=_MAX_EXP_LOGIT).exp() + obj_logits.clamp(max=_MAX_EXP_LOGIT).exp()
     return cls_logits + obj_logits - torch.log1p(capped)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Leave half precision, in which neither logits nor pixels are exact; keep float64."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _tower(channels: int, depth: int) -> nn.Sequential:

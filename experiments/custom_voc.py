@@ -1,0 +1,39 @@
+"""Any folder in VOC layout; class names are read from its annotations.
+
+python tools/train.py experiments/custom_voc.py --set data.root=FOLDER
+
+The defaults are for a few hundred images of a few hundred pixels and a patient CPU or any GPU:
+C4 at stride 16 finds small objects, and a narrow encoder keeps a step short.
+"""
+
+from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
+
+experiment = Experiment(
+    model=Model(
+        backbone="tf_efficientnet_lite0",
+        feature="C4",
+        encoder_channels=128,
+        encoder_mid_channels=64,
+        cls_convs=1,
+        reg_convs=2,
+    ),
+    data=Data(
+        root="datasets/custom",
+        source="folder",
+        classes=(),
+        image_size=416,
+        augment=Augment(
+            color_jitter=0.2, scale=(0.75, 1.33), hflip=0.5, vflip=0.5, shift=0.5, max_shift=16
+        ),
+    ),
+    optim=Optim(
+        optimizer="adamw",
+        lr=2e-3,
+        backbone_lr_factor=0.5,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_iters=50,
+        clip_norm=10.0,
+    ),
+    train=Train(epochs=40, batch_size=8, ema_decay=0.998, eval_every=5),
+)

@@ -1,0 +1,44 @@
+"""Run a detector over a split and score it."""
+
+from __future__ import annotations
+
+import torch
+
+from tinydet.config import Data
+from tinydet.data.index import Index
+from tinydet.data.loader import make_test_loader
+from tinydet.data.voc import VocDataset
+from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
+from tinydet.yolof.detector import Detector
+
+
+def evaluate_detector(
+    detector: Detector, index: Index, data: Data, batch_size: int, device: torch.device
+) -> Metrics:
+    """Return the metrics of a detector, in float32, on every image of a split."""
+    detections = detect_split(detector, index, data, batch_size, device)
+    return evaluate(detections, ground_truth(index), index.classes)
+
+
+def detect_split(
+    detector: Detector, index: Index, data: Data, batch_size: int, device: torch.device
+) -> list[ImageDetections]:
+    """Return the detections of every image of a split, in the index's order, in original pixels."""
+    loader = make_test_loader(VocDataset(index), data, batch_size, device=device)
+    found: dict[str, ImageDetections] = {}
+    detector = detector.to(memory_format=torch.channels_last)
+    for batch in loader:
+        images = batch.images.to(device, non_blocking=True)
+        images = images.contiguous(memory_format=torch.channels_last)
+        for image_id, result in zip(
+            batch.image_ids, detector.detect(images, batch.sizes, batch.scales), strict=True
+        ):
+            found[image_id] = ImageDetections(
+                result.boxes.cpu().numpy(), result.scores.cpu().numpy(), result.labels.cpu().numpy()
+            )
+    return [found[image_id] for image_id in index.image_ids]
+
+
+def ground_truth(index: Index) -> list[GroundTruth]:
+    """Return the annotated boxes of every image, difficult ones included and marked."""
+    return [GroundTruth(*index.objects(i)) for i in range(len(index))]

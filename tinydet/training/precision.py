@@ -1,0 +1,141 @@
+"""Which dtype and memory format a step runs in, measured where it cannot be known."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from tinydet.config import ConfigError, Train
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+class _InFloat32(nn.Module):
+    """Put before a layer class in the order of bases, runs that layer outside autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+@cache
+def _in_float32(layer: type[nn.Module]) -> type[nn.Module]:
+    return type(layer.__name__, (_InFloat32, layer), {})
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a training step runs.
+
+    Attributes:
+        dtype: of autocast; "float32" is without.
+        memory_format: of weights and images.
+        reason: one line that says how it was chosen.
+    """
+
+    dtype: str
+    memory_format: str
+    reason: str
+
+    @property
+    def torch_format(self) -> torch.memory_format:
+        """The memory format as torch names it."""
+        return _FORMATS[self.memory_format]
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put a model's weights into the memory format, and its layers into their dtypes.
+
+        In bfloat16 on a CPU, depthwise convolutions get a class that computes in float32; names,
+        parameters and the function outside autocast stay as they are.
+        """
+        model.to(memory_format=self.torch_format)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        for module in model.modules():
+            depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+            if depthwise and on_cpu and self.dtype == "bfloat16":
+                module.__class__ = _in_float32(type(module))
+
+    @contextmanager
+    def autocast(self, device: torch.device) -> Iterator[None]:
+        """Run the forward pass in this dtype."""
+        enabled = self.dtype != "float32"
+        with torch.autocast(device.type, _DTYPES[self.dtype], enabled=enabled):
+            yield
+
+
+def choose_precision(
+    train: Train,
+    device: torch.device,
+    detector: nn.Module,
+    images: Tensor,
+    targets: Sequence[dict[str, Tensor]],
+) -> Precision:
+    """Take what the experiment says; where it says "auto", the best for this model and device.
+
+    A GPU gets float16 (with loss scaling) and channels_last. On a CPU the best format and dtype
+    differ by several times from model to model, so real training steps are timed on a copy.
+
+    Raises:
+        ConfigError: float16 on a CPU, where gradients would need loss scaling and nothing is won.
+    """
+    if device.type != "cuda" and train.dtype == "float16":
+        raise ConfigError("train.dtype=float16: for a GPU; on a CPU take bfloat16, float32 or auto")
+    if "auto" not in (train.dtype, train.memory_format):
+        return Precision(train.dtype, train.memory_format, "as the experiment says")
+    if device.type == "cuda":
+        dtype = "float16" if train.dtype == "auto" else train.dtype
+        memory_format = "channels_last" if train.memory_format == "auto" else train.memory_format
+        return Precision(dtype, memory_format, "the usual choice for a GPU")
+
+    dtypes = ("float32", "bfloat16") if train.dtype == "auto" else (train.dtype,)
+    formats = (
+        ("channels_last", "contiguous") if train.memory_format == "auto" else (train.memory_format,)
+    )
+    seconds: dict[tuple[str, str], float] = {}
+    for memory_format, dtype in product(formats, dtypes):
+        candidate = Precision(dtype, memory_format, "")
+        best = min(seconds.values(), default=float("inf"))
+        seconds[dtype, memory_format] = _time_step(candidate, detector, images, targets, best)
+    dtype, memory_format = min(seconds, key=seconds.__getitem__)
+    timings = ", ".join(f"{d} {f} {s:.2f} s" for (d, f), s in sorted(seconds.items()))
+    return Precision(dtype, memory_format, f"fastest of the steps timed: {timings}")
+
+
+def _time_step(
+    precision: Precision,
+    detector: nn.Module,
+    images: Tensor,
+    targets: Sequence[dict[str, Tensor]],
+    best: float,
+) -> float:
+    """Return the seconds of a training step: the shortest of two after one to warm up.
+
+    A candidate whose warm-up alone took twice the best so far is not run again.
+    """
+    model = copy.deepcopy(detector)
+    precision.prepare(model)
+    images = images.contiguous(memory_format=precision.torch_format)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with precision.autocast(images.device):
+            losses = model(images, targets)
+        sum(losses.values()).backward()
+        model.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        if seconds[0] > 2 * best:
+            break
+    return min(seconds)

@@ -1,0 +1,46 @@
+"""Evaluate a checkpoint: python tools/test.py EXPERIMENT CHECKPOINT --eval mAP."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from tinydet.cli import add_overrides, run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", type=Path, help="a file of experiments/, or experiment.json")
+    parser.add_argument("checkpoint", type=Path, help="training or deploy form")
+    parser.add_argument("--eval", default="mAP", choices=["mAP"], help="what to compute")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    add_overrides(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, evaluate, print."""
+    from tinydet.config import load_experiment
+
+    experiment = load_experiment(args.experiment, args.set)
+
+    from tinydet.data.dataset import load_split
+    from tinydet.training.checkpoint import load_detector
+    from tinydet.training.device import pick_device
+    from tinydet.training.evaluate import evaluate_detector
+    from tinydet.training.results import write_json
+
+    device = pick_device(args.device)
+    detector = load_detector(args.checkpoint, experiment, device)
+    data = replace(experiment.data, classes=detector.classes)
+    index = load_split(data, data.test_split)
+    metrics = evaluate_detector(detector, index, data, experiment.train.eval_batch_size, device)
+    print("\n".join(metrics.lines()))
+    if args.out:
+        write_json(args.out, metrics.as_dict())
+
+
+if __name__ == "__main__":
+    run(main, _parser())

@@ -1,0 +1,71 @@
+"""Train an experiment: python tools/train.py experiments/rexnet_yolof.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tinydet.cli import add_overrides, run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", type=Path, help="a file of experiments/, or experiment.json")
+    parser.add_argument("--work-dir", type=Path, help="where results go; default runs/NAME/N")
+    parser.add_argument("--seed", type=int, help="short for --set train.seed=N")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N; short for --set train.device=D")
+    resume = parser.add_mutually_exclusive_group()
+    resume.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="go on from it")
+    resume.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest last.pt of --work-dir, or of this experiment",
+    )
+    parser.add_argument("--download", action="store_true", help="fetch missing data without asking")
+    add_overrides(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load the experiment, make its data present, train."""
+    from tinydet.config import load_experiment
+
+    overrides = list(args.set)
+    if args.seed is not None:
+        overrides.append(f"train.seed={args.seed}")
+    if args.device is not None:
+        overrides.append(f"train.device={args.device}")
+    experiment = load_experiment(args.experiment, overrides)
+
+    from tinydet.data.dataset import fetch, is_missing
+    from tinydet.training.loop import train
+    from tinydet.training.runs import new_run_dir, newest_checkpoint
+
+    data = experiment.data
+    if data.source == "voc07" and is_missing(data):
+        wanted = args.download or (
+            sys.stdin.isatty()
+            and input(f"{data.root} is missing; download VOC 2007 (about 900 MB)? [y/N] ")
+            .strip()
+            .lower()
+            .startswith("y")
+        )
+        if wanted:
+            fetch(data)
+
+    resume_from = args.resume_from
+    if args.resume and args.work_dir:
+        resume_from = args.work_dir / "last.pt"
+    elif args.resume:
+        resume_from = newest_checkpoint(file_name="last.pt", name=experiment.name)
+    if args.work_dir:
+        run_dir = args.work_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+    else:
+        run_dir = resume_from.parent if resume_from else new_run_dir(experiment.name)
+    train(experiment, run_dir, resume_from)
+
+
+if __name__ == "__main__":
+    run(main, _parser())
