@@ -3,8 +3,8 @@
 `tests/data/yolof_reference.pt.gz` is the part of `../shared/reference/yolof.pt` these tests need
 (MMDetection 3.3.0's YOLOF head and neck on the CPU; its README says what each value is). Kept are
 weights, inputs, matches, losses and predictions; of the outputs of convolutions, and of `grad_x`,
-rows 0 to 4 of image 0; gradients of the class logits, summed over classes and over anchors; gradients of
-the deltas where they are not zero. Anchors are flattened in the order (y, x, side).
+rows 0 to 4 of image 0; gradients of the class logits, summed over classes and over anchors;
+gradients of the deltas where not zero. Anchors are flattened in the order (y, x, side).
 """
 
 import gzip

@@ -45,7 +45,7 @@ def test_losses_under_ties_are_near_the_reference(reference, outputs, mode):
     assert positives == pytest.approx(expected["avg_factor"], abs=2)
     actual = torch.stack([losses["loss_cls"], losses["loss_box"]]) * positives
     sums = expected["loss"] * expected["avg_factor"]
-    torch.testing.assert_close(actual, sums, rtol=0.1, atol=0)
+    torch.testing.assert_close(actual, sums, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
