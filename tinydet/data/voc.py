@@ -87,9 +87,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
     names, repeated = _split_names(split_file, images)
     annotation_files = [root / "Annotations" / f"{name}.xml" for name in names]
     # Only files that the folder lists: a name with ".." in it must not lead elsewhere.
-    image_files = [
-        root / "JPEGImages" / images[name] if name in images else None for name in names
-    ]
+    image_files = [root / "JPEGImages" / images[name] if name in images else None for name in names]
 
     mark = fingerprint([split_file, *annotation_files, *filter(None, image_files)])
     cached = cache_file(root, split, classes)
