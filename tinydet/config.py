@@ -280,7 +280,7 @@ def override(experiment: Experiment, assignments: typing.Sequence[str]) -> Exper
     """
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not name.strip():
             raise ConfigError(f"--set {assignment}: write it as name=value, e.g. train.epochs=3")
         experiment = _replace_path(experiment, name.strip().split("."), text.strip(), name.strip())
     return experiment
@@ -290,7 +290,8 @@ def _replace_path(node: Any, path: list[str], text: str, full: str) -> Any:
     name, *rest = path
     hints = typing.get_type_hints(type(node))
     if name not in hints:
-        raise ConfigError(f"--set {full}: {_unknown(name, full, list(hints), type(node))}")
+        prefix = full[: len(full) - len(".".join(path))]
+        raise ConfigError(f"--set {full}: {_unknown(name, full, prefix, type(node))}")
     nested = dataclasses.is_dataclass(hints[name])
     if rest and not nested:
         raise ConfigError(f"--set {full}: {'.'.join(full.split('.')[: -len(rest)])} has no fields")
@@ -304,12 +305,17 @@ def _replace_path(node: Any, path: list[str], text: str, full: str) -> Any:
     return dataclasses.replace(node, **{name: value})
 
 
-def _unknown(name: str, full: str, names: list[str], owner: type) -> str:
-    paths = _all_paths(Experiment)
-    in_owner = difflib.get_close_matches(name, names, 1)
+def _unknown(name: str, full: str, prefix: str, owner: type) -> str:
+    """Say that `owner` has no `name` and what was meant by the whole path `prefix` + name + rest."""
+    names, paths = list(typing.get_type_hints(owner)), _all_paths(Experiment)
     # A right name under the wrong group is as common as a typo.
-    elsewhere = [p for p in paths if p.split(".")[-1] == name]
-    near = elsewhere or [full[: len(full) - len(name)] + n for n in in_owner]
+    elsewhere = [p for p in paths if p.split(".")[-1] == full.split(".")[-1]]
+    near = difflib.get_close_matches(full, elsewhere, 1, 0)
+    rest = full[len(prefix) + len(name) :]
+    for corrected in difflib.get_close_matches(name, names, 1):
+        path = prefix + corrected + rest
+        groups_and_fields = [p for p in paths if f"{p}.".startswith(f"{path}.")]
+        near = near or ([path] if groups_and_fields else difflib.get_close_matches(path, paths, 1))
     near = near or difflib.get_close_matches(full, paths, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{owner.__name__} has no field {name!r}{hint} (it has {', '.join(names)})"
@@ -336,8 +342,8 @@ def _parse_text(text: str, hint: Any) -> Any:
             return ()
         item = typing.get_args(hint)[0]
         return tuple(_parse_text(t.strip(" '\""), item) for t in text.strip("()[], ").split(","))
-    fraction = re.fullmatch(r"([\d.]+)/([\d.]+)", text)
-    if fraction and hint is float:
+    fraction = re.fullmatch(r"(\d+\.?\d*)/(\d+\.?\d*)", text)
+    if fraction and hint is float and float(fraction[2]):
         return float(fraction[1]) / float(fraction[2])
     try:
         return ast.literal_eval(text)
@@ -391,7 +397,7 @@ def _from_dict(cls: type, values: Any, prefix: str) -> Any:
     converted = {}
     for name, value in values.items():
         if name not in hints:
-            raise ConfigError(_unknown(name, prefix + name, list(hints), cls))
+            raise ConfigError(_unknown(name, prefix + name, prefix, cls))
         if dataclasses.is_dataclass(hints[name]):
             converted[name] = _from_dict(hints[name], value, f"{prefix}{name}.")
         else:
