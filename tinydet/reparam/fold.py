@@ -8,6 +8,7 @@ compared with the original in float64, and only then are the weights cast back.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,19 +49,17 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
     """
     _check_eval_mode(model)
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    with _exact_arithmetic():
-        original = copy.deepcopy(model).cpu().double()
-        inputs = [_random_like(arguments), _as_float64(arguments)]
-        # On random values: a network's answer to an all-zero example tells little.
-        folded, blocks, failed = reparameterize_blocks(copy.deepcopy(original), inputs[0])
-        norms, kept = fold_norms(folded, inputs[0])
-        found = compare(original, folded, inputs)
-    if not found.max_rel <= _TOLERANCE:
-        raise ValueError(
-            f"folding {type(model).__name__} changed its output by {found.max_rel:.1e} of the "
-            f"largest value (allowed {_TOLERANCE:.0e}); nothing was folded"
-        )
-    _restore_dtype_and_device(folded, model)
+    with torch.inference_mode(False), torch.no_grad():
+        with _exact_arithmetic():
+            original = copy.deepcopy(model).cpu().double()
+            inputs = [_random_like(arguments), _as_float64(arguments)]
+            # On random values: a network's answer to an all-zero example tells little.
+            folded, blocks, failed = reparameterize_blocks(copy.deepcopy(original), inputs[0])
+            norms, kept = fold_norms(folded, inputs[0])
+            found = compare(original, folded, inputs)
+        if not found.max_rel <= _TOLERANCE:
+            raise ValueError(_refusal(model, found.max_rel))
+        _restore_dtype_and_device(folded, model)
     report = FoldReport(
         folded=(*blocks, *norms),
         kept=(*failed, *kept),
@@ -71,6 +70,16 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
         max_rel=found.max_rel,
     )
     return folded.eval(), report
+
+
+def _refusal(model: nn.Module, max_rel: float) -> str:
+    name = type(model).__name__
+    if not math.isfinite(max_rel):
+        return f"{name} returns values that are not finite, before or after folding; not folded"
+    return (
+        f"folding {name} changed its output by {max_rel:.1e} of the largest value "
+        f"(allowed {_TOLERANCE:.0e}); not folded"
+    )
 
 
 def _check_eval_mode(model: nn.Module) -> None:
@@ -104,19 +113,19 @@ class _CastsToFloat64(TorchDispatchMode):
 
 @contextmanager
 def _exact_arithmetic() -> Iterator[None]:
-    """Compute in float64, also in layers that a block's own method creates without a dtype."""
-    default = torch.get_default_dtype()
+    """Compute in float64, also in layers that a block's own method creates without a dtype.
+
+    In one thread: on small inputs, on a busy machine, threads mostly wait for each other.
+    """
+    default, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
     try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            _CastsToFloat64(),
-        ):
+        with torch.autocast("cpu", enabled=False), _CastsToFloat64():
             yield
     finally:
         torch.set_default_dtype(default)
+        torch.set_num_threads(threads)
 
 
 def _as_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

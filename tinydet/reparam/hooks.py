@@ -52,7 +52,10 @@ def hooks_off(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def calls_recorded(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any, Any]]]:
-    """Record (args, kwargs, output) of each module's first call, as copies."""
+    """Record (args, kwargs, output) of the forward in each module's first call, as copies.
+
+    These are what `forward` itself takes and returns: after pre-hooks and before other hooks.
+    """
     records: dict[nn.Module, tuple[Any, Any, Any]] = {}
     arguments: dict[nn.Module, tuple[Any, Any]] = {}
 
@@ -68,7 +71,7 @@ def calls_recorded(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[A
     handles = []
     for module in modules:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
+        handles.append(module.register_forward_hook(after, prepend=True))
     try:
         yield records
     finally:

@@ -1,0 +1,213 @@
+import importlib
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tinydet.reparam import fold
+from tinydet.reparam.dataflow import observe, storage_of
+
+# The package's name `fold` is the function.
+fold_module = importlib.import_module("tinydet.reparam.fold")
+
+_MODELS = [
+    "resnet18",
+    "rexnet_100",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_large_100",
+    "repvgg_a0",
+    "mobileone_s0",
+]
+
+
+def _net(seed=0):
+    torch.manual_seed(seed)
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 4, 1),
+            nn.BatchNorm2d(4),
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("features_only", [False, True])
+def test_fold__timm(name, features_only, randomise):
+    model = randomise(timm.create_model(name, features_only=features_only)).double().eval()
+    folded, report = fold(model, torch.zeros(1, 3, 64, 64))
+    assert report.norms_after == 0
+    assert report.kept == ()
+    assert report.max_rel < 1e-12
+    assert report.params_after < report.params_before
+    x = torch.randn(2, 3, 96, 64, dtype=torch.float64)  # another batch, another size
+    with torch.no_grad():
+        expected, found = model(x), folded(x)
+    if not features_only:
+        expected, found = [expected], [found]
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_fold__nothing_unused_is_left(name):
+    model = timm.create_model(name).eval()
+    folded, report = fold(model, torch.zeros(1, 3, 64, 64))
+    flow = observe(folded, (torch.zeros(1, 3, 64, 64),), is_leaf=lambda _: False)
+    for key, tensor in folded.state_dict(keep_vars=True).items():
+        assert flow.readers(storage_of(tensor)) or any(
+            view.storage == storage_of(tensor) for op in flow.ops for view in op.inputs
+        ), key
+    size = len(pickle.dumps(folded))
+    assert size < 4 * report.params_after * 1.1 + 200_000
+
+
+def test_fold__does_not_touch_the_model():
+    model = _net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fold(model, torch.zeros(1, 3, 8, 8))
+    assert before.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.dtype == before[key].dtype
+
+
+def test_fold__deterministic_structure_loads_strictly():
+    x = torch.randn(1, 3, 8, 8)
+    trained, _ = fold(_net(seed=1), x)
+    fresh, _ = fold(_net(seed=2), torch.zeros(1, 3, 12, 12))
+    fresh.load_state_dict(trained.state_dict(), strict=True)
+    torch.testing.assert_close(fresh(x), trained(x))
+
+
+def test_fold__twice_changes_nothing():
+    for model in (_net(), timm.create_model("fastvit_t8", features_only=True).eval()):
+        once, first = fold(model, torch.zeros(1, 3, 64, 64))
+        twice, report = fold(once, torch.zeros(1, 3, 64, 64))
+        assert first.norms_after == 0
+        assert report.folded == ()
+        assert report.kept == ()
+        state = twice.state_dict()
+        assert state.keys() == once.state_dict().keys()
+        assert all(torch.equal(v, state[k]) for k, v in once.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["repvgg_a0", "tiny_vit_5m_224"])
+def test_fold__keeps_the_dtype(dtype, name):
+    model = timm.create_model(name, features_only=True).eval().to(dtype)
+    folded, _ = fold(model, torch.zeros(1, 3, 64, 64))
+    assert {v.dtype for v in folded.state_dict().values() if v.is_floating_point()} == {dtype}
+    with torch.no_grad():
+        assert folded(torch.zeros(1, 3, 64, 64, dtype=dtype))[-1].dtype == dtype
+
+
+def test_fold__mixed_dtypes_follow_the_kernels():
+    model = timm.create_model("repvgg_a0").eval().bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    folded, _ = fold(model, torch.zeros(1, 3, 64, 64))
+    assert {p.dtype for p in folded.parameters()} == {torch.bfloat16}
+
+
+def test_fold__refuses_training_mode():
+    with pytest.raises(ValueError, match="training mode"):
+        fold(_net().train(), torch.zeros(1, 3, 8, 8))
+    model = _net()
+    model[1].train()
+    with pytest.raises(ValueError, match="layer 1 is in training mode"):
+        fold(model, torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("error", [1e-6, 0.5])
+def test_fold__refuses_a_wrong_fold(monkeypatch, error):
+    right = fold_module.fold_norms
+
+    def wrong(model, inputs):
+        steps = right(model, inputs)
+        model[0].weight.data *= 1 + error
+        return steps
+
+    monkeypatch.setattr(fold_module, "fold_norms", wrong)
+    with pytest.raises(ValueError, match="changed its output"):
+        fold(_net(), torch.zeros(1, 3, 8, 8))
+
+
+def test_fold__refuses_a_network_without_finite_output():
+    model = _net()
+    model[0].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        fold(model, torch.zeros(1, 3, 8, 8))
+
+
+def test_fold__casts_to_float32_inside_do_not_blur_the_check():
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _net()
+
+        def forward(self, x):
+            return self.net(x).float()
+
+    _, report = fold(Casting().eval(), torch.zeros(4, 3, 32, 32))
+    assert report.max_rel < 1e-12
+
+
+def test_fold__several_arguments_and_uint8():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _net()
+
+        def forward(self, images, offset):
+            return {"out": self.net(images.to(self.net[0].weight.dtype) / 255 + offset)}
+
+    model = Two().eval()
+    inputs = (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.ones(1))
+    folded, report = fold(model, inputs)
+    assert report.norms_after == 0
+    torch.testing.assert_close(folded(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_fold__result_pickles_and_exports():
+    folded, _ = fold(_net(), torch.zeros(1, 3, 8, 8))
+    x = torch.randn(2, 3, 10, 10)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(folded))(x), folded(x))
+    exported = torch.export.export(folded, (x,))
+    torch.testing.assert_close(exported.module()(x), folded(x))
+    torch.save(folded.state_dict(), io.BytesIO())
+
+
+def test_fold__leaves_no_global_state_behind():
+    fold(_net(), torch.zeros(1, 3, 8, 8))
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.is_grad_enabled()
+    model = _net()
+    with torch.inference_mode():
+        folded, _ = fold(model, torch.zeros(1, 3, 8, 8))
+    assert not any(p.is_inference() for p in folded.parameters())
+
+
+def test_report_lines():
+    _, report = fold(_net(), torch.zeros(1, 3, 8, 8))
+    lines = "\n".join(report.lines())
+    assert "2 -> 0" in lines
+    assert f"{report.params_after:,}" in lines
+
+
+def test_fold__feature_hooks(randomise):
+    model = timm.create_model(
+        "repvgg_a0", features_only=True, feature_cls="hook", out_indices=(1, 4)
+    )
+    model = randomise(model).double().eval()
+    folded, report = fold(model, torch.zeros(1, 3, 64, 64))
+    assert report.norms_after == 0
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for a, b in zip(model(x), folded(x), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9 * a.abs().max().item())
