@@ -1,7 +1,8 @@
-"""An experiment is plain Python: frozen dataclasses, a file that ends in `experiment`, overrides by path.
+"""An experiment is plain Python: frozen dataclasses, a file that ends in `experiment`, overrides.
 
-A file builds `experiment = Experiment(...)`; a variant imports another file's `experiment` (files in
-the same folder import each other by name) and uses `dataclasses.replace`. `--set a.b=c` changes one field.
+A file builds `experiment = Experiment(...)`; a variant imports another file's `experiment` (files
+in the same folder import each other by name) and uses `dataclasses.replace`. `--set a.b=c` changes
+one field.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """The optimiser and its schedule; rates and iterations are meant for `base_batch` images a step.
+    """The optimiser and its schedule; rates and iterations are for `base_batch` images a step.
 
     Attributes:
         optimizer: "sgd" (momentum) or "adamw".
@@ -147,7 +148,7 @@ class Optim:
         warmup_factor: fraction of the rate at the first iteration.
         clip_norm: largest norm of the gradient; 0 is off.
         base_batch: the total batch that `lr` and `warmup_iters` are stated for.
-        scale_with_batch: scale `lr` by total batch / `base_batch` and `warmup_iters` by its inverse.
+        scale_with_batch: scale `lr` by total batch / `base_batch`, `warmup_iters` by its inverse.
     """
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -179,7 +180,7 @@ class Train:
         memory_format: "auto" times both on a CPU, and is channels_last on a GPU.
         compile: generate code for the network with torch.compile: about a minute at the start, then
             faster steps. Needs a C++ compiler.
-        ema_decay: decay of the averaged weights, which are the ones evaluated and shipped; 0 is off.
+        ema_decay: decay of the averaged weights, the ones evaluated and shipped; 0 is off.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         eval_batch_size: images a step of evaluation.
         seed: seeds weights, order of images and augmentation.
@@ -219,7 +220,7 @@ class Experiment:
 
 
 def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> Experiment:
-    """Load an experiment from a Python file that defines `experiment`, or from a run's experiment.json.
+    """Load an experiment from a Python file that defines `experiment`, or a run's experiment.json.
 
     Args:
         path: the file. A Python file is executed; files beside it can be imported by name.
@@ -306,7 +307,7 @@ def _replace_path(node: Any, path: list[str], text: str, full: str) -> Any:
 
 
 def _unknown(name: str, full: str, prefix: str, owner: type) -> str:
-    """Say that `owner` has no `name` and what was meant by the whole path `prefix` + name + rest."""
+    """Say that `owner` has no `name`, and what the path `prefix` + `name` + rest may have meant."""
     names, paths = list(typing.get_type_hints(owner)), _all_paths(Experiment)
     # A right name under the wrong group is as common as a typo.
     elsewhere = [p for p in paths if p.split(".")[-1] == full.split(".")[-1]]
