@@ -78,13 +78,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a training image, in the order they are applied.
+    """Random changes of a training image: resize, flips, shift with crop or padding, colours.
 
     Attributes:
         color_jitter: brightness, contrast and saturation vary by up to this fraction; 0 is off.
-        hue: the hue varies by up to this fraction of the colour circle.
-        scale: the image is resized by a factor drawn from this range, then cropped or padded to
-            size; (1, 1) is off.
+        hue: the hue varies by up to this fraction of the colour circle, at most 0.5.
+        scale: the image is resized by a factor drawn from this range (in log space), then cropped
+            or padded to size; (1, 1) is off.
         hflip: probability of a left-right flip.
         vflip: probability of an upside-down flip.
         shift: probability of YOLOF's random shift.

@@ -21,7 +21,6 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from tinydet.config import Augment, Data
-from tinydet.data.color import recolor
 from tinydet.data.sample import Sample
 from tinydet.data.seeding import integer, uniform
 
@@ -203,11 +202,13 @@ def _place(
 
 
 def _recolored(image: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    strength, hue = augment.color_jitter, augment.hue
-    if strength == 0 and hue == 0:
-        return image
-    factors = [max(0.0, uniform(generator, 1 - strength, 1 + strength)) for _ in range(3)]
-    return recolor(image, *factors, hue=uniform(generator, -hue, hue))
+    strength = augment.color_jitter
+    if strength:
+        for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+            image = adjust(image, max(0.0, uniform(generator, 1 - strength, 1 + strength)))
+    if augment.hue:
+        image = F.adjust_hue(image, uniform(generator, -augment.hue, augment.hue))
+    return image
 
 
 def _as_boxes(boxes: Tensor, canvas_size: tuple[int, int]) -> BoundingBoxes:
