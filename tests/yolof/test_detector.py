@@ -1,5 +1,7 @@
 """The whole detector, with a stub for a backbone where its numbers are the reference's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -92,11 +94,48 @@ def test_scale_is_height_first(detector):
     torch.testing.assert_close(scaled.boxes, plain.boxes / torch.tensor([0.5, 2, 0.5, 2]))
 
 
-def test_detect_leaves_no_gradient_and_no_box_outside(detector):
-    for found in detector.detect(images(), [(100, 200)] * 2, [(1.0, 1.0)] * 2):
+def test_detect_leaves_no_gradient_and_no_box_outside_or_empty(detector):
+    # Most of the input is padding here, and some boxes lie in it entirely.
+    plain = detector.detect(images())
+    inside = [(found.boxes[:, :2] < torch.tensor([300, 140])).all(1) for found in plain]
+    assert not inside[0].all()
+    clipped = detector.detect(images(), [(140, 300)] * 2, [(1.0, 1.0)] * 2)
+    for found, before, kept in zip(clipped, plain, inside, strict=True):
         assert not found.boxes.requires_grad
         assert (found.boxes >= 0).all()
-        assert (found.boxes <= torch.tensor([200, 100, 200, 100])).all()
+        assert (found.boxes <= torch.tensor([300, 140, 300, 140])).all()
+        assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+        torch.testing.assert_close(found.scores, before.scores[kept])
+        torch.testing.assert_close(found.labels, before.labels[kept])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"match_topk": 1},
+        {"match_pos_ignore": 0.5},
+        {"match_neg_ignore": 0.2},
+        {"center_clamp": 4.0},
+        {"anchor_scales": (1.5, 2.0, 4.0, 8.0, 16.0)},
+    ],
+)
+def test_losses_follow_the_configuration(detector, reference, change):
+    targets = targets_of(reference, "five_one")
+    before = torch.stack(list(detector(images(), targets).values()))
+    detector.config = replace(detector.config, **change)
+    after = torch.stack(list(detector(images(), targets).values()))
+    assert not torch.equal(before, after)
+
+
+def test_detections_follow_the_configuration(detector):
+    def count(**change):
+        detector.config = replace(Model(), **change)
+        return len(detector.detect(images(1))[0].scores)
+
+    assert count(score_threshold=0.055) < count()
+    assert count(max_detections=2) == 2
+    assert count(candidates=3) <= 3
+    assert count(nms_iou=0.01) < count(nms_iou=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,9 @@ def test_prediction_at_exactly_the_ignore_threshold_is_background():
     boxes = [[0, 0, 10, 1]]
     assert slow_match(anchors, preds, boxes, 1, Fraction(3, 20), Fraction(7, 10))[1] == [0, -1, -2]
     check((anchors, [(preds, boxes)]), 1, Fraction(3, 20), Fraction(7, 10))
+    tensors = [torch.tensor(rows).float() for rows in (anchors, [preds], [boxes])]
+    by_default = uniform_match(*tensors, torch.ones(1, 1, dtype=torch.bool), topk=1)
+    assert by_default.assigned.tolist() == [[0, BACKGROUND, IGNORED]]
 
 
 def test_no_boxes_in_the_whole_batch():

@@ -1,0 +1,299 @@
+import dataclasses
+import json
+import sys
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinydet.config import (
+    Augment,
+    ConfigError,
+    Experiment,
+    Model,
+    experiment_from_dict,
+    experiment_to_dict,
+    load_experiment,
+    override,
+)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("train.epochs=3", 3),
+        ("train.epochs = 3", 3),
+        ("optim.lr=1e-3", 1e-3),
+        ("optim.lr=1", 1.0),
+        ("optim.backbone_lr_factor=1/3", 1 / 3),
+        ("optim.milestones=1/2,0.75", (0.5, 0.75)),
+        ("data.keep_ratio=false", False),
+        ("data.keep_ratio=True", True),
+        ("model.dilations=2,4,6", (2, 4, 6)),
+        ("model.dilations=(2, 4)", (2, 4)),
+        ("model.dilations=2", (2,)),
+        ("model.dilations=", ()),
+        ("model.anchor_scales=1,2", (1.0, 2.0)),
+        ("data.classes=cat,dog", ("cat", "dog")),
+        ("data.classes=[cat, 'dog']", ("cat", "dog")),
+        ("data.root=1", "1"),
+        ("data.root=a=b", "a=b"),
+        ("data.augment.scale=0.5,2", (0.5, 2.0)),
+        ("data.augment.hflip=0", 0.0),
+        ("optim.optimizer=adamw", "adamw"),
+    ],
+)
+def test_override_reads_text_by_the_type_of_the_field(assignment, value):
+    path = assignment.partition("=")[0].strip().split(".")
+    result = override(Experiment(), [assignment])
+    for name in path:
+        result = getattr(result, name)
+    assert result == value
+    assert type(result) is type(value)
+    if isinstance(value, tuple):
+        assert [type(v) for v in result] == [type(v) for v in value]
+
+
+def test_override_changes_that_field_only_and_the_last_one_wins():
+    changed = override(Experiment(), ["train.epochs=3", "data.augment.hue=0.1", "train.epochs=5"])
+    expected = experiment_to_dict(Experiment())
+    expected["train"]["epochs"] = 5
+    expected["data"]["augment"]["hue"] = 0.1
+    assert experiment_to_dict(changed) == expected
+
+
+@pytest.mark.parametrize(
+    ("assignment", "right"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("trian.epochs=3", "train.epochs"),
+        ("trian.epoch=3", "train.epochs"),
+        ("epochs=3", "train.epochs"),
+        ("train.lr=1", "optim.lr"),
+        ("lr=1", "optim.lr"),
+        ("optm.lr=1", "optim.lr"),
+        ("model.image_size=3", "data.image_size"),
+        ("augment.scale=1,2", "data.augment.scale"),
+        ("data.augmnt.scale=1,2", "data.augment.scale"),
+        ("data.augment.hflp=1", "data.augment.hflip"),
+        ("data.hflip=1", "data.augment.hflip"),
+        ("trian=3", "train"),
+    ],
+)
+def test_wrong_name_is_refused_with_the_nearest_right_one(assignment, right):
+    with pytest.raises(ConfigError) as error:
+        override(Experiment(), [assignment])
+    message = str(error.value)
+    assert message.startswith(f"--set {assignment.partition('=')[0]}: ")
+    assert f"; did you mean {right}? (it has " in message
+    assert "\n" not in message
+
+
+def leaves(cls=Experiment, prefix=""):
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("path", [p for p in leaves() if "." in p and len(p.split(".")[-1]) > 3])
+def test_letter_left_out_anywhere_is_put_right(path):
+    *groups, leaf = path.split(".")
+    for wrong in (".".join([*groups, leaf[0] + leaf[2:]]), path[0] + path[2:]):
+        with pytest.raises(ConfigError) as error:
+            override(Experiment(), [f"{wrong}=1"])
+        assert f"did you mean {path}?" in str(error.value)
+
+
+def test_hopeless_name_gets_the_list_and_no_guess():
+    with pytest.raises(ConfigError, match=r"no field 'qqq' \(it has name, model, data") as error:
+        override(Experiment(), ["qqq=1"])
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.epochs", "write it as name=value"),
+        ("=3", "write it as name=value"),
+        ("train=3", "train is a group; set one of its fields: epochs, batch_size"),
+        ("train.epochs.x=3", "train.epochs has no fields"),
+        ("train.epochs=x", "'x' is not of type int"),
+        ("train.epochs=1.5", "1.5 is not of type int"),
+        ("train.epochs=True", "True is not of type int"),
+        ("train.epochs=", "'' is not of type int"),
+        ("data.keep_ratio=maybe", "'maybe' is not of type bool"),
+        ("data.keep_ratio=2", "'2' is not of type bool"),
+        ("optim.lr=fast", "'fast' is not of type float"),
+        ("optim.lr=nan", "'nan' is not of type float"),
+        ("optim.lr=1e999", "inf is not of type float"),
+        ("optim.lr=1/0", "'1/0' is not of type float"),
+        ("optim.lr=.../1", "is not of type float"),
+        ("model.dilations=2,x", "'x' is not of type int"),
+        ("data.augment.scale=1", "needs 2 values, got 1"),
+        ("data.augment.scale=1,2,3", "needs 2 values, got 3"),
+        ("optim.optimizer=adam", "must be one of sgd, adamw; did you mean adamw?"),
+        ("model.feature=P3", "must be one of C5, DC5, C4"),
+    ],
+)
+def test_wrong_value_is_refused_and_named(assignment, message):
+    with pytest.raises(ConfigError) as error:
+        override(Experiment(), [assignment])
+    assert message in str(error.value)
+    assert assignment.partition("=")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def values(hint):
+    """Any value of a declared type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        fields = typing.get_type_hints(hint)
+        return st.builds(hint, **{name: values(field) for name, field in fields.items()})
+    if origin is typing.Literal:
+        return st.sampled_from(args)
+    if origin is tuple and Ellipsis in args:
+        return st.lists(values(args[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values, args))
+    floats = st.floats(allow_nan=False, allow_infinity=False)
+    return {int: st.integers(), float: floats, bool: st.booleans(), str: st.text()}[hint]
+
+
+@settings(max_examples=50, deadline=None)
+@given(values(Experiment))
+def test_any_experiment_survives_json(experiment):
+    text = json.dumps(experiment_to_dict(experiment), allow_nan=False)
+    assert experiment_from_dict(json.loads(text)) == experiment
+
+
+@settings(max_examples=50, deadline=None)
+@given(values(Experiment), st.data())
+def test_any_plain_number_survives_an_override(experiment, data):
+    path = data.draw(
+        st.sampled_from(["train.epochs", "optim.lr", "data.augment.hue", "train.seed"])
+    )
+    group, *rest = path.split(".")
+    value = getattr(experiment, group)
+    for name in rest:
+        value = getattr(value, name)
+    changed = override(Experiment(), [f"{path}={value!r}"])
+    result = getattr(changed, group)
+    for name in rest:
+        result = getattr(result, name)
+    assert result == value
+
+
+def test_fields_left_out_of_a_dict_keep_their_defaults():
+    assert experiment_from_dict({}) == Experiment()
+    partly = experiment_from_dict({"data": {"augment": {"hue": 0.5}}})
+    assert partly.data.augment == Augment(hue=0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"trian": {}}, "no field 'trian'; did you mean train?"),
+        ({"train": {"epoch": 3}}, "did you mean train.epochs?"),
+        ({"train": {"epochs": "3"}}, "train.epochs: '3' is not of type int"),
+        ({"train": 3}, "train: 3 is not a group of fields"),
+        ([], r"experiment: \[\] is not a group"),
+        ({"model": {"dilations": 2}}, "model.dilations: 2 is not of type"),
+        ({"model": {"dilations": ["a"]}}, "model.dilations: 'a' is not of type int"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr: nan is not of type float"),
+    ],
+)
+def test_bad_dict_is_refused_by_path(content, message):
+    with pytest.raises(ConfigError, match=message):
+        experiment_from_dict(content)
+
+
+BASE = """
+from tinydet.config import Experiment, Train
+experiment = Experiment(train=Train(epochs=7))
+"""
+VARIANT = """
+import dataclasses
+from base_for_test import experiment
+experiment = dataclasses.replace(experiment, name="wide")
+"""
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_file_is_loaded_named_and_overridden(tmp_path):
+    file = write(tmp_path / "mine.py", BASE)
+    assert load_experiment(file).name == "mine"
+    assert load_experiment(str(file)).train.epochs == 7
+    assert load_experiment(file, ["train.epochs=2", "name=other"]).name == "other"
+
+
+def test_variant_imports_the_file_beside_it(tmp_path):
+    for folder, epochs in (("a", 7), ("b", 9)):
+        write(tmp_path / folder / "base_for_test.py", BASE.replace("7", str(epochs)))
+        write(tmp_path / folder / "variant.py", VARIANT)
+    path_before = list(sys.path)
+    # Two folders with files of the same name: each variant gets its own.
+    assert load_experiment(tmp_path / "a" / "variant.py").train.epochs == 7
+    loaded = load_experiment(tmp_path / "b" / "variant.py")
+    assert (loaded.train.epochs, loaded.name) == (9, "wide")
+    assert sys.path == path_before
+    assert "base_for_test" not in sys.modules
+
+
+def test_run_of_the_written_json_is_the_same_experiment(tmp_path):
+    experiment = load_experiment(write(tmp_path / "mine.py", BASE), ["optim.lr=0.1"])
+    written = write(
+        tmp_path / "run" / "experiment.json", json.dumps(experiment_to_dict(experiment))
+    )
+    assert load_experiment(written) == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "must end with `experiment = Experiment"),
+        ("experiment = 3", "must end with `experiment = Experiment"),
+        ("experiment = (", "SyntaxError"),
+        ("import nothing_of_this_name", "ModuleNotFoundError: No module named"),
+        ("from tinydet.config import Experiment\nexperiment = Experiment(epochs=3)", "TypeError"),
+        (
+            "from tinydet.config import *\nexperiment = Experiment(train=Train(epochs='3'))",
+            "train.epochs: '3' is not of type int",
+        ),
+    ],
+)
+def test_bad_file_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(write(tmp_path / "mine.py", text))
+
+
+def test_missing_file_is_refused_with_the_nearest_name(tmp_path):
+    file = write(tmp_path / "rexnet_yolof.py", BASE)
+    with pytest.raises(
+        ConfigError, match=r"no such experiment file; did you mean .*rexnet_yolof\.py"
+    ):
+        load_experiment(tmp_path / "rexnet_yolo.py")
+    with pytest.raises(ConfigError, match=r"no such experiment file$"):
+        load_experiment(file.parent / "nowhere" / "a.py")
+
+
+def test_broken_json_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"experiment\.json: not JSON"):
+        load_experiment(write(tmp_path / "experiment.json", "{"))
+
+
+def test_defaults_are_yolof_as_published():
+    model = Model()
+    assert (model.match_topk, model.match_pos_ignore, model.match_neg_ignore) == (4, 0.15, 0.7)
+    assert (model.center_clamp, model.dilations) == (32, (2, 4, 6, 8))
+    assert (model.encoder_channels, model.encoder_mid_channels) == (512, 128)
+    assert (model.cls_convs, model.reg_convs, model.anchor_scales) == (2, 4, (1, 2, 4, 8, 16))
+    tested = (model.score_threshold, model.candidates, model.nms_iou, model.max_detections)
+    assert tested == (0.05, 1000, 0.6, 100)
