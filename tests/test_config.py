@@ -127,6 +127,7 @@ def test_hopeless_name_gets_the_list_and_no_guess():
         ("data.keep_ratio=maybe", "'maybe' is not of type bool"),
         ("data.keep_ratio=2", "'2' is not of type bool"),
         ("optim.lr=fast", "'fast' is not of type float"),
+        ("optim.lr=True", "True is not of type float"),
         ("optim.lr=nan", "'nan' is not of type float"),
         ("optim.lr=1e999", "inf is not of type float"),
         ("optim.lr=1/0", "'1/0' is not of type float"),

@@ -113,6 +113,20 @@ def test_saved_image_is_read_back(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["a.png", "b.JPG"]
 
 
+def test_failed_write_leaves_the_old_image(tmp_path, monkeypatch):
+    save_image(grey(), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_image(grey(8, 8), tmp_path / "a.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["picture", "picture.txt", "picture.mp4"])
 def test_unknown_image_ending_is_refused_before_writing(tmp_path, name):
     with pytest.raises(ValueError, match=r"end it in \.jpg or \.png"):

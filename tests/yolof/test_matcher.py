@@ -190,10 +190,10 @@ def test_anchor_at_exactly_the_positive_threshold_counts():
 
 
 def test_prediction_at_exactly_the_ignore_threshold_is_background():
-    # Anchors 1 and 2 are not matched; their predictions cover 7 and 8 of the box's 10 pixels.
-    anchors = [[0, 0, 10, 1], [20, 20, 21, 21], [30, 30, 31, 31]]
-    preds = [[0, 0, 10, 1], [0, 0, 7, 1], [0, 0, 8, 1]]
-    boxes = [[0, 0, 10, 1]]
+    # Anchors 1 and 2 are not matched; their predictions cover 70 and 71 of the box's 100 pixels.
+    anchors = [[0, 0, 100, 1], [200, 20, 201, 21], [300, 30, 301, 31]]
+    preds = [[0, 0, 100, 1], [0, 0, 70, 1], [0, 0, 71, 1]]
+    boxes = [[0, 0, 100, 1]]
     assert slow_match(anchors, preds, boxes, 1, Fraction(3, 20), Fraction(7, 10))[1] == [0, -1, -2]
     check((anchors, [(preds, boxes)]), 1, Fraction(3, 20), Fraction(7, 10))
     tensors = [torch.tensor(rows).float() for rows in (anchors, [preds], [boxes])]
