@@ -1,0 +1,42 @@
+"""Export a detector as one ONNX file: python deploy/export_onnx.py [CHECKPOINT]."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tinydet.cli import run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        help="default: the newest run's deploy.pt; a training checkpoint is folded first",
+    )
+    parser.add_argument("--out", type=Path, help="default: the checkpoint's name with .onnx")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="fixed input size, multiples of 32; default: any",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Export, check, write, report."""
+    from tinydet.deployment.onnx import export_checkpoint
+    from tinydet.training.runs import newest_checkpoint
+
+    checkpoint = args.checkpoint or newest_checkpoint(file_name="deploy.pt")
+    size = tuple(args.size) if args.size else None
+    print(f"checkpoint  {checkpoint}")
+    print("\n".join(export_checkpoint(checkpoint, args.out, size).lines()))
+
+
+if __name__ == "__main__":
+    run(main, _parser())

@@ -1,0 +1,1 @@
+"""From a trained detector to what is shipped: the folded form, ONNX, the real frame rate."""

@@ -1,0 +1,64 @@
+"""Images to check and time a detector on: the experiment's test images, else random ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tinydet.config import Experiment
+from tinydet.data.dataset import is_missing, load_split
+from tinydet.data.loader import make_test_loader
+from tinydet.data.voc import VocDataset
+
+
+@dataclass(frozen=True)
+class SampleImages:
+    """Batches of network inputs.
+
+    Attributes:
+        batches: (B, 3, H, W) uint8 each; shapes may differ between batches.
+        source: where they come from, to be shown to the user.
+        real: whether they are test images of the experiment.
+    """
+
+    batches: tuple[Tensor, ...]
+    source: str
+    real: bool
+
+
+def sample_images(experiment: Experiment, count: int, batch_size: int) -> SampleImages:
+    """Return images resized as in evaluation; nothing is downloaded or rendered for it.
+
+    Args:
+        experiment: its test split is used when its data is there.
+        count: images wanted; fewer when the split is smaller. Random images are one batch.
+        batch_size: most images in a batch.
+    """
+    data = replace(experiment.data, workers=0)
+    if is_missing(data):
+        return _random(data.image_size, batch_size, f"{data.root} is not there")
+    try:
+        index = load_split(data, data.test_split)
+    except (ValueError, OSError) as error:
+        return _random(data.image_size, batch_size, str(error))
+    batches, left = [], count
+    for batch in make_test_loader(VocDataset(index), data, batch_size):
+        batches.append(batch.images[:left])
+        left -= len(batches[-1])
+        if left <= 0:
+            break
+    found = sum(len(batch) for batch in batches)
+    return SampleImages(tuple(batches), f"{found} images of {data.root} ({data.test_split})", True)
+
+
+def random_images(batch_size: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """Return a (batch_size, 3, H, W) uint8 batch of random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8, generator=generator)
+
+
+def _random(image_size: int, batch_size: int, why: str) -> SampleImages:
+    side = -(-image_size // 32) * 32
+    return SampleImages((random_images(batch_size, (side, side)),), f"random images: {why}", False)

@@ -1,0 +1,291 @@
+"""One self-contained ONNX file: uint8 pixels in, detections out, checked against torch.
+
+Input  `images`  (batch, 3, height, width) uint8 RGB; height and width multiples of 32.
+Output `boxes`   (batch, max_detections, 4) float32 xyxy, pixels of the input; 0 where there is none
+       `scores`  (batch, max_detections) float32, descending; 0 where there is none
+       `labels`  (batch, max_detections) int64, index into the class names; -1 where there is none
+       `count`   (batch,) int64, detections of each image
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from tinydet import __version__
+from tinydet.config import experiment_from_dict
+from tinydet.deployment.agreement import Agreement, compare_detections
+from tinydet.deployment.decoding import clipped_boxes
+from tinydet.deployment.images import random_images, sample_images
+from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
+from tinydet.deployment.reparameterize import fold_detector
+from tinydet.training.checkpoint import load_detector, read_checkpoint
+from tinydet.yolof.decode import Detections, postprocess
+from tinydet.yolof.detector import Detector
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and on what grounds.
+
+    Attributes:
+        path: the ONNX file.
+        agreement: its detections compared with torch's.
+        checked_on: the images and batch shapes they were compared on.
+        folded_first: whether the checkpoint was of the training form.
+    """
+
+    path: Path
+    agreement: Agreement
+    checked_on: str
+    folded_first: bool
+
+    def lines(self) -> list[str]:
+        """Return the outcome as lines of text."""
+        first = ["folded      the checkpoint is of the training form"] if self.folded_first else []
+        return [
+            *first,
+            f"checked on  {self.checked_on}",
+            f"detections  {self.agreement.line()}",
+            f"wrote       {self.path} ({self.path.stat().st_size / 1e6:.1f} MB)",
+        ]
+
+
+def export_checkpoint(
+    source: Path, out: Path | None = None, size: tuple[int, int] | None = None
+) -> Exported:
+    """Export a checkpoint, of either form, as one ONNX file.
+
+    Args:
+        source: the checkpoint; one of the training form is folded first.
+        out: where to; the source's name with `.onnx` by default.
+        size: (H, W) of the input; None lets both vary.
+
+    Raises:
+        ValueError: the size is no multiple of 32, the network cannot be exported, or the file does
+            not find what torch finds; nothing is written then.
+    """
+    content = read_checkpoint(source)
+    experiment = experiment_from_dict(content["experiment"])
+    detector = load_detector(source)
+    training_form = content["form"] == "training"
+    if training_form:
+        detector, _ = fold_detector(detector)
+    images = sample_images(experiment, 4, 1)
+    batches = list(images.batches) if size is None else []
+    batches += [random_images(n, size or (64 + 32 * n, 96), seed=n) for n in (1, 3)]
+    model = export_detector(detector, size)
+    path = out or source.with_suffix(".onnx")
+    agreement = write_checked(model, path, detector, batches)
+    shapes = ", ".join(sorted({"x".join(map(str, batch.shape)) for batch in batches}))
+    checked_on = f"{images.source}; {shapes}" if size is None else f"random images; {shapes}"
+    return Exported(path, agreement, checked_on, training_form)
+
+
+def export_detector(
+    detector: Detector, size: tuple[int, int] | None = None, score_threshold: float | None = None
+) -> ModelProto:
+    """Build the ONNX model of a detector in eval mode; nothing is written.
+
+    Args:
+        detector: usually folded.
+        size: (H, W) of the input; None lets both vary.
+        score_threshold: takes the place of the config's.
+
+    Raises:
+        ValueError: the size is no multiple of 32, or the network cannot be exported.
+    """
+    if size and (min(size) < 32 or any(side % 32 for side in size)):
+        raise ValueError(f"--size {size[0]} {size[1]}: both must be multiples of 32")
+    if score_threshold is None:
+        score_threshold = detector.config.score_threshold
+    network = _network_graph(detector, size)
+    selection = selection_graph(detector.config, len(detector.classes), score_threshold)
+    names = [("pair_scores", "pair_scores"), ("anchor_boxes", "anchor_boxes")]
+    model = onnx.compose.merge_models(network, selection, io_map=names)
+    model.producer_name, model.producer_version = "tinydet", __version__
+    model.doc_string = str(__doc__)
+    onnx.helper.set_model_props(model, _metadata(detector, size))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def write_checked(
+    model: ModelProto, path: Path, detector: Detector, batches: Sequence[Tensor]
+) -> Agreement:
+    """Write an ONNX model if ONNX Runtime finds in it what torch finds in the detector.
+
+    Args:
+        model: what is written.
+        path: where to; replaced only at the end.
+        detector: what it must agree with.
+        batches: (B, 3, H, W) uint8 images.
+
+    Raises:
+        ValueError: they differ, or ONNX Runtime is missing or refuses the model.
+    """
+    agreement = agreement_with_torch(model, detector, batches)
+    if agreement.same and not agreement.matched:
+        # A detector that finds nothing agrees with everything: let it report its best guesses.
+        loose = export_threshold(model, 0.0)
+        agreement = agreement_with_torch(loose, detector, batches, threshold=0.0)
+    if not agreement.same:
+        raise ValueError(f"{path}: not written, ONNX differs from torch: {agreement.line()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.SerializeToString())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return agreement
+
+
+def export_threshold(model: ModelProto, score_threshold: float) -> ModelProto:
+    """Return a copy of an exported model with another score threshold."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.name == "select_threshold":
+            tensor.CopyFrom(
+                onnx.numpy_helper.from_array(np.float32(score_threshold), "select_threshold")
+            )
+    return copy
+
+
+def agreement_with_torch(
+    model: ModelProto,
+    detector: Detector,
+    batches: Sequence[Tensor],
+    threshold: float | None = None,
+) -> Agreement:
+    """Compare ONNX Runtime's detections on the CPU with the detector's."""
+    session = _session(model)
+    config = detector.config
+    limit = config.score_threshold if threshold is None else threshold
+    agreement = Agreement()
+    for images in batches:
+        size = (images.shape[-2], images.shape[-1])
+        with torch.inference_mode():
+            logits, deltas = detector(images)
+            expected = postprocess(
+                logits,
+                clipped_boxes(detector, deltas, size),
+                size,
+                limit,
+                config.candidates,
+                config.nms_iou,
+                config.max_detections,
+            )
+        outputs = session.run(["boxes", "scores", "labels", "count"], {"images": images.numpy()})
+        found = unpack(*outputs)
+        agreement = agreement.merge(compare_detections(expected, found, config, threshold))
+    return agreement
+
+
+def unpack(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.ndarray
+) -> list[Detections]:
+    """Turn the file's padded outputs into detections, image by image."""
+    return [
+        Detections(
+            torch.from_numpy(boxes[i, :n]),
+            torch.from_numpy(scores[i, :n]),
+            torch.from_numpy(labels[i, :n]),
+        )
+        for i, n in enumerate(count.tolist())
+    ]
+
+
+class _ScoresAndBoxes(nn.Module):
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, deltas = self.detector(images)
+        boxes = clipped_boxes(self.detector, deltas, (images.shape[-2], images.shape[-1]))
+        return logits.float().sigmoid().flatten(1), boxes  # (B, A * K), (B, A, 4)
+
+
+def _network_graph(detector: Detector, size: tuple[int, int] | None) -> ModelProto:
+    images = random_images(2, size or (128, 160))
+    dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if size is None:
+        dynamic[2] = 32 * torch.export.Dim("rows", min=1)
+        dynamic[3] = 32 * torch.export.Dim("columns", min=1)
+    try:
+        # The exporter reports its steps on stdout, and its own deprecations as warnings.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _ScoresAndBoxes(detector).eval(),
+                (images,),
+                input_names=["images"],
+                output_names=["pair_scores", "anchor_boxes"],
+                dynamic_shapes={"images": dynamic},
+                opset_version=OPSET,
+                external_data=False,
+                dynamo=True,
+                optimize=True,
+            )
+    except Exception as error:
+        # The exporter raises errors of many kinds, over many lines.
+        hint = "" if size else "; it may work for one size: --size H W"
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"{detector.config.backbone}: torch cannot export this network ({reason}){hint}"
+        ) from error
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    # Older stages of the exporter leave other domains declared though none of their nodes is used.
+    del model.opset_import[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    return model
+
+
+def _metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
+    config = detector.config
+    values = {
+        "classes": list(detector.classes),
+        "stride": detector.stride,
+        "input": "uint8 RGB, NCHW, longer side resized, padded at the right and bottom",
+        "size_multiple": 32,
+        "size": list(size) if size else None,
+        "score_threshold": config.score_threshold,
+        "nms_iou": config.nms_iou,
+        "candidates": config.candidates,
+        "max_detections": config.max_detections,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def _session(model: ModelProto) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError(
+            "the exported file is checked with onnxruntime, which is missing: "
+            "pip install 'tinydet[deploy]'"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
