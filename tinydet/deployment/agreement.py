@@ -66,7 +66,7 @@ class Agreement:
 
 
 def compare_detections(
-    a: Sequence[Detections], b: Sequence[Detections], config: Model, threshold: float | None = None
+    a: Sequence[Detections], b: Sequence[Detections], config: Model
 ) -> Agreement:
     """Compare two detectors' results, image by image.
 
@@ -74,12 +74,10 @@ def compare_detections(
         a: detections of one form, in pixels of the network input.
         b: detections of the other, for the same images.
         config: the detector's limits.
-        threshold: score threshold of both, where it is not the config's.
     """
-    limit = config.score_threshold if threshold is None else threshold
     total = Agreement()
     for one, other in zip(a, b, strict=True):
-        total = total.merge(_compare_image(_on_cpu(one), _on_cpu(other), config, limit))
+        total = total.merge(_compare_image(_on_cpu(one), _on_cpu(other), config))
     return total
 
 
@@ -87,7 +85,7 @@ def _on_cpu(found: Detections) -> Detections:
     return Detections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu())
 
 
-def _compare_image(a: Detections, b: Detections, config: Model, threshold: float) -> Agreement:
+def _compare_image(a: Detections, b: Detections, config: Model) -> Agreement:
     boxes = (a.boxes[:, None] - b.boxes[None]).abs().amax(dim=-1)  # (N, M)
     scores = (a.scores[:, None] - b.scores[None]).abs()  # (N, M)
     near = (boxes <= BOX_TOLERANCE) & (scores <= SCORE_TOLERANCE)
@@ -104,36 +102,28 @@ def _compare_image(a: Detections, b: Detections, config: Model, threshold: float
         max_score = max(max_score, scores[i, j].item())
         max_box = max(max_box, boxes[i, j].item())
     lost_b = free_b.nonzero().flatten().tolist()
-    ties = _count_ties(a, lost_a, b, lost_b, config, threshold)
-    ties += _count_ties(b, lost_b, a, lost_a, config, threshold)
+    ties = _count_ties(a, lost_a, b, config)
+    ties += _count_ties(b, lost_b, a, config)
     lost = len(lost_a) + len(lost_b)
     return Agreement(len(a.scores) - len(lost_a), ties, lost - ties, max_score, max_box)
 
 
-def _count_ties(
-    found: Detections,
-    lost: list[int],
-    other: Detections,
-    other_lost: list[int],
-    config: Model,
-    threshold: float,
-) -> int:
+def _count_ties(found: Detections, lost: list[int], other: Detections, config: Model) -> int:
     """Count the lost detections that one side may rightly have and the other not."""
     ties = 0
     for i in lost:
         score = found.scores[i].item()
-        limits = [threshold]
+        limits = [config.score_threshold]
         for side in (found, other):
             if len(side.scores) == config.max_detections:
                 limits.append(side.scores[-1].item())
-        # The box that suppresses it, or fails to, or gave way to another such box.
+        # The box that suppresses it on one side and fails to on the other.
         rivals = torch.cat([_rivals(found, i), _rivals(other, None)])
         near_limit = any(abs(score - limit) <= _SCORE_TIE for limit in limits)
         same_label = torch.cat([found.labels, other.labels]) == found.labels[i]
         overlaps = box_iou(found.boxes[i : i + 1], rivals)[0]
         near_nms = ((overlaps - config.nms_iou).abs() <= _IOU_TIE) & same_label
-        swapped = _overlaps_lost(found, i, other, other_lost, config.nms_iou)
-        ties += bool(near_limit or near_nms.any() or swapped)
+        ties += bool(near_limit or near_nms.any())
     return ties
 
 
@@ -142,15 +132,3 @@ def _rivals(found: Detections, without: int | None) -> Tensor:
     if without is not None:
         boxes[without] = 0
     return boxes
-
-
-def _overlaps_lost(
-    found: Detections, i: int, other: Detections, other_lost: list[int], nms_iou: float
-) -> bool:
-    """Whether a lost box of the other side stands where this one does, with an equal score."""
-    if not other_lost:
-        return False
-    same = other.labels[other_lost] == found.labels[i]
-    equal = (other.scores[other_lost] - found.scores[i]).abs() <= _SCORE_TIE
-    overlap = box_iou(found.boxes[i : i + 1], other.boxes[other_lost])[0]
-    return bool((same & equal & (overlap > nms_iou)).any())

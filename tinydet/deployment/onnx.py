@@ -16,11 +16,10 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import ModelProto
@@ -29,13 +28,48 @@ from torch import Tensor, nn
 from tinydet import __version__
 from tinydet.config import experiment_from_dict
 from tinydet.deployment.agreement import Agreement, compare_detections
-from tinydet.deployment.decoding import clipped_boxes
+from tinydet.deployment.decoding import (
+    MAX_BOX,
+    MAX_SCORE,
+    largest_differences,
+    scores_and_boxes,
+)
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.training.checkpoint import load_detector, read_checkpoint
-from tinydet.yolof.decode import Detections, postprocess
+from tinydet.yolof.decode import Detections
 from tinydet.yolof.detector import Detector
+
+_OUTPUTS = ["boxes", "scores", "labels", "count", "pair_scores", "anchor_boxes"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """An ONNX model compared with torch.
+
+    Attributes:
+        max_score: largest difference of any (anchor, class) score.
+        max_box: largest difference of a coordinate of the best anchors' boxes, in pixels.
+        agreement: the detections compared.
+    """
+
+    max_score: float = 0.0
+    max_box: float = 0.0
+    agreement: Agreement = field(default_factory=Agreement)
+
+    @property
+    def same(self) -> bool:
+        """Whether both compute the same and find the same."""
+        near = self.max_score <= MAX_SCORE and self.max_box <= MAX_BOX
+        return near and self.agreement.same
+
+    def line(self) -> str:
+        """Return the outcome as a line of text."""
+        return (
+            f"scores within {self.max_score:.1e} (allowed {MAX_SCORE:.0e}), boxes within "
+            f"{self.max_box:.1e} px (allowed {MAX_BOX}); {self.agreement.line()}"
+        )
 
 
 @dataclass(frozen=True)
@@ -44,13 +78,13 @@ class Exported:
 
     Attributes:
         path: the ONNX file.
-        agreement: its detections compared with torch's.
+        check: the file compared with torch.
         checked_on: the images and batch shapes they were compared on.
         folded_first: whether the checkpoint was of the training form.
     """
 
     path: Path
-    agreement: Agreement
+    check: Check
     checked_on: str
     folded_first: bool
 
@@ -60,7 +94,7 @@ class Exported:
         return [
             *first,
             f"checked on  {self.checked_on}",
-            f"detections  {self.agreement.line()}",
+            f"agreement   {self.check.line()}",
             f"wrote       {self.path} ({self.path.stat().st_size / 1e6:.1f} MB)",
         ]
 
@@ -90,31 +124,26 @@ def export_checkpoint(
     batches += [random_images(n, size or (64 + 32 * n, 96), seed=n) for n in (1, 3)]
     model = export_detector(detector, size)
     path = out or source.with_suffix(".onnx")
-    agreement = write_checked(model, path, detector, batches)
+    check = write_checked(model, path, detector, batches)
     shapes = ", ".join(sorted({"x".join(map(str, batch.shape)) for batch in batches}))
     checked_on = f"{images.source}; {shapes}" if size is None else f"random images; {shapes}"
-    return Exported(path, agreement, checked_on, training_form)
+    return Exported(path, check, checked_on, training_form)
 
 
-def export_detector(
-    detector: Detector, size: tuple[int, int] | None = None, score_threshold: float | None = None
-) -> ModelProto:
+def export_detector(detector: Detector, size: tuple[int, int] | None = None) -> ModelProto:
     """Build the ONNX model of a detector in eval mode; nothing is written.
 
     Args:
         detector: usually folded.
         size: (H, W) of the input; None lets both vary.
-        score_threshold: takes the place of the config's.
 
     Raises:
         ValueError: the size is no multiple of 32, or the network cannot be exported.
     """
     if size and (min(size) < 32 or any(side % 32 for side in size)):
         raise ValueError(f"--size {size[0]} {size[1]}: both must be multiples of 32")
-    if score_threshold is None:
-        score_threshold = detector.config.score_threshold
     network = _network_graph(detector, size)
-    selection = selection_graph(detector.config, len(detector.classes), score_threshold)
+    selection = selection_graph(detector.config, len(detector.classes))
     names = [("pair_scores", "pair_scores"), ("anchor_boxes", "anchor_boxes")]
     model = onnx.compose.merge_models(network, selection, io_map=names)
     model.producer_name, model.producer_version = "tinydet", __version__
@@ -126,7 +155,7 @@ def export_detector(
 
 def write_checked(
     model: ModelProto, path: Path, detector: Detector, batches: Sequence[Tensor]
-) -> Agreement:
+) -> Check:
     """Write an ONNX model if ONNX Runtime finds in it what torch finds in the detector.
 
     Args:
@@ -138,13 +167,9 @@ def write_checked(
     Raises:
         ValueError: they differ, or ONNX Runtime is missing or refuses the model.
     """
-    agreement = agreement_with_torch(model, detector, batches)
-    if agreement.same and not agreement.matched:
-        # A detector that finds nothing agrees with everything: let it report its best guesses.
-        loose = export_threshold(model, 0.0)
-        agreement = agreement_with_torch(loose, detector, batches, threshold=0.0)
-    if not agreement.same:
-        raise ValueError(f"{path}: not written, ONNX differs from torch: {agreement.line()}")
+    check = check_against_torch(model, detector, batches)
+    if not check.same:
+        raise ValueError(f"{path}: not written, ONNX differs from torch: {check.line()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -154,62 +179,37 @@ def write_checked(
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return agreement
+    return check
 
 
-def export_threshold(model: ModelProto, score_threshold: float) -> ModelProto:
-    """Return a copy of an exported model with another score threshold."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        if tensor.name == "select_threshold":
-            tensor.CopyFrom(
-                onnx.numpy_helper.from_array(np.float32(score_threshold), "select_threshold")
-            )
-    return copy
+def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence[Tensor]) -> Check:
+    """Compare ONNX Runtime on the CPU with the detector.
 
-
-def agreement_with_torch(
-    model: ModelProto,
-    detector: Detector,
-    batches: Sequence[Tensor],
-    threshold: float | None = None,
-) -> Agreement:
-    """Compare ONNX Runtime's detections on the CPU with the detector's."""
-    session = _session(model)
-    config = detector.config
-    limit = config.score_threshold if threshold is None else threshold
-    agreement = Agreement()
+    All scores and the best anchors' boxes are compared as well as the detections: two that find
+    nothing would agree whatever they compute.
+    """
+    session = _session(_with_raw_outputs(model))
+    check = Check()
     for images in batches:
-        size = (images.shape[-2], images.shape[-1])
+        outputs = [torch.from_numpy(x) for x in session.run(_OUTPUTS, {"images": images.numpy()})]
         with torch.inference_mode():
-            logits, deltas = detector(images)
-            expected = postprocess(
-                logits,
-                clipped_boxes(detector, deltas, size),
-                size,
-                limit,
-                config.candidates,
-                config.nms_iou,
-                config.max_detections,
-            )
-        outputs = session.run(["boxes", "scores", "labels", "count"], {"images": images.numpy()})
-        found = unpack(*outputs)
-        agreement = agreement.merge(compare_detections(expected, found, config, threshold))
-    return agreement
+            expected = scores_and_boxes(detector, images)
+        scores = outputs[4].reshape(expected[0].shape)
+        max_score, max_box = largest_differences(expected, (scores, outputs[5]))
+        found = unpack(*outputs[:4])
+        agreement = compare_detections(detector.detect(images), found, detector.config)
+        check = Check(
+            max(check.max_score, max_score),
+            max(check.max_box, max_box),
+            check.agreement.merge(agreement),
+        )
+    return check
 
 
-def unpack(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, count: np.ndarray
-) -> list[Detections]:
+def unpack(boxes: Tensor, scores: Tensor, labels: Tensor, count: Tensor) -> list[Detections]:
     """Turn the file's padded outputs into detections, image by image."""
     return [
-        Detections(
-            torch.from_numpy(boxes[i, :n]),
-            torch.from_numpy(scores[i, :n]),
-            torch.from_numpy(labels[i, :n]),
-        )
-        for i, n in enumerate(count.tolist())
+        Detections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(count.tolist())
     ]
 
 
@@ -219,9 +219,8 @@ class _ScoresAndBoxes(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = self.detector(images)
-        boxes = clipped_boxes(self.detector, deltas, (images.shape[-2], images.shape[-1]))
-        return logits.float().sigmoid().flatten(1), boxes  # (B, A * K), (B, A, 4)
+        scores, boxes = scores_and_boxes(self.detector, images)
+        return scores.flatten(1), boxes  # (B, A * K), (B, A, 4)
 
 
 def _network_graph(detector: Detector, size: tuple[int, int] | None) -> ModelProto:
@@ -274,6 +273,16 @@ def _metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str
         "max_detections": config.max_detections,
     }
     return {name: json.dumps(value) for name, value in values.items()}
+
+
+def _with_raw_outputs(model: ModelProto) -> ModelProto:
+    """Return a copy that also returns what goes into the selection."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for name in _OUTPUTS[4:]:
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        copy.graph.output.append(value)
+    return copy
 
 
 def _session(model: ModelProto) -> Any:

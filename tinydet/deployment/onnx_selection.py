@@ -76,7 +76,7 @@ selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes)
 """
 
 
-def selection_graph(config: Model, num_classes: int, score_threshold: float) -> ModelProto:
+def selection_graph(config: Model, num_classes: int) -> ModelProto:
     """Build the graph from scores and clipped boxes to padded detections.
 
     Inputs are `pair_scores` (B, A * K) after the sigmoid and `anchor_boxes` (B, A, 4) clipped to
@@ -86,7 +86,7 @@ def selection_graph(config: Model, num_classes: int, score_threshold: float) -> 
     text = _GRAPH.format(
         ir_version=IR_VERSION,
         opset=OPSET,
-        threshold=f"{max(score_threshold, 0.0):.9f}",
+        threshold=f"{max(config.score_threshold, 0.0):.9f}",
         nms_iou=f"{config.nms_iou:.9f}",
         candidates=config.candidates,
         D=config.max_detections,

@@ -9,7 +9,12 @@ import torch
 
 from tinydet.config import experiment_from_dict
 from tinydet.deployment.agreement import Agreement, compare_detections
-from tinydet.deployment.decoding import clipped_boxes
+from tinydet.deployment.decoding import (
+    MAX_BOX,
+    MAX_SCORE,
+    largest_differences,
+    scores_and_boxes,
+)
 from tinydet.deployment.images import SampleImages, random_images, sample_images
 from tinydet.reparam import FoldReport, fold
 from tinydet.training.checkpoint import (
@@ -21,11 +26,6 @@ from tinydet.training.checkpoint import (
 from tinydet.yolof.detector import Detector
 
 _CHECK_IMAGES = 8
-# Largest differences allowed in float32, before detections are selected: of any score, and of the
-# box coordinates, in pixels and clipped to the image, of the best-scored anchors.
-_MAX_SCORE = 1e-4
-_MAX_BOX = 0.05
-_BEST_ANCHORS = 100
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Reparameterized:
         return [
             *self.report.lines(),
             f"checked on  {self.images}",
-            f"outputs     scores within {self.max_score:.1e} (allowed {_MAX_SCORE:.0e}), "
-            f"boxes within {self.max_box:.1e} px (allowed {_MAX_BOX})",
+            f"outputs     scores within {self.max_score:.1e} (allowed {MAX_SCORE:.0e}), "
+            f"boxes within {self.max_box:.1e} px (allowed {MAX_BOX})",
             f"detections  {self.agreement.line()}",
             f"wrote       {self.path}",
         ]
@@ -116,34 +116,15 @@ def check_same(
     max_score = max_box = 0.0
     agreement = Agreement()
     for batch in images.batches:
-        found = []
-        for form in (detector, folded):
-            logits, deltas = form(batch)
-            found.append((logits, deltas, form.select(logits, deltas, tuple(batch.shape[-2:]))))
-        scores, boxes = _largest(detector, tuple(batch.shape[-2:]), found[0][:2], found[1][:2])
-        max_score, max_box = max(max_score, scores), max(max_box, boxes)
-        agreement = agreement.merge(compare_detections(found[0][2], found[1][2], detector.config))
-    if not (max_score <= _MAX_SCORE and max_box <= _MAX_BOX and agreement.same):
+        raw = [scores_and_boxes(form, batch) for form in (detector, folded)]
+        score, box = largest_differences(*raw)
+        max_score, max_box = max(max_score, score), max(max_box, box)
+        found = [form.detect(batch) for form in (detector, folded)]
+        agreement = agreement.merge(compare_detections(*found, detector.config))
+    if not (max_score <= MAX_SCORE and max_box <= MAX_BOX and agreement.same):
         raise ValueError(
             f"the folded detector differs on {images.source}: scores by {max_score:.1e} (allowed "
-            f"{_MAX_SCORE:.0e}), boxes by {max_box:.1e} px (allowed {_MAX_BOX}); "
+            f"{MAX_SCORE:.0e}), boxes by {max_box:.1e} px (allowed {MAX_BOX}); "
             f"{agreement.line()}; nothing was written"
         )
     return max_score, max_box, agreement
-
-
-def _largest(
-    detector: Detector,
-    image_size: tuple[int, int],
-    a: tuple[torch.Tensor, torch.Tensor],
-    b: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[float, float]:
-    scores_a, scores_b = a[0].sigmoid(), b[0].sigmoid()  # (B, A, K)
-    best = scores_a.amax(dim=-1)
-    best = best.topk(min(_BEST_ANCHORS, best.shape[1]), dim=1).indices  # (B, 100)
-    rows = torch.arange(len(best))[:, None]
-    boxes_a, boxes_b = (clipped_boxes(detector, x[1], image_size)[rows, best] for x in (a, b))
-    # NaN is larger than anything allowed: max() of Python would lose it.
-    worst = [(scores_a - scores_b).abs().max(), (boxes_a - boxes_b).abs().max()]
-    score, box = (torch.nan_to_num(x, nan=torch.inf).item() for x in worst)
-    return score, box

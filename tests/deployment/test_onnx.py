@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from tinydet.deployment.images import random_images  # noqa: E402
+from tinydet.deployment.onnx import (  # noqa: E402
+    export_checkpoint,
+    export_detector,
+    unpack,
+    write_checked,
+)
+from tinydet.deployment.reparameterize import fold_detector  # noqa: E402
+from tinydet.training.checkpoint import load_detector  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folded(detector):
+    return fold_detector(detector)[0]
+
+
+@pytest.fixture(scope="module")
+def model(folded):
+    return export_detector(folded)
+
+
+def _detections(model, images):
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    outputs = session.run(["boxes", "scores", "labels", "count"], {"images": images.numpy()})
+    return unpack(*[torch.from_numpy(x) for x in outputs])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+def test_detections_are_the_detectors(detector, model, batch, size):
+    images = random_images(batch, size, seed=batch)
+    expected = detector.detect(images)  # the unfolded one: folding is part of what is shipped
+    found = _detections(model, images)
+    assert len(found) == batch
+    for a, b in zip(expected, found, strict=True):
+        assert len(a.scores) > 3
+        torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(b.boxes, a.boxes, rtol=0, atol=1e-2)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_graph(model):
+    onnx.checker.check_model(model, full_check=True)
+    operators = {node.op_type for node in model.graph.node}
+    assert "BatchNormalization" not in operators
+    assert "NonMaxSuppression" in operators
+    assert all(not t.external_data for t in model.graph.initializer)
+    (images,) = model.graph.input
+    assert images.name == "images"
+    assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    batch, channels, height, width = images.type.tensor_type.shape.dim
+    assert channels.dim_value == 3
+    assert all(d.dim_param for d in (batch, height, width))
+    assert [o.name for o in model.graph.output] == ["boxes", "scores", "labels", "count"]
+
+
+def test_metadata(model, detector):
+    values = {p.key: json.loads(p.value) for p in model.metadata_props}
+    assert values["classes"] == list(detector.classes)
+    assert values["stride"] == 32
+    assert values["score_threshold"] == 0.05
+    assert values["nms_iou"] == 0.6
+    assert values["max_detections"] == 50
+    assert values["size"] is None
+    assert "uint8 RGB" in values["input"]
+
+
+def test_export_checkpoint__training_form_and_fixed_size(make_checkpoint, make_detector):
+    source = make_checkpoint(make_detector())
+    result = export_checkpoint(source, size=(64, 96))
+    assert result.folded_first
+    assert result.path == source.with_name("best.onnx")
+    model = onnx.load(result.path)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_value for d in dims[1:]] == [3, 64, 96]
+    assert dims[0].dim_param
+    images = random_images(2, (64, 96))
+    for a, b in zip(load_detector(source).detect(images), _detections(model, images), strict=True):
+        torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-5)
+    assert sorted(p.name for p in source.parent.iterdir()) == ["best.onnx", "best.pt"]
+
+
+@pytest.mark.parametrize("layer", ["cls_score", "box_delta"])
+def test_refuses_a_model_that_differs(model, make_detector, tmp_path, layer):
+    other, _ = fold_detector(make_detector())
+    getattr(other.head, layer).bias.data += 0.02
+    path = tmp_path / "x.onnx"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="differs from torch"):
+        write_checked(model, path, other, [random_images(2, (64, 64))])
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_refuses_when_nothing_is_found_but_the_boxes_differ(model, make_detector, tmp_path):
+    quiet, _ = fold_detector(make_detector())
+    quiet.head.cls_score.bias.data -= 20
+    silenced = onnx.ModelProto()
+    silenced.CopyFrom(model)
+    (bias,) = [t for t in silenced.graph.initializer if t.name.endswith("head.cls_score.bias")]
+    bias.CopyFrom(
+        onnx.numpy_helper.from_array(quiet.head.cls_score.bias.detach().numpy(), bias.name)
+    )
+    images = [random_images(2, (64, 64))]
+    check = write_checked(silenced, tmp_path / "a.onnx", quiet, images)
+    assert check.agreement.matched == 0
+    quiet.head.box_delta.bias.data += 0.02
+    with pytest.raises(ValueError, match="differs from torch"):
+        write_checked(silenced, tmp_path / "b.onnx", quiet, images)
+
+
+def test_size_must_be_a_multiple_of_32(folded):
+    with pytest.raises(ValueError, match="multiples of 32"):
+        export_detector(folded, (64, 100))

@@ -1,0 +1,102 @@
+"""The selection graph against the detector's own post-processing, on made-up scores and boxes."""
+
+import pytest
+import torch
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from tinydet.config import Model  # noqa: E402
+from tinydet.deployment.agreement import compare_detections  # noqa: E402
+from tinydet.deployment.onnx import unpack  # noqa: E402
+from tinydet.deployment.onnx_selection import selection_graph  # noqa: E402
+from tinydet.yolof.decode import postprocess  # noqa: E402
+
+
+def _run(config, logits, boxes):
+    graph = selection_graph(config, logits.shape[-1])
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    inputs = {
+        "pair_scores": logits.sigmoid().flatten(1).numpy(),
+        "anchor_boxes": boxes.numpy(),
+    }
+    outputs = session.run(["boxes", "scores", "labels", "count"], inputs)
+    return [torch.from_numpy(x) for x in outputs]
+
+
+def _expected(config, logits, boxes):
+    return postprocess(
+        logits,
+        boxes,
+        (64, 64),
+        config.score_threshold,
+        config.candidates,
+        config.nms_iou,
+        config.max_detections,
+    )
+
+
+def _random(num_images, num_anchors, num_classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(num_images, num_anchors, num_classes, generator=generator) - 1
+    corners = 64 * torch.rand(num_images, num_anchors, 2, generator=generator)
+    sides = 30 * torch.rand(num_images, num_anchors, 2, generator=generator) - 2
+    return logits, torch.cat([corners, corners + sides], dim=-1).clamp(0, 64)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "max_detections"),
+    [(1000, 100), (40, 100), (1000, 7), (5, 5), (1, 3)],
+)
+@pytest.mark.parametrize("num_classes", [1, 4])
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_selection__as_postprocess(candidates, max_detections, num_classes, num_images):
+    config = Model(candidates=candidates, max_detections=max_detections)
+    logits, boxes = _random(num_images, 150, num_classes, seed=candidates)
+    found = unpack(*_run(config, logits, boxes))
+    agreement = compare_detections(_expected(config, logits, boxes), found, config)
+    assert agreement.unmatched == agreement.ties == 0
+    assert agreement.matched >= 1
+    assert agreement.max_score < 1e-6
+    assert agreement.max_box < 1e-4
+
+
+def test_selection__padding():
+    config = Model(max_detections=6)
+    logits = torch.full((2, 3, 2), -9.0)
+    logits[0, 1, 1] = 2.0
+    boxes = torch.tensor([[[0, 0, 9, 9], [5, 6, 7, 8], [0, 0, 9, 9]]] * 2, dtype=torch.float32)
+    out_boxes, scores, labels, count = _run(config, logits, boxes)
+    assert count.tolist() == [1, 0]
+    assert labels.tolist() == [[1, -1, -1, -1, -1, -1], [-1] * 6]
+    assert out_boxes[0, 0].tolist() == [5, 6, 7, 8]
+    assert (out_boxes[0, 1:] == 0).all()
+    assert (out_boxes[1] == 0).all()
+    assert scores[0, 0].item() == pytest.approx(torch.tensor(2.0).sigmoid().item())
+    assert (scores[0, 1:] == 0).all()
+    assert labels.dtype == count.dtype == torch.int64
+
+
+def test_selection__empty_boxes_are_dropped():
+    config = Model()
+    logits = torch.tensor([[[3.0], [2.0], [1.0]]])
+    boxes = torch.tensor([[[5, 5, 5, 9], [5, 9, 9, 9], [1, 1, 4, 4]]], dtype=torch.float32)
+    out_boxes, _, _, count = _run(config, logits, boxes)
+    assert count.tolist() == [1]
+    assert out_boxes[0, 0].tolist() == [1, 1, 4, 4]
+
+
+def test_selection__overlap_exactly_at_the_limit_stays():
+    logits = torch.tensor([[[3.0], [2.0]]])
+    boxes = torch.tensor([[[0, 0, 10, 10], [0, 0, 5, 10]]], dtype=torch.float32)  # IoU 0.5
+    assert _run(Model(nms_iou=0.5), logits, boxes)[3].tolist() == [2]
+    assert _run(Model(nms_iou=0.49), logits, boxes)[3].tolist() == [1]
+
+
+def test_selection__one_box_two_classes():
+    logits = torch.tensor([[[3.0, 2.0]]])
+    boxes = torch.tensor([[[0, 0, 10, 10]]], dtype=torch.float32)
+    _, _, labels, count = _run(Model(), logits, boxes)
+    assert count.tolist() == [2]
+    assert labels[0, :3].tolist() == [0, 1, -1]

@@ -1,0 +1,69 @@
+"""Time a detector, forward and post-processing: python tools/speed.py [EXPERIMENT CHECKPOINT]."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tinydet.cli import add_overrides, run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", type=Path, nargs="?", help="default: the checkpoint's own")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="default: the newest best.pt")
+    parser.add_argument("--fp16", action="store_true", help="run in float16 (meant for a GPU)")
+    parser.add_argument("--images", type=int, default=2000, help="images to time, default 2000")
+    parser.add_argument("--batch-size", type=int, default=1, help="images in a batch, default 1")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="input size; default: the experiment's",
+    )
+    parser.add_argument("--no-fuse", action="store_true", help="time the unfolded form alone")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--time-limit", type=float, default=60.0, help="seconds, default 60; 0 for no limit"
+    )
+    add_overrides(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, time, print."""
+    from tinydet.config import load_experiment
+
+    experiment = load_experiment(args.experiment, args.set) if args.experiment else None
+    if args.set and experiment is None:
+        raise ValueError("--set changes an experiment: name its file before the checkpoint")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: must be at least 1")
+
+    import torch
+
+    from tinydet.deployment.speed_report import SpeedOptions, time_checkpoint
+    from tinydet.training.runs import newest_checkpoint
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = experiment.name if experiment else "*"
+    checkpoint = args.checkpoint or newest_checkpoint(name=name)
+    options = SpeedOptions(
+        images=args.images,
+        batch_size=args.batch_size,
+        size=tuple(args.size) if args.size else None,
+        fp16=args.fp16,
+        fuse=not args.no_fuse,
+        device=args.device,
+        time_limit=args.time_limit,
+    )
+    print(f"checkpoint  {checkpoint}", flush=True)
+    for line in time_checkpoint(checkpoint, experiment, options):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run(main, _parser())
