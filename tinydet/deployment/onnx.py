@@ -34,6 +34,7 @@ from tinydet.deployment.decoding import (
     largest_differences,
     scores_and_boxes,
 )
+from tinydet.deployment.fixed_padding import with_fixed_padding
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
 from tinydet.deployment.reparameterize import fold_detector
@@ -225,6 +226,7 @@ class _ScoresAndBoxes(nn.Module):
 
 def _network_graph(detector: Detector, size: tuple[int, int] | None) -> ModelProto:
     images = random_images(2, size or (128, 160))
+    other = random_images(1, size or (64, 96))
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}
     if size is None:
         dynamic[2] = 32 * torch.export.Dim("rows", min=1)
@@ -234,7 +236,7 @@ def _network_graph(detector: Detector, size: tuple[int, int] | None) -> ModelPro
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _ScoresAndBoxes(detector).eval(),
+                _ScoresAndBoxes(with_fixed_padding(detector, [images, other])).eval(),
                 (images,),
                 input_names=["images"],
                 output_names=["pair_scores", "anchor_boxes"],
