@@ -10,7 +10,12 @@ from tinydet.cli import add_overrides, run
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", type=Path, nargs="?", help="default: the checkpoint's own")
+    parser.add_argument(
+        "experiment",
+        type=Path,
+        nargs="?",
+        help="default: the checkpoint's own; a lone .pt file is the checkpoint",
+    )
     parser.add_argument("checkpoint", type=Path, nargs="?", help="default: the newest best.pt")
     parser.add_argument("--fp16", action="store_true", help="run in float16 (meant for a GPU)")
     parser.add_argument("--images", type=int, default=2000, help="images to time, default 2000")
@@ -36,6 +41,8 @@ def main(args: argparse.Namespace) -> None:
     """Load, time, print."""
     from tinydet.config import load_experiment
 
+    if args.experiment and args.checkpoint is None and args.experiment.suffix == ".pt":
+        args.experiment, args.checkpoint = None, args.experiment
     experiment = load_experiment(args.experiment, args.set) if args.experiment else None
     if args.set and experiment is None:
         raise ValueError("--set changes an experiment: name its file before the checkpoint")

@@ -75,7 +75,7 @@ def test_measure__forms_take_turns_and_the_clock_waits_once_a_chunk():
     measure(forms, _batches(1), 25, clock)
     names = "".join(name for name, _ in log[6:])
     assert names == "a" * 10 + "b" * 10 + "a" * 10 + "b" * 10 + "a" * 5 + "b" * 5
-    assert clock.waits == 1 + 6
+    assert clock.waits == 2 * 3 + 6  # after each warm-up batch, and after each turn
 
 
 def test_measure__cycles_through_batches_of_different_sizes():
@@ -89,8 +89,15 @@ def test_measure__time_limit_is_the_same_for_all_forms():
     clock, log = _FakeClock(), []
     forms = {name: _FakeDetector(clock, log, name, [1000], 0) for name in "ab"}
     timings = measure(forms, _batches(1), 2000, clock, time_limit=45, now=lambda: clock.time / 1000)
-    # 6 s of warm-up, then 20 s a turn of both: over the limit after two turns.
-    assert [t.images for t in timings.values()] == [20, 20]
+    # A batch takes a second: one of each form to warm up, then turns of one batch. 2 + 2 * 22 = 46.
+    assert [t.images for t in timings.values()] == [22, 22]
+
+
+def test_measure__turns_last_about_a_second():
+    clock, log = _FakeClock(), []
+    forms = {name: _FakeDetector(clock, log, name, [300], 0) for name in "ab"}
+    measure(forms, _batches(1), 5, clock, now=lambda: clock.time / 1000)
+    assert "".join(name for name, _ in log[6:]) == "aaabbbaabb"
 
 
 def test_measure__refuses_nothing():

@@ -45,7 +45,7 @@ class Agreement:
     @property
     def same(self) -> bool:
         """Whether both forms find the same, and ties are as rare as ties are."""
-        return self.unmatched == 0 and self.ties <= 2 + 0.02 * self.matched
+        return self.unmatched == 0 and self.ties <= 2 + 0.05 * self.matched
 
     def merge(self, other: Agreement) -> Agreement:
         """Return the outcome for both sets of images."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from tinydet.yolof.detector import Detector
 
-_CHUNK = 10  # batches a form runs before it is the next one's turn
-_WARM_UP = 3  # batches of each form that are not timed
+_CHUNK = 10  # most batches a form runs before it is the next one's turn
+_WARM_UP = 3  # most batches of each form that are not timed
+_TURN_SECONDS = 1.0  # a form that is slow has shorter turns and less warm-up
 
 
 class Clock(Protocol):
@@ -150,15 +151,13 @@ def measure(
     if images < 1 or not batches:
         raise ValueError(f"--images {images}: nothing to time; give at least 1")
     begin = now()
-    for form in forms.values():
-        for i in range(_WARM_UP):
-            _run(form, batches[i % len(batches)], WallClock())
-    clock.wait()
+    slowest = max(_warm_up(form, batches, clock, now) for form in forms.values())
+    turn = max(1, min(_CHUNK, int(_TURN_SECONDS / slowest) if slowest > 0 else _CHUNK))
     timings = {name: Timing() for name in forms}
     done = position = 0
     while done < images:
         chunk, in_chunk = [], 0
-        while len(chunk) < _CHUNK and done + in_chunk < images:
+        while len(chunk) < turn and done + in_chunk < images:
             chunk.append(batches[(position + len(chunk)) % len(batches)])
             in_chunk += len(chunk[-1])
         for name, form in forms.items():
@@ -173,6 +172,21 @@ def measure(
         if time_limit is not None and now() - begin >= time_limit:
             break
     return timings
+
+
+def _warm_up(
+    form: Detector, batches: Sequence[Tensor], clock: Clock, now: Callable[[], float]
+) -> float:
+    """Run a form untimed, for a turn at most, and return the seconds its last batch took."""
+    begin = now()
+    for i in range(_WARM_UP):
+        start = now()
+        _run(form, batches[i % len(batches)], clock)
+        clock.wait()
+        end = now()
+        if end - begin >= _TURN_SECONDS:
+            break
+    return end - start
 
 
 def _run(form: Detector, images: Tensor, clock: Clock) -> tuple[Any, Any, Any]:
