@@ -93,9 +93,10 @@ def load_detector(
     try:
         detector.load_state_dict(content["model"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        # torch lists every tensor; the first few tell what is wrong.
+        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path}: its weights are not those of experiment {experiment.name!r} ({reason}); "
+            f"{path}: its weights are not those of experiment {experiment.name!r} ({reason} ...); "
             "give the experiment it was trained with"
         ) from error
     return detector.eval().to(device)

@@ -70,19 +70,24 @@ class RunLog:
     def step(
         self, epoch: int, step: int, losses: Mapping[str, Tensor], lr: float, images: int
     ) -> None:
-        """Note one training step (numbers from 1).
-
-        Raises:
-            DivergedError: a loss since the last line is NaN or infinite.
-        """
+        """Note one training step (numbers from 1); every tenth writes a line, see `flush`."""
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
         self._images += images
         self._progress.advance(self._task)
-        if len(self._losses) < _INTERVAL:
+        if len(self._losses) == _INTERVAL:
+            self.flush(epoch, step, lr)
+
+    def flush(self, epoch: int, step: int, lr: float) -> None:
+        """Show and write the means of the steps noted since the last line, if there are any.
+
+        Raises:
+            DivergedError: a loss among them is NaN or infinite.
+        """
+        if not self._losses:
             return
         means = {
             name: torch.stack([noted[name] for noted in self._losses]).mean().item()
-            for name in losses
+            for name in self._losses[0]
         }
         total = sum(means.values())
         if not math.isfinite(total):

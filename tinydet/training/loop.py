@@ -105,3 +105,4 @@ def _train_epoch(
             if state.ema is not None:
                 state.ema.update_parameters(state.detector)
         log.step(state.epoch + 1, state.epoch * len(loader) + step, losses, lr, len(batch))
+    log.flush(state.epoch + 1, (state.epoch + 1) * len(loader), lr)

@@ -1,0 +1,117 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tinydet.config import load_experiment
+from tinydet.training.checkpoint import CheckpointError, read_checkpoint
+from tinydet.training.log import DivergedError
+from tinydet.training.loop import train
+
+
+def _run(experiment, folder, **kwargs):
+    folder.mkdir()
+    train(experiment, folder, **kwargs)
+    return read_checkpoint(folder / "last.pt")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_experiment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "1"
+    return folder, _run(tiny_experiment, folder)
+
+
+def test_a_run_leaves_what_the_design_names(trained, tiny_experiment):
+    folder, checkpoint = trained
+    metrics = json.loads((folder / "metrics.json").read_text())
+    named = {"AP50", "AP50_11pt", "AP", "per_class", "train_seconds", "epochs"}
+    assert named | {"images_per_second"} <= set(metrics)
+    assert metrics["epochs"] == 2
+    assert load_experiment(folder / "experiment.json") == tiny_experiment
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["mode"] == "val"] == [1, 2]
+    assert "Problems found in the data" in (folder / "report.md").read_text()
+    assert list(folder.glob("events.*"))
+    assert {p.name for p in folder.glob("*.pt")} == {"best.pt", "last.pt"}
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["form"] == "training"
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(
+    trained, tiny_experiment, tmp_path
+):
+    again = _run(tiny_experiment, tmp_path / "again")
+    for name, tensor in trained[1]["model"].items():
+        assert torch.equal(tensor, again["model"][name]), name
+    other = replace(tiny_experiment, train=replace(tiny_experiment.train, seed=1))
+    other = _run(other, tmp_path / "other")
+    name = "head.cls_score.weight"
+    assert not torch.equal(trained[1]["model"][name], other["model"][name])
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tiny_experiment, tmp_path):
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    stop = RuntimeError("killed")
+
+    def killed(*_):
+        raise stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Dies in the evaluation after epoch 2, with last.pt of epoch 1 on disk.
+        real = train.__globals__["evaluate_detector"]
+        calls = iter([real, killed])
+        patch.setitem(train.__globals__, "evaluate_detector", lambda *a: next(calls)(*a))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(tiny_experiment, folder)
+    assert read_checkpoint(folder / "last.pt")["epoch"] == 1
+    train(tiny_experiment, folder, resume_from=folder / "last.pt")
+    resumed = read_checkpoint(folder / "last.pt")
+    for key in ("model", "raw_model"):
+        for name, tensor in trained[1][key].items():
+            assert torch.equal(tensor, resumed[key][name]), (key, name)
+
+
+def test_a_finished_run_is_not_resumed_by_accident_but_can_be_prolonged(
+    trained, tiny_experiment, tmp_path
+):
+    folder, _ = trained
+    with pytest.raises(CheckpointError, match="finished its 2 epochs"):
+        _run(tiny_experiment, tmp_path / "same", resume_from=folder / "last.pt")
+    longer = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=3))
+    assert _run(longer, tmp_path / "longer", resume_from=folder / "last.pt")["epoch"] == 3
+
+
+def test_accumulation_steps_once_for_several_batches(tiny_experiment, tmp_path):
+    # 24 images in batches of 8 make 3 batches; of two, the last is a step of its own.
+    settings = replace(tiny_experiment.train, accumulate=2)
+    checkpoint = _run(replace(tiny_experiment, train=settings), tmp_path / "accumulated")
+    assert checkpoint["iteration"] == 2 * 2
+    assert checkpoint["ema_updates"] == 2 * 2
+
+
+def test_a_loss_that_is_no_number_stops_the_run_in_one_line(tiny_experiment, tmp_path):
+    hot = replace(
+        tiny_experiment,
+        optim=replace(tiny_experiment.optim, optimizer="sgd", lr=1e30, warmup_iters=0),
+        train=replace(tiny_experiment.train, epochs=3),
+    )
+    with pytest.raises(DivergedError, match=r"optim\.lr"):
+        _run(hot, tmp_path / "hot")
+
+
+def test_training_lowers_the_loss(tiny_experiment, tmp_path):
+    longer = replace(
+        tiny_experiment,
+        optim=replace(tiny_experiment.optim, lr=1e-2, clip_norm=5.0),
+        train=replace(tiny_experiment.train, epochs=20, eval_every=20),
+    )
+    folder = tmp_path / "longer"
+    _run(longer, folder)
+    losses = [
+        r["loss"]
+        for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        if r["mode"] == "train"
+    ]
+    assert losses[-1] < 0.7 * losses[0], losses
