@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinydet import config
 from tinydet.config import (
     Augment,
     ConfigError,
@@ -298,3 +299,41 @@ def test_defaults_are_yolof_as_published():
     assert (model.cls_convs, model.reg_convs, model.anchor_scales) == (2, 4, (1, 2, 4, 8, 16))
     tested = (model.score_threshold, model.candidates, model.nms_iou, model.max_detections)
     assert tested == (0.05, 1000, 0.6, 100)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.epochs=0", "train.epochs=0: must be at least 1"),
+        ("data.augment.hue=0.6", "data.augment.hue=0.6: must be from 0 to 0.5"),
+        ("data.augment.scale=2,1", "the smaller factor is first"),
+        ("data.augment.scale=0,1", "must be at least"),
+        ("model.dilations=2,0", r"model.dilations=\(2, 0\): must be at least 1"),
+        ("model.anchor_scales=", "needs at least one"),
+        ("data.image_size=16", "at least 32"),
+        ("optim.lr=-1", "optim.lr=-1.0: must be at least"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, assignment, message):
+    path = tmp_path / "mine.py"
+    path.write_text("from tinydet.config import Experiment\nexperiment = Experiment()\n")
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(path, [assignment])
+
+
+def test_every_number_has_bounds_that_its_default_meets(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from tinydet.config import Experiment\nexperiment = Experiment()\n")
+    experiment = load_experiment(path)
+    for group in ("model", "data", "data.augment", "optim", "train"):
+        fields = experiment
+        for name in group.split("."):
+            fields = getattr(fields, name)
+        for field in dataclasses.fields(fields):
+            value = getattr(fields, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            is_number = all(isinstance(v, (int, float)) and v is not True for v in numbers)
+            if is_number and numbers and field.name not in ("seed", "compile", "keep_ratio"):
+                if isinstance(value, bool):
+                    continue
+                assert field.name in config._BOUNDS[group], f"{group}.{field.name}"

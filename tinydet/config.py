@@ -219,6 +219,60 @@ class Experiment:
     train: Train = field(default_factory=Train)
 
 
+_TINY = 1e-12  # of a quantity that has to be positive
+_ANY = math.inf
+# Smallest and largest value of each number; of every item of a tuple.
+_BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "model": {
+        "encoder_channels": (1, _ANY),
+        "encoder_mid_channels": (1, _ANY),
+        "dilations": (1, _ANY),
+        "cls_convs": (0, _ANY),
+        "reg_convs": (0, _ANY),
+        "anchor_scales": (_TINY, _ANY),
+        "match_topk": (1, _ANY),
+        "match_pos_ignore": (0, 1),
+        "match_neg_ignore": (0, 1),
+        "center_clamp": (0, _ANY),
+        "score_threshold": (0, 1),
+        "nms_iou": (0, 1),
+        "candidates": (1, _ANY),
+        "max_detections": (1, _ANY),
+    },
+    "data": {"image_size": (32, _ANY), "workers": (-1, _ANY)},
+    "data.augment": {
+        "color_jitter": (0, _ANY),
+        "hue": (0, 0.5),
+        "scale": (_TINY, _ANY),
+        "hflip": (0, 1),
+        "vflip": (0, 1),
+        "shift": (0, 1),
+        "max_shift": (0, _ANY),
+        "multiscale": (_TINY, _ANY),
+    },
+    "optim": {
+        "lr": (_TINY, _ANY),
+        "backbone_lr_factor": (0, _ANY),
+        "momentum": (0, 0.9999),
+        "weight_decay": (0, _ANY),
+        "milestones": (0, 1),
+        "gamma": (0, 1),
+        "warmup_iters": (0, _ANY),
+        "warmup_factor": (0, 1),
+        "clip_norm": (0, _ANY),
+        "base_batch": (1, _ANY),
+    },
+    "train": {
+        "epochs": (1, _ANY),
+        "batch_size": (1, _ANY),
+        "accumulate": (1, _ANY),
+        "ema_decay": (0, 0.999999),
+        "eval_every": (1, _ANY),
+        "eval_batch_size": (1, _ANY),
+    },
+}
+
+
 def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> Experiment:
     """Load an experiment from a Python file that defines `experiment`, or a run's experiment.json.
 
@@ -243,7 +297,9 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
         experiment = _run_file(path)
     if not experiment.name:
         experiment = dataclasses.replace(experiment, name=path.stem)
-    return override(experiment, overrides)
+    experiment = override(experiment, overrides)
+    _check_ranges(experiment)
+    return experiment
 
 
 def _run_file(path: Path) -> Experiment:
@@ -268,6 +324,26 @@ def _run_file(path: Path) -> Experiment:
         raise ConfigError(f"{path}: must end with `experiment = Experiment(...)`")
     # Type-check what the file built: dataclasses do not.
     return experiment_from_dict(dataclasses.asdict(experiment))
+
+
+def _check_ranges(experiment: Experiment) -> None:
+    """Refuse a value of the right type that means nothing."""
+    for group, bounds in _BOUNDS.items():
+        fields = experiment
+        for name in group.split("."):
+            fields = getattr(fields, name)
+        for name, (low, high) in bounds.items():
+            value = getattr(fields, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(low <= v <= high for v in values):
+                rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise ConfigError(f"{group}.{name}={value!r}: must be {rule}")
+    for name in ("scale", "multiscale"):
+        low, high = getattr(experiment.data.augment, name)
+        if low > high:
+            raise ConfigError(f"data.augment.{name}={low:g},{high:g}: the smaller factor is first")
+    if not experiment.model.anchor_scales:
+        raise ConfigError("model.anchor_scales: needs at least one")
 
 
 def override(experiment: Experiment, assignments: typing.Sequence[str]) -> Experiment:

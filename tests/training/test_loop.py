@@ -104,8 +104,9 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(tiny_experiment, tmp
 def test_training_lowers_the_loss(tiny_experiment, tmp_path):
     longer = replace(
         tiny_experiment,
-        optim=replace(tiny_experiment.optim, lr=1e-2, clip_norm=5.0),
-        train=replace(tiny_experiment.train, epochs=20, eval_every=20),
+        model=replace(tiny_experiment.model, backbone="resnet10t", feature="C4"),
+        optim=replace(tiny_experiment.optim, lr=4e-3, clip_norm=5.0),
+        train=replace(tiny_experiment.train, epochs=15, eval_every=15),
     )
     folder = tmp_path / "longer"
     _run(longer, folder)
