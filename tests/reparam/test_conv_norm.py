@@ -78,6 +78,18 @@ def test_linear_norm__other_axis_is_not_folded(check_fold):
     assert "channels" in report.kept[0].detail
 
 
+def test_linear_norm__half_of_the_output_is_not_folded(check_fold):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.linear(x).view(-1, 4))
+
+    check_fold(Net().double(), torch.randn(2, 6, dtype=torch.float64), left=1)
+
+
 @pytest.mark.parametrize("kind", ["plain", "affine_less", "sync", "frozen", "act", "sync_act"])
 def test_norm_kinds(kind, check_fold):
     norm = {
@@ -170,6 +182,20 @@ def test_not_folded(way, check_fold):
     _, report = check_fold(model, x, left=1)
     assert [step.name for step in report.kept] == ["norm"]
     assert report.kept[0].detail
+
+
+def test_not_folded__reasons(check_fold):
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    for way, reason in {
+        "conv called twice": "conv runs 2 times",
+        "norm called twice": "it runs 2 times",
+        "norm not run": "it runs 0 times",
+        "output added": "also used by aten.add in the network",
+        "output returned": "also an output of the network",
+        "function between": "comes from aten.mul in the network",
+    }.items():
+        _, report = check_fold(_Net(_UNFOLDABLE[way]).double(), x, left=1)
+        assert reason in report.kept[0].detail
 
 
 def test_not_folded__weight_shared_by_two_layers(check_fold):
