@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from tinydet.config import ConfigError, Train
+from tinydet.training.cpu_layers import prepare_for_cpu
 
 _DTYPES = {
     "float32": torch.float32,
@@ -21,19 +21,6 @@ _DTYPES = {
     "float16": torch.float16,
 }
 _FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-
-
-class _InFloat32(nn.Module):
-    """Put before a layer class in the order of bases, runs that layer outside autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-
-@cache
-def _in_float32(layer: type[nn.Module]) -> type[nn.Module]:
-    return type(layer.__name__, (_InFloat32, layer), {})
 
 
 @dataclass(frozen=True)
@@ -56,17 +43,10 @@ class Precision:
         return _FORMATS[self.memory_format]
 
     def prepare(self, model: nn.Module) -> None:
-        """Put a model's weights into the memory format, and its layers into their dtypes.
-
-        In bfloat16 on a CPU, depthwise convolutions get a class that computes in float32; names,
-        parameters and the function outside autocast stay as they are.
-        """
+        """Put a model's weights into the memory format, and a CPU's layers into shape."""
         model.to(memory_format=self.torch_format)
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        for module in model.modules():
-            depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
-            if depthwise and on_cpu and self.dtype == "bfloat16":
-                module.__class__ = _in_float32(type(module))
+        if next(model.parameters()).device.type == "cpu":
+            prepare_for_cpu(model, bfloat16=self.dtype == "bfloat16")
 
     @contextmanager
     def autocast(self, device: torch.device) -> Iterator[None]:
