@@ -35,5 +35,5 @@ experiment = Experiment(
         warmup_iters=50,
         clip_norm=10.0,
     ),
-    train=Train(epochs=40, batch_size=8, ema_decay=0.998, eval_every=5),
+    train=Train(epochs=36, batch_size=8, ema_decay=0.998, eval_every=6),
 )

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Detect, draw, save, print."""
-    from tinydet.config import experiment_from_dict, load_experiment, override
+    from tinydet.experiment_file import experiment_from_dict, load_experiment, override
 
     experiment = load_experiment(args.experiment, args.set) if args.experiment else None
 

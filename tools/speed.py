@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Load, time, print."""
-    from tinydet.config import load_experiment
+    from tinydet.experiment_file import load_experiment
 
     if args.experiment and args.checkpoint is None and args.experiment.suffix == ".pt":
         args.experiment, args.checkpoint = None, args.experiment

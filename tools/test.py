@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Load, evaluate, print."""
-    from tinydet.config import load_experiment
+    from tinydet.experiment_file import load_experiment
 
     experiment = load_experiment(args.experiment, args.set)
 

@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Load the experiment, make its data present, train."""
-    from tinydet.config import load_experiment
+    from tinydet.experiment_file import load_experiment
 
     overrides = list(args.set)
     if args.seed is not None:

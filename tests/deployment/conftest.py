@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tinydet.config import Data, Experiment, Model, experiment_to_dict
+from tinydet.config import Data, Experiment, Model
+from tinydet.experiment_file import experiment_to_dict
 from tinydet.training.checkpoint import save_checkpoint
 from tinydet.yolof.detector import build_detector
 

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from tinydet.config import experiment_to_dict
+from tinydet.experiment_file import experiment_to_dict
 from tinydet.reparam.fold import fold
 from tinydet.training.checkpoint import (
     CheckpointError,

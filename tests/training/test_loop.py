@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinydet.config import load_experiment
+from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint
 from tinydet.training.log import DivergedError
 from tinydet.training.loop import train

@@ -26,7 +26,6 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from tinydet import __version__
-from tinydet.config import experiment_from_dict
 from tinydet.deployment.agreement import Agreement, compare_detections
 from tinydet.deployment.decoding import (
     MAX_BOX,
@@ -38,6 +37,7 @@ from tinydet.deployment.fixed_padding import with_fixed_padding
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
 from tinydet.deployment.reparameterize import fold_detector
+from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.yolof.decode import Detections
 from tinydet.yolof.detector import Detector

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from tinydet.config import experiment_from_dict
 from tinydet.deployment.agreement import Agreement, compare_detections
 from tinydet.deployment.decoding import (
     MAX_BOX,
@@ -16,6 +15,7 @@ from tinydet.deployment.decoding import (
     scores_and_boxes,
 )
 from tinydet.deployment.images import SampleImages, random_images, sample_images
+from tinydet.experiment_file import experiment_from_dict
 from tinydet.reparam import FoldReport, fold
 from tinydet.training.checkpoint import (
     CheckpointError,

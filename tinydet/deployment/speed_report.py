@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinydet.config import Experiment, experiment_from_dict
+from tinydet.config import Experiment
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.deployment.speed import clock_for, half_precision_problem, measure, table
+from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.training.device import pick_device
 from tinydet.yolof.detector import Detector

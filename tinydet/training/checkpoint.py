@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from tinydet import __version__
-from tinydet.config import Experiment, Model, experiment_from_dict
+from tinydet.config import Experiment, Model
+from tinydet.experiment_file import experiment_from_dict
 from tinydet.reparam.fold import fold
 from tinydet.yolof.detector import Detector, build_detector
 

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tinydet.config import Experiment, experiment_to_dict
+from tinydet.config import Experiment
 from tinydet.data.index import Index
 from tinydet.evaluation import Metrics
+from tinydet.experiment_file import experiment_to_dict
 from tinydet.training.state import TrainingState
 
 

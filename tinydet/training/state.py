@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from tinydet.config import Experiment, experiment_to_dict
+from tinydet.config import Experiment
 from tinydet.data.sample import Batch
+from tinydet.experiment_file import experiment_to_dict
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint
 from tinydet.training.ema import averaged
 from tinydet.training.optim import Plan, make_optimizer, make_plan

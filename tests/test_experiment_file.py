@@ -7,12 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinydet import config
-from tinydet.config import (
-    Augment,
-    ConfigError,
-    Experiment,
-    Model,
+from tinydet import experiment_file
+from tinydet.config import Augment, ConfigError, Experiment, Model
+from tinydet.experiment_file import (
     experiment_from_dict,
     experiment_to_dict,
     load_experiment,
@@ -336,4 +333,4 @@ def test_every_number_has_bounds_that_its_default_meets(tmp_path):
             if is_number and numbers and field.name not in ("seed", "compile", "keep_ratio"):
                 if isinstance(value, bool):
                     continue
-                assert field.name in config._BOUNDS[group], f"{group}.{field.name}"
+                assert field.name in experiment_file._BOUNDS[group], f"{group}.{field.name}"
