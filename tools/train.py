@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
 
     from tinydet.data.dataset import fetch, is_missing
     from tinydet.training.loop import train
-    from tinydet.training.runs import new_run_dir, newest_checkpoint
+    from tinydet.training.runs import newest_checkpoint
 
     data = experiment.data
     if data.source == "voc07" and is_missing(data):
@@ -59,12 +59,7 @@ def main(args: argparse.Namespace) -> None:
         resume_from = args.work_dir / "last.pt"
     elif args.resume:
         resume_from = newest_checkpoint(file_name="last.pt", name=experiment.name)
-    if args.work_dir:
-        run_dir = args.work_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-    else:
-        run_dir = resume_from.parent if resume_from else new_run_dir(experiment.name)
-    train(experiment, run_dir, resume_from)
+    train(experiment, args.work_dir or (resume_from and resume_from.parent), resume_from)
 
 
 if __name__ == "__main__":

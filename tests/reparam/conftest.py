@@ -30,15 +30,6 @@ def _check_fold(model, x, left=0):
     return folded, report
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    # Many small operations: threads that wait for each other cost more than they compute.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def randomise():
     return _randomise

@@ -17,6 +17,7 @@ import os
 import pickle
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,6 @@ def load_detector(
     return detector.eval().to(device)
 
 
-def build_unloaded(model: Model, classes: list[str]) -> Detector:
+def build_unloaded(model: Model, classes: Sequence[str]) -> Detector:
     """Build a detector whose weights are about to be replaced: nothing is fetched."""
     return build_detector(dataclasses.replace(model, weights="random"), classes)

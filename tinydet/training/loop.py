@@ -13,23 +13,26 @@ from tinydet.config import Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.loader import DetectionLoader, make_train_loader
 from tinydet.data.voc import VocDataset
-from tinydet.training.checkpoint import save_checkpoint
+from tinydet.training.checkpoint import build_unloaded, read_checkpoint, save_checkpoint
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import evaluate_detector
 from tinydet.training.log import RunLog
 from tinydet.training.results import write_experiment, write_results
+from tinydet.training.runs import new_run_dir
 from tinydet.training.state import TrainingState, start_training
 from tinydet.yolof.detector import build_detector
 
 logger = logging.getLogger(__name__)
 
 
-def train(experiment: Experiment, run_dir: Path, resume_from: Path | None = None) -> None:
-    """Train, evaluate and save; everything the run makes is in `run_dir`.
+def train(
+    experiment: Experiment, run_dir: Path | None = None, resume_from: Path | None = None
+) -> None:
+    """Train, evaluate and save; everything the run makes is in one folder.
 
     Args:
         experiment: what to train.
-        run_dir: an existing folder.
+        run_dir: the folder; None makes a new one in `runs/`, once all is found to be in order.
         resume_from: a training checkpoint to go on from, at the start of its next epoch.
 
     Raises:
@@ -39,16 +42,19 @@ def train(experiment: Experiment, run_dir: Path, resume_from: Path | None = None
     """
     data, settings = experiment.data, experiment.train
     device = pick_device(settings.device)
+    resumed = read_checkpoint(resume_from) if resume_from is not None else None
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(settings.seed)
     train_index, test_index = load_split(data, data.train_split), load_split(data, data.test_split)
     loader = make_train_loader(
         VocDataset(train_index), data, settings.batch_size, settings.seed, device=device
     )
-    detector = build_detector(experiment.model, train_index.classes).to(device)
+    build = build_detector if resumed is None else build_unloaded
+    detector = build(experiment.model, train_index.classes).to(device)
     state = start_training(experiment, detector, len(loader), next(iter(loader)).to(device))
-    if resume_from is not None:
-        state.resume(resume_from)
+    if resumed is not None:
+        state.resume(resumed, resume_from)
+    run_dir = run_dir or new_run_dir(experiment.name)
     write_experiment(run_dir, experiment)
     logger.info(
         f"{experiment.name}: {len(train_index)} images to train on, {len(test_index)} to test on, "

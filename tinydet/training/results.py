@@ -16,6 +16,7 @@ from tinydet.training.state import TrainingState
 
 def write_experiment(run_dir: Path, experiment: Experiment) -> None:
     """Write the resolved experiment; `load_experiment` reads it, so it can be run again."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "experiment.json", experiment_to_dict(experiment))
 
 

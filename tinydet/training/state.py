@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from tinydet.config import Experiment
 from tinydet.data.sample import Batch
 from tinydet.experiment_file import experiment_to_dict
-from tinydet.training.checkpoint import CheckpointError, read_checkpoint
+from tinydet.training.checkpoint import CheckpointError
 from tinydet.training.ema import averaged
 from tinydet.training.optim import Plan, make_optimizer, make_plan
 from tinydet.training.precision import Precision, choose_precision
@@ -79,13 +79,12 @@ class TrainingState:
             "images_seen": self.images_seen,
         }
 
-    def resume(self, path: Path) -> None:
-        """Put a checkpoint's state into this run.
+    def resume(self, content: dict[str, Any], path: Path) -> None:
+        """Put a checkpoint's state, read from `path`, into this run.
 
         Raises:
             CheckpointError: it is of another experiment, or not one to go on from.
         """
-        content = read_checkpoint(path)
         if content["form"] != "training":
             raise CheckpointError(f"{path}: a folded network cannot be trained on; take last.pt")
         if tuple(content["classes"]) != self.detector.classes:
