@@ -1,4 +1,4 @@
-"""A RepVGG-style detector from scratch on synthetic shapes: no download, no pretrained weights.
+"""A detector from scratch on synthetic shapes: no download, no pretrained weights.
 
 bash tools/quickstart.sh
 """
@@ -7,7 +7,7 @@ from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
 
 experiment = Experiment(
     model=Model(
-        backbone="repvgg_a0",
+        backbone="resnet18",
         weights="random",
         feature="C4",
         encoder_channels=96,
@@ -20,17 +20,17 @@ experiment = Experiment(
         root="datasets/shapes",
         source="shapes",
         classes=(),
-        image_size=224,
+        image_size=160,
         augment=Augment(hflip=0.5, vflip=0.5, shift=0.5, max_shift=16, scale=(0.8, 1.25)),
     ),
     optim=Optim(
         optimizer="adamw",
-        lr=4e-3,
+        lr=1.5e-3,
         backbone_lr_factor=1.0,
         weight_decay=0.05,
         schedule="cosine",
         warmup_iters=50,
         clip_norm=10.0,
     ),
-    train=Train(epochs=20, batch_size=16, ema_decay=0.99, eval_every=5),
+    train=Train(epochs=38, batch_size=16, ema_decay=0.99, eval_every=10),
 )

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # annotated at all.
 _DIFFICULT_BELOW = 0.3
 _UNSEEN_BELOW = 0.08
-_SMALLEST, _LARGEST = 22, 110  # diameter in pixels of a 224-pixel image
+_SMALLEST, _LARGEST = 30, 110  # diameter in pixels of a 224-pixel image
 
 
 def render_shapes(

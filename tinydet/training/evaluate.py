@@ -26,7 +26,6 @@ def detect_split(
     """Return the detections of every image of a split, in the index's order, in original pixels."""
     loader = make_test_loader(VocDataset(index), data, batch_size, device=device)
     found: dict[str, ImageDetections] = {}
-    detector = detector.to(memory_format=torch.channels_last)
     for batch in loader:
         images = batch.images.to(device, non_blocking=True)
         images = images.contiguous(memory_format=torch.channels_last)
