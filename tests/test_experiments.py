@@ -48,5 +48,8 @@ def test_the_default_experiment_is_the_reference_recipe():
     assert optim.backbone_lr_factor == pytest.approx(1 / 3)
     assert optim.milestones == pytest.approx((8 / 12, 11 / 12))
     assert (model.encoder_channels, model.encoder_mid_channels) == (512, 128)
-    assert (model.dilations, model.match_topk) == ((2, 4, 6, 8), 4)
+    assert (model.dilations, model.cls_convs, model.reg_convs) == ((2, 4, 6, 8), 2, 4)
+    assert (model.match_topk, model.match_pos_ignore, model.match_neg_ignore) == (4, 0.15, 0.7)
+    assert (model.center_clamp, model.score_threshold, model.nms_iou) == (32, 0.05, 0.6)
+    assert (model.candidates, model.max_detections) == (1000, 100)
     assert [32 * s for s in model.anchor_scales] == [32, 64, 128, 256, 512]
