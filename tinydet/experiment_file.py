@@ -86,9 +86,14 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
     """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        files = {p.stem: p for folder in ("experiments", path.parent) for p in _files(folder)}
+        near = difflib.get_close_matches(path.stem, files, 1)
+        hint = f"; did you mean {files[near[0]]}?" if near else ""
         raise ConfigError(f"{path}: no such experiment file{hint}")
+    if path.suffix not in (".py", ".json"):
+        raise ConfigError(
+            f"{path}: an experiment is a .py or .json file; checkpoints come after the experiment"
+        )
     if path.suffix == ".json":
         try:
             experiment = experiment_from_dict(json.loads(path.read_text()))
@@ -101,6 +106,10 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
     experiment = override(experiment, overrides)
     _check_ranges(experiment)
     return experiment
+
+
+def _files(folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).glob("*.py"))
 
 
 def _run_file(path: Path) -> Experiment:

@@ -13,7 +13,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("image", type=Path, help="JPEG, PNG or anything else pillow reads")
     parser.add_argument(
-        "experiment", type=Path, nargs="?", help="left out: the one the checkpoint was made with"
+        "experiment",
+        type=Path,
+        nargs="?",
+        help="left out: the one the checkpoint was made with; a lone .pt file is the checkpoint",
     )
     parser.add_argument(
         "checkpoint", type=Path, nargs="?", help="left out: the newest run's best checkpoint"
@@ -29,7 +32,14 @@ def main(args: argparse.Namespace) -> None:
     """Detect, draw, save, print."""
     from tinydet.experiment_file import experiment_from_dict, load_experiment, override
 
+    if args.experiment and args.checkpoint is None and args.experiment.suffix == ".pt":
+        args.experiment, args.checkpoint = None, args.experiment
     experiment = load_experiment(args.experiment, args.set) if args.experiment else None
+    out = args.out or Path(f"{args.image.stem}_detections.jpg")
+    if not args.image.is_file():
+        raise FileNotFoundError(f"{args.image}: no such image file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
 
     import torch
 
@@ -63,9 +73,10 @@ def main(args: argparse.Namespace) -> None:
     ):
         print(f"{detector.classes[label]} {score:.2f} at", *(f"{value:.0f}" for value in box))
     drawn = draw_detections(image, found.boxes, found.labels, found.scores, detector.classes)
-    out = args.out or Path(f"{args.image.stem}_detections.jpg")
     save_image(drawn, out)
     print(f"{len(found.scores)} detections by {checkpoint} drawn in {out}")
+    if not len(found.scores):
+        print(f"none scores {args.score_threshold:g}: --score-threshold takes a lower limit")
 
 
 if __name__ == "__main__":

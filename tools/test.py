@@ -25,6 +25,8 @@ def main(args: argparse.Namespace) -> None:
     from tinydet.experiment_file import load_experiment
 
     experiment = load_experiment(args.experiment, args.set)
+    if args.out and not args.out.parent.is_dir():
+        raise FileNotFoundError(f"--out {args.out}: there is no folder {args.out.parent}")
 
     from tinydet.data.dataset import load_split
     from tinydet.training.checkpoint import load_detector

@@ -143,10 +143,13 @@ def test_missing_weights_name_the_choices_and_leave_no_run(folder):
     ("arguments", "says"),
     [
         (["missing.py"], "missing.py: no such experiment"),
+        (["deploy.pt", EXPERIMENT], "deploy.pt: an experiment is a .py or .json file"),
         ([EXPERIMENT, "--set", "trian.epochs=1"], "did you mean train.epochs"),
         ([EXPERIMENT, "--device", "cuda:99", "--set", "data.root=."], "device cuda:99"),
         ([EXPERIMENT, "--resume-from", "gone.pt"], "gone.pt: no such checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(folder, arguments, says):
-    assert says in _mistake(_run("tools/train.py", *arguments, cwd=folder))
+    script = "tools/test.py" if arguments[0] == "deploy.pt" else "tools/train.py"
+    (folder / "deploy.pt").touch()
+    assert says in _mistake(_run(script, *arguments, cwd=folder))

@@ -83,6 +83,8 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
 def test_what_is_wrong_with_a_file_is_said(tmp_path, tiny_experiment, detector):
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         read_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match=r"is a folder; .*best\.pt"):
+        read_checkpoint(tmp_path)
     whole = tmp_path / "whole.pt"
     save_checkpoint(whole, _content(tiny_experiment, detector))
     cut = tmp_path / "cut.pt"

@@ -4,10 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tinydet.config import ConfigError
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint
 from tinydet.training.log import DivergedError
 from tinydet.training.loop import train
+from tinydet.training.state import keep_precision
 
 
 def _run(experiment, folder, **kwargs):
@@ -116,3 +118,40 @@ def test_training_lowers_the_loss(tiny_experiment, tmp_path):
         if r["mode"] == "train"
     ]
     assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(trained, tiny_experiment):
+    folder, _ = trained
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match="holds a run already; add --resume"):
+        train(tiny_experiment, folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_resumed_run_keeps_the_precision_it_was_started_with(trained, tiny_experiment):
+    _, checkpoint = trained
+    auto = replace(tiny_experiment.train, dtype="auto", memory_format="auto")
+    kept = keep_precision(replace(tiny_experiment, train=auto), checkpoint)
+    assert kept == tiny_experiment
+    chosen = replace(tiny_experiment.train, dtype="bfloat16", memory_format="auto")
+    kept = keep_precision(replace(tiny_experiment, train=chosen), checkpoint).train
+    assert (kept.dtype, kept.memory_format) == ("bfloat16", "contiguous")
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_experiment, tmp_path, caplog):
+    folder = tmp_path / "stopped"
+    stops = iter([None, KeyboardInterrupt])
+
+    def interrupted(*args):
+        stop = next(stops)
+        if stop:
+            raise stop
+        return real(*args)
+
+    caplog.set_level("INFO")
+    with pytest.MonkeyPatch.context() as patch:
+        real = train.__globals__["evaluate_detector"]
+        patch.setitem(train.__globals__, "evaluate_detector", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_experiment, folder)
+    assert f"--resume-from {folder / 'last.pt'}" in caplog.text

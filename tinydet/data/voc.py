@@ -129,7 +129,8 @@ def _check_layout(root: Path, split: str) -> Path:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
         raise FileNotFoundError(
-            f"{split_file}: no such split{hint} (there are: {listed or 'none'})"
+            f"{split_file}: no such split{hint} (there are: {listed or 'none'}); choose with "
+            "data.train_split and data.test_split"
         )
     return split_file
 

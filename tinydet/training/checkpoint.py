@@ -56,13 +56,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, not ours, or holds more than plain data.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a checkpoint in it: {path / 'best.pt'}")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; train one with tools/train.py")
+        raise CheckpointError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it is damaged or holds more than tensors, numbers and strings"
+            f"{path}: refused: it is no checkpoint, damaged, or holds more than tensors, numbers "
+            "and strings"
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short; use another checkpoint") from error
@@ -95,11 +98,10 @@ def load_detector(
     try:
         detector.load_state_dict(content["model"])
     except RuntimeError as error:
-        # torch lists every tensor; the first few tell what is wrong.
-        reason = " ".join(str(error).split())[:200]
+        own = content["experiment"].get("name")
         raise CheckpointError(
-            f"{path}: its weights are not those of experiment {experiment.name!r} ({reason} ...); "
-            "give the experiment it was trained with"
+            f"{path}: its weights are not those of experiment {experiment.name!r}; it was trained "
+            f"as {own!r}: give that experiment (experiment.json beside the checkpoint)"
         ) from error
     return detector.eval().to(device)
 

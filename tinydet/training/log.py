@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -33,12 +33,11 @@ class RunLog:
         self._events = _event_writer(run_dir)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=8),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeRemainingColumn(compact=True),
         )
         self._task = self._progress.add_task(
             "training", total=total_steps, completed=done_steps, status=""
@@ -100,8 +99,8 @@ class RunLog:
         self._progress.update(
             self._task,
             description=f"epoch {epoch}",
-            status=f"loss {total:.3f} (cls {means['loss_cls']:.3f} box {means['loss_box']:.3f}) "
-            f"lr {lr:.2g} {speed:.1f} img/s",
+            status=f"cls {means['loss_cls']:.3f} box {means['loss_box']:.3f} lr {lr:.1g} "
+            f"{speed:.1f} img/s",
         )
         values = {"loss": total, **means, "lr": lr, "images_per_second": speed}
         self._write({"mode": "train", "epoch": epoch, "step": step, **values})

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from tinydet.config import Experiment
+from tinydet.config import ConfigError, Experiment
 from tinydet.data.dataset import load_split
+from tinydet.data.index import Index
 from tinydet.data.loader import DetectionLoader, make_train_loader
 from tinydet.data.voc import VocDataset
 from tinydet.training.checkpoint import build_unloaded, read_checkpoint, save_checkpoint
@@ -19,7 +20,7 @@ from tinydet.training.evaluate import evaluate_detector
 from tinydet.training.log import RunLog
 from tinydet.training.results import write_experiment, write_results
 from tinydet.training.runs import new_run_dir
-from tinydet.training.state import TrainingState, start_training
+from tinydet.training.state import TrainingState, keep_precision, start_training
 from tinydet.yolof.detector import build_detector
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,13 @@ def train(
         CheckpointError: `resume_from` cannot be used.
         DivergedError: the loss became NaN or infinite.
     """
+    resumed = read_checkpoint(resume_from) if resume_from is not None else None
+    if resumed is not None:
+        experiment = keep_precision(experiment, resumed)
+    elif run_dir is not None:
+        _check_unused(run_dir)
     data, settings = experiment.data, experiment.train
     device = pick_device(settings.device)
-    resumed = read_checkpoint(resume_from) if resume_from is not None else None
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(settings.seed)
     train_index, test_index = load_split(data, data.train_split), load_split(data, data.test_split)
@@ -57,9 +62,27 @@ def train(
     run_dir = run_dir or new_run_dir(experiment.name)
     write_experiment(run_dir, experiment)
     logger.info(
-        f"{experiment.name}: {len(train_index)} images to train on, {len(test_index)} to test on, "
+        f"{experiment.name}: {experiment.model.backbone} from {experiment.model.weights} weights, "
+        f"{len(train_index)} images to train on, {len(test_index)} to test on, "
         f"{len(detector.classes)} classes, {state.plan.iterations} iterations, into {run_dir}"
     )
+    try:
+        _run_epochs(state, loader, train_index, test_index, run_dir, device)
+    except KeyboardInterrupt:
+        if (run_dir / "last.pt").is_file():
+            logger.info(f"{state.epoch} epochs are kept: --resume-from {run_dir / 'last.pt'}")
+        raise
+
+
+def _run_epochs(
+    state: TrainingState,
+    loader: DetectionLoader,
+    train_index: Index,
+    test_index: Index,
+    run_dir: Path,
+    device: torch.device,
+) -> None:
+    data, settings = state.experiment.data, state.experiment.train
     with RunLog(run_dir, settings.epochs * len(loader), state.epoch * len(loader)) as log:
         while state.epoch < settings.epochs:
             started = time.perf_counter()
@@ -112,3 +135,12 @@ def _train_epoch(
                 state.ema.update_parameters(state.detector)
         log.step(state.epoch + 1, state.epoch * len(loader) + step, losses, lr, len(batch))
     log.flush(state.epoch + 1, (state.epoch + 1) * len(loader), lr)
+
+
+def _check_unused(run_dir: Path) -> None:
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"--work-dir {run_dir}: is a file; name a folder")
+    if any((run_dir / name).exists() for name in ("last.pt", "log.jsonl")):
+        raise ConfigError(
+            f"--work-dir {run_dir}: holds a run already; add --resume to go on, or name another"
+        )

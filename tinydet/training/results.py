@@ -60,8 +60,8 @@ def _report(state: TrainingState, metrics: Metrics, indexes: list[Index]) -> str
     lines = [
         f"# {state.experiment.name}",
         "",
-        f"Best so far: epoch {state.epoch} of {state.experiment.train.epochs}, after "
-        f"{state.train_seconds / 60:.1f} minutes of training.",
+        f"best.pt, saved after epoch {state.epoch} and {state.train_seconds / 60:.1f} minutes of "
+        "training:",
         "",
         "```",
         *metrics.lines(),

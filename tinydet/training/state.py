@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "iteration": self.schedule.last_epoch,
             "scaler": self.scaler.state_dict(),
+            "dtype": self.precision.dtype,
+            "memory_format": self.precision.memory_format,
             "epoch": self.epoch,
             "best_ap50": self.best_ap50,
             "train_seconds": self.train_seconds,
@@ -89,7 +91,8 @@ class TrainingState:
             raise CheckpointError(f"{path}: a folded network cannot be trained on; take last.pt")
         if tuple(content["classes"]) != self.detector.classes:
             raise CheckpointError(
-                f"{path}: trained on other classes: {', '.join(content['classes'])}"
+                f"{path}: trained on other classes ({', '.join(content['classes'])}); "
+                "resume it with its own data"
             )
         if content["epoch"] >= self.experiment.train.epochs:
             raise CheckpointError(
@@ -120,6 +123,17 @@ class TrainingState:
         self.best_ap50 = content["best_ap50"]
         self.train_seconds = content["train_seconds"]
         self.images_seen = content["images_seen"]
+
+
+def keep_precision(experiment: Experiment, content: dict[str, Any]) -> Experiment:
+    """Return the experiment with what "auto" chose when the checkpoint's run began."""
+    train = experiment.train
+    chosen = {
+        name: content[name]
+        for name in ("dtype", "memory_format")
+        if getattr(train, name) == "auto" and name in content
+    }
+    return replace(experiment, train=replace(train, **chosen))
 
 
 def start_training(
