@@ -50,3 +50,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change fields of the experiment, e.g. train.epochs=3 data.image_size=416",
     )
+
+
+def take_lone_checkpoint(args: argparse.Namespace) -> None:
+    """Where EXPERIMENT CHECKPOINT are optional, let a lone .pt file be the checkpoint."""
+    if args.experiment and args.checkpoint is None and args.experiment.suffix == ".pt":
+        args.experiment, args.checkpoint = None, args.experiment

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from tinydet.cli import add_overrides, run
+from tinydet.cli import add_overrides, run, take_lone_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,8 +32,7 @@ def main(args: argparse.Namespace) -> None:
     """Detect, draw, save, print."""
     from tinydet.experiment_file import experiment_from_dict, load_experiment, override
 
-    if args.experiment and args.checkpoint is None and args.experiment.suffix == ".pt":
-        args.experiment, args.checkpoint = None, args.experiment
+    take_lone_checkpoint(args)
     experiment = load_experiment(args.experiment, args.set) if args.experiment else None
     out = args.out or Path(f"{args.image.stem}_detections.jpg")
     if not args.image.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_overrides, run
+from tinydet.cli import add_overrides, run, take_lone_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,8 +41,7 @@ def main(args: argparse.Namespace) -> None:
     """Load, time, print."""
     from tinydet.experiment_file import load_experiment
 
-    if args.experiment and args.checkpoint is None and args.experiment.suffix == ".pt":
-        args.experiment, args.checkpoint = None, args.experiment
+    take_lone_checkpoint(args)
     experiment = load_experiment(args.experiment, args.set) if args.experiment else None
     if args.set and experiment is None:
         raise ValueError("--set changes an experiment: name its file before the checkpoint")

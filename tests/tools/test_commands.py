@@ -109,7 +109,7 @@ def test_from_training_to_a_picture_with_no_more_arguments_than_needed(folder):
 
     image = next((folder / "datasets/VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))
     drawn = _run(
-        *("tools/image_demo.py", image, stored, run / "deploy.pt", "--out", "drawn.png"), cwd=folder
+        *("tools/image_demo.py", image, run / "deploy.pt", "--out", "drawn.png"), cwd=folder
     )
     assert drawn.returncode == 0, drawn.stderr
     assert (folder / "drawn.png").stat().st_size > 0

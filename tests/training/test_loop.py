@@ -155,3 +155,17 @@ def test_ctrl_c_says_how_to_go_on(tiny_experiment, tmp_path, caplog):
         with pytest.raises(KeyboardInterrupt):
             train(tiny_experiment, folder)
     assert f"--resume-from {folder / 'last.pt'}" in caplog.text
+
+
+def test_a_resumed_run_times_nothing_anew(trained, tiny_experiment, tmp_path, monkeypatch):
+    folder, _ = trained
+
+    def timed(*_):
+        raise AssertionError("a resumed run may not choose its precision again")
+
+    monkeypatch.setattr("tinydet.training.precision._time_step", timed)
+    settings = replace(tiny_experiment.train, epochs=3, dtype="auto", memory_format="auto")
+    longer = replace(tiny_experiment, train=settings)
+    train(longer, tmp_path / "longer", resume_from=folder / "last.pt")
+    stored = load_experiment(tmp_path / "longer" / "experiment.json").train
+    assert (stored.dtype, stored.memory_format) == ("float32", "contiguous")
