@@ -27,6 +27,10 @@ class Model:
         backbone: any timm model name that works with `features_only=True`.
         weights: "imagenet" (the installed weight package for this backbone, else timm's hub),
             "random", or the path of a state-dict file (.pth, .pt, .safetensors).
+        expand: training-time branches that the backbone's convs grow once its weights are loaded,
+            "none" or a block of `tinydet.reparam.expand`; folding takes them away again.
+        expand_where: the convs that grow, by kernel size, kind and name, such as "3x3 depthwise" or
+            "blocks.4" (see `tinydet.reparam.expand`); empty is every conv the block can grow on.
         feature: "C5" (stride 32), "DC5" (the last stage dilated to stride 16) or "C4" (stride 16;
             cheap, far better on small objects: the last stage is not even built).
         encoder_channels: channels of the dilated encoder and of the head.
@@ -47,6 +51,8 @@ class Model:
 
     backbone: str = "rexnet_100"
     weights: str = "imagenet"
+    expand: Literal["none", "repvgg", "acnet", "dbb", "mobileone", "large-kernel"] = "none"
+    expand_where: str = ""
     feature: Literal["C5", "DC5", "C4"] = "C5"
     encoder_channels: int = 512
     encoder_mid_channels: int = 128

@@ -28,14 +28,14 @@ class _Tapped(nn.Module):
 
 def _reader_names(tap):
     flow = _observe(_Tapped(tap), torch.randn(2, 3, 5, 5))
-    storage = _call(flow, "conv").outputs[0].storage
-    return [op.call.name if op.call else op.name for op in flow.readers(storage)], flow, storage
+    value = _call(flow, "conv").outputs[0].value
+    return [op.call.name if op.call else op.name for op in flow.readers(value)], flow, value
 
 
 def test_readers__norm_alone():
-    names, flow, storage = _reader_names(lambda z, _: z)
+    names, flow, value = _reader_names(lambda z, _: z)
     assert names == ["norm"]
-    assert not flow.is_returned(storage)
+    assert not flow.is_returned(value)
 
 
 def test_readers__function_outside_modules():
@@ -59,8 +59,27 @@ def test_readers__shape_alone_is_no_reader():
 
 
 def test_is_returned__also_as_a_view():
-    _, flow, storage = _reader_names(lambda z, y: {"out": z, "taps": [y.transpose(2, 3)]})
-    assert flow.is_returned(storage)
+    _, flow, value = _reader_names(lambda z, y: {"out": z, "taps": [y.transpose(2, 3)]})
+    assert flow.is_returned(value)
+
+
+def test_in_place_operation_makes_a_new_value():
+    model = _Tapped(lambda z, y: (z, y.relu_(), y + 1)[2])
+    flow = _observe(model, torch.randn(2, 3, 5, 5))
+    before = _call(flow, "conv").outputs[0].value
+    after = (before[0], 1)
+    assert [op.name for op in flow.readers(after)] == ["aten.add"]
+    assert flow.producer(after).name == "aten.relu_"
+    assert flow.producer(before).call.name == "conv"
+
+
+def test_depends_on_input():
+    model = _Tapped(lambda z, y: z * torch.sigmoid(torch.ones(1)) + y)
+    flow = _observe(model, torch.randn(2, 3, 5, 5))
+    data = flow.depends_on_input()
+    varying = {op.name for op in flow.ops if any(v.value in data for v in op.outputs)}
+    assert "aten.mul" in varying
+    assert "aten.sigmoid" not in varying
 
 
 def test_calls__leaves_only_and_in_order():
@@ -88,9 +107,9 @@ def test_memory_is_not_mistaken_when_freed():
 def test_producer():
     flow = _observe(_Tapped(lambda z, _: z + 1), torch.randn(2, 3, 5, 5))
     norm = _call(flow, "norm")
-    assert flow.producer(norm.inputs[0].storage).call is _call(flow, "conv")
-    assert flow.producer(flow.outputs[0].storage).name == "aten.add"
-    assert flow.producer(_call(flow, "conv").inputs[0].storage) is None
+    assert flow.producer(norm.inputs[0].value).call is _call(flow, "conv")
+    assert flow.producer(flow.outputs[0].value).name == "aten.add"
+    assert flow.producer(_call(flow, "conv").inputs[0].value) is None
 
 
 def test_hooks_are_removed():

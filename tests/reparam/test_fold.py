@@ -127,15 +127,15 @@ def test_fold__refuses_training_mode():
 
 @pytest.mark.parametrize("error", [1e-6, 0.5])
 def test_fold__refuses_a_wrong_fold(monkeypatch, error):
-    right = fold_module.fold_norms
+    right = fold_module.fold_scales
 
     def wrong(model, inputs):
-        steps = right(model, inputs)
-        model[0].weight.data *= 1 + error
-        return steps
+        folded, *steps = right(model, inputs)
+        folded[0].weight.data *= 1 + error
+        return folded, *steps
 
-    monkeypatch.setattr(fold_module, "fold_norms", wrong)
-    with pytest.raises(ValueError, match="changed its output"):
+    monkeypatch.setattr(fold_module, "fold_scales", wrong)
+    with pytest.raises(ValueError, match="its output changes by"):
         fold(_net(), torch.zeros(1, 3, 8, 8))
 
 

@@ -1,10 +1,12 @@
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tinydet.experiment_file import experiment_to_dict
+from tinydet.reparam.expand import expanded_names
 from tinydet.reparam.fold import fold
 from tinydet.training.checkpoint import (
     CheckpointError,
@@ -47,6 +49,34 @@ def test_a_detector_comes_back_the_same(tmp_path, tiny_experiment, detector, for
     torch.testing.assert_close(loaded(IMAGES), expected, rtol=1e-4, atol=1e-4)
     has_norms = any(isinstance(m, torch.nn.BatchNorm2d) for m in loaded.modules())
     assert has_norms == (form == "training")
+
+
+@pytest.mark.parametrize("form", ["training", "deploy"])
+def test_an_expanded_detector_comes_back_the_same(tmp_path, tiny_experiment, form):
+    model = replace(tiny_experiment.model, expand="dbb", expand_where="3x3")
+    experiment = replace(tiny_experiment, model=model)
+    detector = build_detector(model, ["a", "b"])
+    detector(IMAGES)  # moves the running statistics
+    for name, parameter in detector.eval().named_parameters():
+        if ".branches." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected = detector(IMAGES)
+    if form == "deploy":
+        detector, _ = fold(detector, IMAGES)
+    save_checkpoint(tmp_path / "best.pt", _content(experiment, detector, form))
+    loaded = load_detector(tmp_path / "best.pt")
+    assert bool(expanded_names(loaded)) == (form == "training")
+    torch.testing.assert_close(loaded(IMAGES), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_from_before_a_field_was_there_still_loads(
+    tmp_path, tiny_experiment, detector
+):
+    content = _content(tiny_experiment, detector)
+    for name in ("expand", "expand_where"):
+        del content["experiment"]["model"][name]
+    save_checkpoint(tmp_path / "old.pt", content)
+    torch.testing.assert_close(load_detector(tmp_path / "old.pt")(IMAGES), detector(IMAGES))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

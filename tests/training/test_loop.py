@@ -85,6 +85,20 @@ def test_a_finished_run_is_not_resumed_by_accident_but_can_be_prolonged(
     assert _run(longer, tmp_path / "longer", resume_from=folder / "last.pt")["epoch"] == 3
 
 
+def test_an_expanded_backbone_trains_its_branches_and_is_kept_with_them(tiny_experiment, tmp_path):
+    model = replace(tiny_experiment.model, expand="dbb", expand_where="3x3")
+    checkpoint = _run(replace(tiny_experiment, model=model), tmp_path / "expanded")
+    assert checkpoint["form"] == "training"
+    assert checkpoint["experiment"]["model"]["expand"] == "dbb"
+    for weights in (checkpoint["model"], checkpoint["raw_model"]):
+        # The weight and the bias of each branch's last norm began at zero.
+        last = [name.removesuffix("0.0.weight") for name in weights if "branches.0.0.w" in name]
+        assert last
+        for name in last:
+            assert weights[f"{name}0.1.weight"].abs().sum() > 0
+            assert weights[f"{name}0.1.bias"].abs().sum() > 0
+
+
 def test_accumulation_steps_once_for_several_batches(tiny_experiment, tmp_path):
     # 24 images in batches of 8 make 3 batches; of two, the last is a step of its own.
     settings = replace(tiny_experiment.train, accumulate=2)

@@ -1,12 +1,16 @@
 """The whole detector, with a stub for a backbone where its numbers are the reference's."""
 
+import typing
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from tinydet.config import Model
+from tinydet.config import ConfigError, Model
+from tinydet.reparam.branches import BLOCKS
+from tinydet.reparam.expand import expanded_names
 from tinydet.yolof.detector import Detector, build_detector
 
 CLASSES = tuple(f"class{i}" for i in range(20))
@@ -138,20 +142,22 @@ def test_detections_follow_the_configuration(detector):
     assert count(nms_iou=0.01) < count(nms_iou=1.0)
 
 
+SMALL = Model(
+    backbone="mobilenetv3_small_050",
+    weights="random",
+    encoder_channels=32,
+    encoder_mid_channels=8,
+    dilations=(1, 2),
+    cls_convs=1,
+    reg_convs=1,
+    anchor_scales=(1.0, 2.0),
+)
+
+
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    model = Model(
-        backbone="mobilenetv3_small_050",
-        weights="random",
-        encoder_channels=32,
-        encoder_mid_channels=8,
-        dilations=(1, 2),
-        cls_convs=1,
-        reg_convs=1,
-        anchor_scales=(1.0, 2.0),
-    )
-    return build_detector(model, ("cat", "dog", "cow"))
+    return build_detector(SMALL, ("cat", "dog", "cow"))
 
 
 def test_built_detector_has_the_shapes_and_classes_asked_for(small):
@@ -184,3 +190,36 @@ def test_detections_do_not_depend_on_the_batch(small):
     for i in range(3):
         for whole, single in zip(together, small(pixels[i : i + 1]), strict=True):
             torch.testing.assert_close(whole[i], single[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_blocks_of_the_configuration_are_those_there_are():
+    choices = typing.get_args(typing.get_type_hints(Model)["expand"])
+    assert choices == ("none", *BLOCKS)
+
+
+def test_the_backbone_alone_is_expanded_with_its_loaded_weights(tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model(SMALL.backbone).state_dict(), weights)
+    config = replace(SMALL, weights=str(weights))
+    plain = build_detector(config, CLASSES).backbone
+    config = replace(config, expand="dbb", expand_where="5x5 depthwise blocks.[23]")
+    detector = build_detector(config, CLASSES)
+    names = expanded_names(detector)
+    assert names
+    assert all(name.startswith(("backbone.blocks.2.", "backbone.blocks.3.")) for name in names)
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(detector.backbone(pixels), plain(pixels))
+
+
+@pytest.mark.parametrize(
+    ("expand", "where", "says"),
+    [
+        ("none", "3x3", r"model\.expand_where=3x3: needs a block"),
+        ("dbb", "9x9", r"model\.expand=dbb, model\.expand_where: where='9x9' selects none of the"),
+        ("acnet", "1x1", "grows on none of the"),
+    ],
+)
+def test_an_expansion_that_means_nothing_is_refused_in_one_line(expand, where, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        build_detector(replace(SMALL, expand=expand, expand_where=where), CLASSES)
+    assert "\n" not in str(error.value)

@@ -2,8 +2,8 @@
 
 Every operation that reaches a tensor's memory is seen (a `TorchDispatchMode`), also those outside
 any module such as `x + y`, so "the only consumer of this tensor" is a fact and not a guess from the
-order in which modules were defined. Memory, not the Python object, identifies a tensor: views share
-it, and an in-place operation is one more consumer of it.
+order in which modules were defined. A value is a piece of memory between two writes: views share
+it, and an in-place operation reads one value and makes the next.
 
 Not seen: code that runs outside torch's dispatcher (`.numpy()`, a custom kernel), and branches that
 this input does not take.
@@ -11,7 +11,8 @@ this input does not take.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +22,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam.verify import tensors_in
 
+# These look at their input's size alone.
+SIZE_ONLY = {
+    f"aten.{name}"
+    for name in ("empty_like", "zeros_like", "ones_like", "full_like",
+                 "new_empty", "new_zeros", "new_ones", "new_full")
+}  # fmt: skip
+
+Value = tuple[int, int]
+"""Address of a piece of memory, and how often it had been written in place."""
+
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as an operation saw it: which memory, and how it is laid over it."""
+    """A tensor as an operation saw it: which value, and how it is laid over its memory."""
 
-    storage: int
+    value: Value
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+    @property
+    def storage(self) -> int:
+        """The address of the memory."""
+        return self.value[0]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether several of its elements are one in memory, as `expand` makes them."""
+        return any(n > 1 and s == 0 for n, s in zip(self.shape, self.stride, strict=True))
 
 
 @dataclass(eq=False)
@@ -57,19 +78,27 @@ class Op:
 
     Attributes:
         name: its name, like "aten.add".
+        func: what was called.
+        args: its positional arguments, tensors as they were in memory.
+        kwargs: its keyword arguments.
         inputs: tensors it was given, parameters included.
         outputs: tensors it returned; an in-place operation returns what it was given.
         is_view: it only returned its input's memory in another shape.
         call: the leaf module's call it ran in, None in the code of a container.
         scope: qualified name of the innermost module it ran in.
+        label: what `Recorder.label` was when it ran.
     """
 
     name: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     inputs: tuple[View, ...]
     outputs: tuple[View, ...]
     is_view: bool
     call: Call | None
     scope: str
+    label: Any = None
 
 
 @dataclass(eq=False)
@@ -79,40 +108,67 @@ class DataFlow:
     Attributes:
         calls: calls of leaf modules, in order.
         ops: all operations, in order.
+        inputs: the tensors the network was given.
         outputs: the tensors the network returned.
+        returned: the network's answer itself.
     """
 
     calls: list[Call] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
+    inputs: tuple[View, ...] = ()
     outputs: tuple[View, ...] = ()
+    returned: Any = None
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Return the calls of one module, in order."""
         return [call for call in self.calls if call.module is module]
 
-    def readers(self, storage: int) -> list[Op]:
-        """Return the operations that read or overwrite this memory; making a view is neither."""
-        return [op for op in self._reads().get(storage, []) if not op.is_view]
+    def readers(self, value: Value) -> list[Op]:
+        """Return the operations that read or overwrite a value; making a view is neither."""
+        return self._index()[0].get(value, [])
 
-    def producer(self, storage: int) -> Op | None:
-        """Return the operation that made this memory; None for inputs and parameters."""
+    def users(self, tensor: Tensor) -> list[Op]:
+        """Return the operations that read or overwrite a tensor's memory at any time."""
+        return self._index()[2].get(storage_of(tensor), [])
+
+    def producer(self, value: Value) -> Op | None:
+        """Return the operation that made a value; None for inputs and parameters."""
+        return self._index()[1].get(value)
+
+    def is_returned(self, value: Value) -> bool:
+        """Return whether the network returns this value or a view of it."""
+        return any(view.value == value for view in self.outputs)
+
+    def depends_on_input(self, or_made: bool = False) -> set[Value]:
+        """Return the values that are computed from the network's inputs, these included.
+
+        Args:
+            or_made: or from tensors that the network makes out of nothing, such as zeros.
+        """
+        found = {view.value for view in self.inputs}
         for op in self.ops:
-            if any(view.storage == storage for view in op.outputs):
-                made = all(view.storage != storage for view in op.inputs)
-                return op if made else None
-        return None
+            if or_made and (not op.inputs or op.name in SIZE_ONLY):
+                found.update(view.value for view in op.outputs)
+            if op.name not in SIZE_ONLY and any(view.value in found for view in op.inputs):
+                found.update(view.value for view in op.outputs)
+        return found
 
-    def is_returned(self, storage: int) -> bool:
-        """Return whether the network returns this memory or a view of it."""
-        return any(view.storage == storage for view in self.outputs)
-
-    def _reads(self) -> dict[int, list[Op]]:
-        if not hasattr(self, "_index"):
-            self._index: dict[int, list[Op]] = {}
+    def _index(self) -> tuple[dict[Value, list[Op]], dict[Value, Op], dict[int, list[Op]]]:
+        if not hasattr(self, "_tables"):
+            readers: dict[Value, list[Op]] = {}
+            producers: dict[Value, Op] = {}
+            users: dict[int, list[Op]] = {}
             for op in self.ops:
+                if op.is_view:
+                    continue
+                for value in {view.value for view in op.inputs}:
+                    readers.setdefault(value, []).append(op)
                 for storage in {view.storage for view in op.inputs}:
-                    self._index.setdefault(storage, []).append(op)
-        return self._index
+                    users.setdefault(storage, []).append(op)
+                for view in op.outputs:
+                    producers.setdefault(view.value, op)
+            self._tables = readers, producers, users
+        return self._tables
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -120,28 +176,34 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def view_of(tensor: Tensor) -> View:
-    """Return how a tensor lies over its memory."""
-    return View(
-        storage_of(tensor), tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-    )
+class Recorder(TorchDispatchMode):
+    """Writes every operation into a `DataFlow`, under the module that is running.
 
-
-def _views(value: Any) -> tuple[View, ...]:
-    # Empty tensors have no memory: they would all look like one.
-    return tuple(view_of(t) for t in tensors_in(value) if t.numel() and t.layout == torch.strided)
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes every operation into a `DataFlow`, under the module that is running."""
+    Attributes:
+        flow: what has been seen so far.
+        label: written beside each operation; the caller's to set.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.flow = DataFlow()
-        self.scopes: list[str] = [""]
-        self.call: Call | None = None
+        self.label: Any = None
+        self._scopes: list[str] = [""]
+        self._call: Call | None = None
+        self._writes: dict[int, int] = {}
         # Freed memory is given out again at the same address: hold all of it until the end.
-        self.alive: list[Tensor] = []
+        self._alive: list[Tensor] = []
+
+    def views(self, value: Any) -> tuple[View, ...]:
+        """Return the tensors in an argument or result as they are now."""
+        # Empty tensors have no memory: they would all look like one.
+        found = [t for t in tensors_in(value) if t.numel() and t.layout == torch.strided]
+        return tuple(self._view(t) for t in found)
+
+    def _view(self, tensor: Tensor) -> View:
+        storage = storage_of(tensor)
+        value = (storage, self._writes.get(storage, 0))
+        return View(value, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def __torch_dispatch__(
         self,
@@ -152,36 +214,57 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
+        inputs = self.views((args, kwargs))
         result = func(*args, **kwargs)
-        self.alive += [t.detach() for t in tensors_in((args, kwargs, result))]
-        inputs, outputs = _views((args, kwargs)), _views(result)
+        self._alive += [t.detach() for t in tensors_in((args, kwargs, result))]
+        for storage in _written(func, args, kwargs):
+            self._writes[storage] = self._writes.get(storage, 0) + 1
+        outputs = self.views(result)
         memory = {view.storage for view in inputs}
         aliases = bool(outputs) and all(view.storage in memory for view in outputs)
         op = Op(
             name=str(func.overloadpacket),
+            func=func,
+            args=args,
+            kwargs=kwargs,
             inputs=inputs,
             outputs=outputs,
             is_view=aliases and not func._schema.is_mutable,
-            call=self.call,
-            scope=self.scopes[-1],
+            call=self._call,
+            scope=self._scopes[-1],
+            label=self.label,
         )
         self.flow.ops.append(op)
-        if self.call is not None:
-            self.call.ops.append(op)
+        if self._call is not None:
+            self._call.ops.append(op)
         return result
 
     def enter(self, name: str, module: nn.Module, leaf: bool, arguments: Any) -> None:
-        self.scopes.append(name)
+        """Note that a module begins to run."""
+        self._scopes.append(name)
         # A module inside a leaf (the activation of a norm-and-activation layer) is part of it.
-        if leaf and self.call is None:
-            self.call = Call(name, module, _views(arguments))
-            self.flow.calls.append(self.call)
+        if leaf and self._call is None:
+            self._call = Call(name, module, self.views(arguments))
+            self.flow.calls.append(self._call)
 
     def leave(self, module: nn.Module, output: Any) -> None:
-        self.scopes.pop()
-        if self.call is not None and self.call.module is module:
-            self.call.outputs = _views(output)
-            self.call = None
+        """Note that a module has returned."""
+        self._scopes.pop()
+        if self._call is not None and self._call.module is module:
+            self._call.outputs = self.views(output)
+            self._call = None
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+    """Return the memory that an operation writes in place."""
+    if not func._schema.is_mutable:
+        return set()
+    written: list[Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            written += [t for t in tensors_in(given) if t.numel()]
+    return {storage_of(t) for t in written}
 
 
 def observe(
@@ -189,15 +272,27 @@ def observe(
 ) -> DataFlow:
     """Run a network once and record what each operation reads and makes.
 
-    Memory of all intermediate tensors is held until the pass is over: use a small input.
+    Memory of all intermediate tensors is held as long as the result: use a small input.
 
     Args:
-        model: the network; its hooks run as usual, its outputs are dropped.
+        model: the network; its hooks run as usual.
         inputs: positional arguments.
         is_leaf: says of a module with children whether it counts as one unit; a module without
             children always does.
     """
-    recorder = _Recorder()
+    recorder = Recorder()
+    with torch.no_grad(), calls_noted(model, recorder, is_leaf), recorder:
+        recorder.flow.inputs = recorder.views(inputs)
+        recorder.flow.returned = model(*inputs)
+        recorder.flow.outputs = recorder.views(recorder.flow.returned)
+    return recorder.flow
+
+
+@contextmanager
+def calls_noted(
+    model: nn.Module, recorder: Recorder, is_leaf: Callable[[nn.Module], bool]
+) -> Iterator[None]:
+    """Tell a recorder which module is running, by hooks on all of them."""
     handles = []
     for name, module in model.named_modules():
         leaf = is_leaf(module) or next(module.children(), None) is None
@@ -214,9 +309,7 @@ def observe(
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
     try:
-        with torch.no_grad(), recorder:
-            recorder.flow.outputs = _views(model(*inputs))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return recorder.flow

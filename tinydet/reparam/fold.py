@@ -1,8 +1,9 @@
 """Fold a trained network: the same function with fewer layers.
 
-First every block that can re-parameterize itself does, then each batch norm goes into the
-convolution or linear layer that feeds it. All arithmetic is in float64 on a copy, the copy is
-compared with the original in float64, and only then are the weights cast back.
+First every stretch of parallel branches becomes the one convolution that it is, then each batch
+norm and constant factor goes into the convolutions or linear layers next to it. All arithmetic is
+in float64 on a copy, the copy is compared with the original in float64, and only then are the
+weights cast back.
 """
 
 from __future__ import annotations
@@ -11,25 +12,24 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinydet.reparam.blocks import reparameterize_blocks
-from tinydet.reparam.conv_norm import fold_norms
+from tinydet.reparam.affine import branch_sums, multiply_adds
+from tinydet.reparam.dataflow import observe
+from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
 from tinydet.reparam.report import FoldReport
-from tinydet.reparam.verify import compare
-
-# Folding reorders float64 sums of some thousand terms: 1e-9 is far above that rounding error, and
-# far below the effect of a wrong fold.
-_TOLERANCE = 1e-9
+from tinydet.reparam.scales import count_scales, fold_scales
+from tinydet.reparam.verify import copied, difference, why_different
 
 
 def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.Module, FoldReport]:
-    """Return a copy of a network with its blocks re-parameterized and its batch norms folded.
+    """Return a copy of a network with its branches merged and its batch norms folded.
 
     The structure of the result depends only on the network's description, not on its weights: the
     weights of one folded network load strictly into another one's. Folding twice changes nothing.
@@ -50,36 +50,70 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
     _check_eval_mode(model)
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     with torch.inference_mode(False), torch.no_grad():
-        with _exact_arithmetic():
+        with exact_arithmetic():
             original = copy.deepcopy(model).cpu().double()
-            inputs = [_random_like(arguments), _as_float64(arguments)]
             # On random values: a network's answer to an all-zero example tells little.
-            folded, blocks, failed = reparameterize_blocks(copy.deepcopy(original), inputs[0])
-            norms, kept = fold_norms(folded, inputs[0])
-            found = compare(original, folded, inputs)
-        if not found.max_rel <= _TOLERANCE:
-            raise ValueError(_refusal(model, found.max_rel))
+            checks = [_random_like(arguments), _as_float64(arguments)]
+            if other := _of_another_size(original, checks[0]):
+                checks.append(other)
+            before = _Counts.of(original, checks[0])
+            # Fast: looking at the other inputs only in the end. If that fails, after each step.
+            for looked_at in (checks[:1], checks):
+                folded, merged, branches = merge_branches(copy.deepcopy(original), looked_at)
+                folded, moved, norms = fold_scales(folded, looked_at)
+                folded, rows = merge_series(folded, looked_at)
+                problem, max_rel = _compared(original, folded, checks)
+                if not problem:
+                    break
+            if problem:
+                raise ValueError(f"{type(model).__name__}: folded, {problem}; not folded")
+            after = _Counts.of(folded, checks[0])
         _restore_dtype_and_device(folded, model)
     report = FoldReport(
-        folded=(*blocks, *norms),
-        kept=(*failed, *kept),
+        folded=(*merged, *moved, *rows),
+        kept=(*branches, *norms),
         norms_before=count_norms(model),
         norms_after=count_norms(folded),
         params_before=sum(p.numel() for p in model.parameters()),
         params_after=sum(p.numel() for p in folded.parameters()),
-        max_rel=found.max_rel,
+        macs_before=before.macs,
+        macs_after=after.macs,
+        branches_before=before.branches,
+        branches_after=after.branches,
+        scales_before=before.scales,
+        scales_after=after.scales,
+        max_rel=max_rel,
     )
     return folded.eval(), report
 
 
-def _refusal(model: nn.Module, max_rel: float) -> str:
-    name = type(model).__name__
-    if not math.isfinite(max_rel):
-        return f"{name} returns values that are not finite, before or after folding; not folded"
-    return (
-        f"folding {name} changed its output by {max_rel:.1e} of the largest value "
-        f"(allowed {_TOLERANCE:.0e}); not folded"
-    )
+def _compared(
+    original: nn.Module, folded: nn.Module, checks: list[tuple[Any, ...]]
+) -> tuple[str, float]:
+    """Return what is wrong with a folded network, if anything, and its largest difference."""
+    max_rel = 0.0
+    for given in checks:
+        try:
+            expected, found = (form(*copied(given)) for form in (original, folded))
+            problem = why_different(original, given, expected, found)
+            max_rel = max(max_rel, difference(expected, found).max_rel)
+        except (RuntimeError, ValueError) as error:
+            return f"it does not run as before: {str(error).splitlines()[0]}", math.inf
+        if problem:
+            return problem, max_rel
+    return "", max_rel
+
+
+@dataclass(frozen=True)
+class _Counts:
+    macs: int
+    branches: int
+    scales: int
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: tuple[Any, ...]) -> _Counts:
+        flow = observe(model, inputs, is_leaf=is_norm)
+        return cls(multiply_adds(flow.ops), len(branch_sums(flow)), count_scales(flow))
 
 
 def _check_eval_mode(model: nn.Module) -> None:
@@ -112,7 +146,7 @@ class _CastsToFloat64(TorchDispatchMode):
 
 
 @contextmanager
-def _exact_arithmetic() -> Iterator[None]:
+def exact_arithmetic() -> Iterator[None]:
     """Compute in float64, also in layers that a block's own method creates without a dtype.
 
     In one thread: on small inputs, on a busy machine, threads mostly wait for each other.
@@ -150,6 +184,21 @@ def _random_like(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return _moved(x)  # Indices and masks: other values may not be legal.
 
     return tuple(random(x) for x in arguments)
+
+
+def _of_another_size(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return more and larger images, if the model takes one batch of images, of any size."""
+    if len(arguments) != 1 or not isinstance(arguments[0], Tensor) or arguments[0].ndim != 4:
+        return None
+    images, channels, height, width = arguments[0].shape
+    larger = torch.empty(images + 1, channels, height + 32, width + 64, dtype=arguments[0].dtype)
+    given = _random_like((larger,))
+    try:
+        model(*copied(given))
+    except Exception:
+        # The model is another's: it may refuse other sizes in any way.
+        return None
+    return given
 
 
 def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:

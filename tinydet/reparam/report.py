@@ -23,12 +23,18 @@ class FoldReport:
     """The outcome of folding a model.
 
     Attributes:
-        folded: blocks re-parameterized and norms folded, in order.
-        kept: every normalization layer that stays, and blocks whose own method failed.
+        folded: branches merged, norms and factors taken over, in order.
+        kept: parallel branches and normalization layers that stay, with the reason.
         norms_before: normalization layers in the model.
         norms_after: normalization layers in the folded model.
         params_before: parameters in the model.
         params_after: parameters in the folded model.
+        macs_before: multiply-adds of the example's forward pass.
+        macs_after: the same, folded.
+        branches_before: additions of parallel linear branches of one and the same value.
+        branches_after: the same, folded.
+        scales_before: constant factors applied to nothing but a conv's or linear layer's output.
+        scales_after: the same, folded.
         max_rel: largest difference of outputs found by the check in float64, as a fraction of the
             largest absolute output.
     """
@@ -39,14 +45,23 @@ class FoldReport:
     norms_after: int
     params_before: int
     params_after: int
+    macs_before: int
+    macs_after: int
+    branches_before: int
+    branches_after: int
+    scales_before: int
+    scales_after: int
     max_rel: float
 
     def lines(self) -> list[str]:
         """Return the report as lines of text: a summary, then one line for each thing kept."""
         summary = [
             f"norms       {self.norms_before} -> {self.norms_after}",
+            f"branches    {self.branches_before} -> {self.branches_after}",
+            f"factors     {self.scales_before} -> {self.scales_after}",
+            f"mult-adds   {self.macs_before:,} -> {self.macs_after:,}, for the example",
             f"parameters  {self.params_before:,} -> {self.params_after:,}",
-            f"folded      {len(self.folded)} blocks and layers",
+            f"folded      {len(self.folded)} stretches, norms and factors",
             f"difference  {self.max_rel:.1e} of the largest output, in float64",
         ]
         return summary + [f"kept        {step.name}: {step.detail}" for step in self.kept]

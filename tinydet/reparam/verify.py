@@ -94,13 +94,49 @@ def compare(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Difference:
     with torch.no_grad():
         for item in inputs:
             arguments = item if isinstance(item, tuple) else (item,)
-            output_a, output_b = (model(*_copies(arguments)) for model in (a, b))
+            output_a, output_b = (model(*copied(arguments)) for model in (a, b))
             if not tensors_in(output_a):
                 raise ValueError(f"{type(a).__name__} returns no tensor: nothing to compare")
             largest = largest.merge(difference(output_a, output_b))
     return largest
 
 
-def _copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    # A network may work on its input in place.
+def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return positional arguments for a network that may work on its input in place."""
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
+
+
+# Folding reorders float64 sums of some thousand terms: 1e-9 is far above that rounding error, and
+# far below the effect of a wrong fold.
+_TOLERANCE = 1e-9
+# A network so sensitive that it amplifies rounding errors beyond that may differ by as much as it
+# does from itself when its input's last digit changes: its folds are many such changes.
+_NOISE = 100.0
+
+
+def why_different(model: nn.Module, inputs: tuple[Any, ...], expected: Any, found: Any) -> str:
+    """Say how two answers differ beyond rounding errors in float64, or nothing.
+
+    Args:
+        model: the network that gave the first answer.
+        inputs: the positional arguments it was for.
+        expected: that answer.
+        found: the answer it is compared with.
+    """
+    apart = difference(expected, found).max_rel
+    if apart <= _TOLERANCE:
+        return ""
+    if not math.isfinite(apart):
+        return "its output is not finite"
+    with torch.no_grad():
+        nudged = tuple(_nudged(x) for x in copied(inputs))
+        noise = difference(expected, model(*nudged)).max_rel
+    if apart <= _NOISE * noise:
+        return ""
+    return f"its output changes by {apart:.1e} of its largest value (allowed {_TOLERANCE:.0e})"
+
+
+def _nudged(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x * (1 + torch.finfo(x.dtype).eps)

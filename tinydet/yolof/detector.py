@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tinydet.backbones.factory import create_backbone
-from tinydet.config import Model
+from tinydet.config import ConfigError, Model
+from tinydet.reparam.expand import expand
 from tinydet.yolof.anchors import make_anchors
 from tinydet.yolof.decode import Detections, decode_boxes, postprocess
 from tinydet.yolof.encoder import DilatedEncoder
@@ -162,7 +163,8 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
     """Build the detector of an experiment, in training mode.
 
     Raises:
-        ConfigError: the backbone does not exist, has no such feature, or its weights cannot be had.
+        ConfigError: the backbone does not exist, has no such feature or no conv to expand as asked,
+            or its weights cannot be had.
     """
     backbone = create_backbone(config.backbone, config.weights, config.feature)
     encoder = DilatedEncoder(
@@ -176,7 +178,7 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         config.reg_convs,
     )
     return Detector(
-        backbone.module,
+        _expanded(backbone.module, config),
         encoder,
         head,
         classes,
@@ -185,3 +187,15 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         backbone.std,
         config,
     )
+
+
+def _expanded(module: nn.Module, config: Model) -> nn.Module:
+    where = config.expand_where
+    if config.expand == "none":
+        if where:
+            raise ConfigError(f"model.expand_where={where}: needs a block, e.g. model.expand=dbb")
+        return module
+    try:
+        return expand(module, config.expand, where)
+    except ValueError as error:
+        raise ConfigError(f"model.expand={config.expand}, model.expand_where: {error}") from error

@@ -1,13 +1,26 @@
-"""Conv or linear layer and batch norm, against torch's own fusion and against running both."""
+"""Norms and factors beside layers, against torch's own fusion and against running both."""
 
 import itertools
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d, SyncBatchNormAct
+from timm.layers import (
+    BatchNormAct2d,
+    Conv2dSame,
+    LayerScale,
+    LayerScale2d,
+    StdConv2d,
+    SyncBatchNormAct,
+)
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops.misc import FrozenBatchNorm2d
+
+from tinydet.reparam import absorb
+from tinydet.reparam.dataflow import observe
+
+_LAST = torch.channels_last
 
 _GRID = [
     (kernel, stride, groups, dilation, bias)
@@ -78,7 +91,7 @@ def test_linear_norm__other_axis_is_not_folded(check_fold):
     assert "channels" in report.kept[0].detail
 
 
-def test_linear_norm__half_of_the_output_is_not_folded(check_fold):
+def test_linear_norm__two_halves_of_the_output(check_fold):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -87,7 +100,7 @@ def test_linear_norm__half_of_the_output_is_not_folded(check_fold):
         def forward(self, x):
             return self.norm(self.linear(x).view(-1, 4))
 
-    check_fold(Net().double(), torch.randn(2, 6, dtype=torch.float64), left=1)
+    check_fold(Net().double(), torch.randn(2, 6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["plain", "affine_less", "sync", "frozen", "act", "sync_act"])
@@ -164,13 +177,13 @@ _UNFOLDABLE = {
     "output added": lambda m, x: (lambda y: m.norm(y) + y)(m.conv(x)),
     "output returned": lambda m, x: (lambda y: (m.norm(y), y))(m.conv(x)),
     "output changed in place": lambda m, x: m.norm(m.conv(x).relu_()),
-    "function between": lambda m, x: m.norm(m.conv(x) * 2),
+    "function between": lambda m, x: m.norm(m.conv(x) ** 2),
     "half of the output": lambda m, x: m.norm(m.conv(x).chunk(2, dim=3)[0]),
-    "transposed output": lambda m, x: m.norm(m.conv(x).transpose(2, 3)),
     "channels from another axis": lambda m, x: m.norm(m.conv(x).transpose(1, 3)),
     "weight used by a function": lambda m, x: m.norm(m.conv(x)) + m.conv.weight.mean(),
     "norm's weight used by a function": lambda m, x: m.norm(m.conv(x)) * m.norm.weight.mean(),
-    "norm first": lambda m, x: m.conv(m.norm(x)),
+    "pool that counts zeros": lambda m, x: m.norm(F.avg_pool2d(m.conv(x), 3, 1, 1)),
+    "norm before zero padding": lambda m, x: m.conv(m.norm(x)),
     "norm not run": lambda m, x: m.conv(x),
 }
 
@@ -188,11 +201,12 @@ def test_not_folded__reasons(check_fold):
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     for way, reason in {
         "conv called twice": "conv runs 2 times",
-        "norm called twice": "it runs 2 times",
+        "norm called twice": "its input comes from norm",
+        "norm before zero padding": "pads with zeros",
         "norm not run": "it runs 0 times",
         "output added": "also used by aten.add in the network",
         "output returned": "also an output of the network",
-        "function between": "comes from aten.mul in the network",
+        "function between": "comes from aten.pow in the network",
     }.items():
         _, report = check_fold(_Net(_UNFOLDABLE[way]).double(), x, left=1)
         assert reason in report.kept[0].detail
@@ -236,3 +250,131 @@ def test_in_place_activation_after_a_folded_norm(check_fold):
         nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
     )
     check_fold(model.double(), torch.randn(2, 4, 4, 4, dtype=torch.float64))
+
+
+class _Flow(nn.Module):
+    """Layers and a way to connect them that can be folded."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1, bias=False)
+        self.norm, self.half = nn.BatchNorm2d(8), nn.BatchNorm2d(4)
+        self.c, self.d, self.fc = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1), nn.Linear(8, 3)
+        self.e = nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect")
+        self.gamma = nn.Parameter(torch.randn(8, 1, 1))
+        self.way = way
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+_FOLDABLE = {
+    "sum of two sources": lambda m, x: m.norm(m.a(x.relu()) + m.b(x.abs())),
+    "difference": lambda m, x: m.norm(m.a(x.relu()) - m.b(x.abs())),
+    "in-place sum": lambda m, x: m.norm(m.a(x.relu()).add_(m.b(x.abs()))),
+    "concatenation": lambda m, x: m.norm(torch.cat([m.c(m.a(x).relu()), m.d(m.b(x).relu())], 1)),
+    "transposed output": lambda m, x: m.norm(m.a(x).transpose(2, 3)),
+    "channels last copy": lambda m, x: m.norm(m.a(x).contiguous(memory_format=_LAST)),
+    "pooled output": lambda m, x: m.norm(F.avg_pool2d(m.a(x), 2)),
+    "norm before 1x1": lambda m, x: m.c(m.norm(x.repeat(1, 2, 1, 1).relu())),
+    "norm before two readers": lambda m, x: (lambda y: m.c(y).relu() + m.d(y).relu())(
+        m.norm(x.repeat(1, 2, 1, 1))
+    ),
+    "norm before reflected padding": lambda m, x: m.e(m.norm(x.repeat(1, 2, 1, 1))),
+    "norm, pool, linear": lambda m, x: m.fc(m.norm(x.repeat(1, 2, 1, 1)).mean((2, 3))),
+    "norm, pool kept, linear": lambda m, x: m.fc(
+        F.adaptive_avg_pool2d(m.norm(x.repeat(1, 2, 1, 1)), 1).flatten(1)
+    ),
+    "called twice alike": lambda m, x: m.norm(m.a(x)).relu() + m.norm(m.a(-x)).relu(),
+}
+
+
+@pytest.mark.parametrize("way", _FOLDABLE)
+def test_folded_past_what_keeps_channels_apart(way, check_fold):
+    model = _Flow(_FOLDABLE[way]).double()
+    del model.half
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    folded, _ = check_fold(model, x)
+    other = torch.randn(3, 4, 9, 6, dtype=torch.float64)
+    torch.testing.assert_close(folded(other), model(other), rtol=1e-9, atol=1e-9)
+
+
+_SCALED = {
+    "tensor": lambda m, x: m.a(x) * m.gamma,
+    "tensor first": lambda m, x: m.gamma * m.a(x),
+    "number": lambda m, x: m.a(x) * 0.3,
+    "divided": lambda m, x: m.a(x) / 3.0,
+    "computed": lambda m, x: m.a(x).mul(m.gamma.exp().sigmoid()),
+    "norm between": lambda m, x: m.norm(m.a(x)) * m.gamma,
+    "linear": lambda m, x: m.fc(m.norm(m.a(x)).mean((2, 3)).relu()) * m.gamma[:3, 0, 0],
+}
+
+
+@pytest.mark.parametrize("way", _SCALED)
+def test_factor_in_code(way, check_fold):
+    model = _Flow(_SCALED[way]).double()
+    if way not in ("norm between", "linear"):
+        del model.norm
+    del model.half
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    folded, report = check_fold(model, x)
+    names = {op.name for op in observe(folded, (x,), is_leaf=lambda _: False).ops}
+    assert not names & {"aten.mul", "aten.div"}
+    assert report.scales_after == 0
+
+
+@pytest.mark.parametrize("layer", [LayerScale2d(8, 0.3), LayerScale2d(8, 0.3, inplace=True)])
+def test_layer_scale(layer, check_fold):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), layer).double()
+    folded, report = check_fold(model, torch.randn(2, 4, 6, 6, dtype=torch.float64))
+    assert [type(m) for m in folded] == [nn.Conv2d, nn.Identity, nn.Identity]
+    assert (report.scales_before, report.scales_after) == (1, 0)
+
+
+def test_layer_scale__after_linear(check_fold):
+    model = nn.Sequential(nn.Linear(4, 8), LayerScale(8, 0.3), nn.ReLU()).double()
+    folded, _ = check_fold(model, torch.randn(2, 5, 4, dtype=torch.float64))
+    expected = model[0].weight * model[1].gamma[:, None]
+    torch.testing.assert_close(folded[0].weight, expected)
+
+
+@pytest.mark.parametrize("kind", ["dense", "grouped", "linear", "transposed"])
+def test_norm_before_layer__weights(kind, check_fold):
+    """W (s x + t) + b = (W diag(s)) x + (W t + b), the products written out."""
+    layer = {
+        "dense": nn.Conv2d(4, 6, 1),
+        "grouped": nn.Conv2d(4, 6, 1, groups=2, bias=False),
+        "linear": nn.Linear(4, 6),
+        "transposed": nn.ConvTranspose2d(4, 6, 1),
+    }[kind]
+    norm = nn.BatchNorm1d(4) if kind == "linear" else nn.BatchNorm2d(4)
+    shape = (3, 4) if kind == "linear" else (3, 4, 5, 5)
+    model = nn.Sequential(nn.ReLU(), norm, layer).double()
+    folded, _ = check_fold(
+        model, torch.randn(shape, dtype=torch.float64), left=int(kind == "transposed")
+    )
+    if kind in ("dense", "linear"):
+        s = norm.weight / (norm.running_var + norm.eps).sqrt()
+        t = norm.bias - s * norm.running_mean
+        weight = layer.weight.flatten(1)
+        torch.testing.assert_close(folded[2].weight.flatten(1), weight @ torch.diag(s))
+        torch.testing.assert_close(folded[2].bias, weight @ t + layer.bias)
+
+
+@pytest.mark.parametrize("fails", ["1", "4"])
+def test_move_whose_check_fails_is_undone(fails, check_fold, monkeypatch):
+    right = absorb.Absorber.apply
+
+    def wrong(self):
+        right(self)
+        if self.call.name == str(int(fails) - 1):
+            self.call.module.weight.data *= 1.01
+
+    monkeypatch.setattr(absorb.Absorber, "apply", wrong)
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    )
+    _, report = check_fold(model.double(), torch.randn(2, 4, 7, 7, dtype=torch.float64), left=1)
+    assert [step.name for step in report.kept] == [fails]
+    assert "its output changes by" in report.kept[0].detail
+    assert len(report.folded) == 1

@@ -1,4 +1,4 @@
-"""Forward hooks of a module that is about to be replaced.
+"""A module replaced by another, which takes over its forward hooks.
 
 timm taps feature maps by hooks: they must survive on the replacement, and must not fire while a
 block is tried out alone.
@@ -12,13 +12,21 @@ from typing import Any
 
 from torch import nn
 
-_TABLES = (
+HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in another's place, under every name it has in the model."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
@@ -33,14 +41,14 @@ def has_hooks(module: nn.Module) -> bool:
 
 def give_hooks(old: nn.Module, new: nn.Module) -> None:
     """Add the hooks of a module to those of its replacement."""
-    for table in _TABLES:
+    for table in HOOK_TABLES:
         getattr(new, table).update(getattr(old, table))
 
 
 @contextmanager
 def hooks_off(module: nn.Module) -> Iterator[None]:
     """Take the module's own hooks (not its children's) off for a while."""
-    saved = {table: getattr(module, table) for table in _TABLES}
+    saved = {table: getattr(module, table) for table in HOOK_TABLES}
     try:
         for table, hooks in saved.items():
             setattr(module, table, type(hooks)())

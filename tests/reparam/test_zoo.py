@@ -1,0 +1,132 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from tinydet.reparam import zoo
+from tinydet.reparam.zoo import fold_one
+from tinydet.reparam.zoo_models import input_sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "left", "branches", "scales"),
+    [
+        # Batch norms that run, those that no linear layer can take, additions of parallel linear
+        # branches, and constant scales after a conv or linear layer.
+        ("test_resnet", 15, 0, 0, 0),
+        ("test_maxvit", 13, 0, 0, 0),
+        ("repvgg_a0", 61, 0, 39, 0),
+        ("fastvit_t8", 68, 0, 49, 10),
+        ("repghostnet_050", 87, 1, 24, 0),
+        ("efficientvit_m0", 112, 0, 16, 0),
+        ("lcnetv2_small", 37, 0, 10, 0),
+        ("mixnet_s", 48, 0, 0, 0),
+        ("inception_next_atto", 16, 0, 0, 12),
+        ("swiftformer_xs", 25, 0, 0, 24),
+        ("resnetv2_18", 16, 8, 0, 0),
+        ("mobilevit_xxs", 32, 0, 0, 0),
+    ],
+)
+def test_fold_one__sample_of_the_zoo(name, norms, left, branches, scales):
+    row = fold_one(name)
+    assert not row.problem
+    assert row.norms_before - row.norms_never >= norms
+    assert row.norms_after - row.norms_never - _never_run(row) <= left
+    assert row.branches_before >= branches
+    assert row.branches_after == 0
+    assert row.scales_before >= scales
+    assert row.scales_after == 0
+    assert 0 < row.params_after <= row.params_before
+    assert 0 < row.macs_after <= row.macs_before
+
+
+def _never_run(row):
+    return sum(count for reason, count in row.kept.items() if "runs 0 times" in reason)
+
+
+def test_fold_one__counts_reasons_without_names():
+    row = fold_one("test_vit")
+    assert row.kept == {"LayerNorm computes its statistics from each input": row.norms_before}
+    assert row.norms_never == row.norms_after == row.norms_before
+
+
+def test_a_model_that_insists_on_its_size_gets_it(monkeypatch):
+    monkeypatch.setattr(zoo, "input_sizes", lambda name: [100, input_sizes(name)[0]])
+    row = fold_one("test_maxvit")
+    assert not row.problem
+    assert row.input == 160
+    assert row.other_size is None
+    monkeypatch.setattr(zoo, "input_sizes", lambda _: [100])
+    assert fold_one("test_maxvit").error
+
+
+class _Wrong(nn.Module):
+    """Off by a little, on inputs of some kind only."""
+
+    def __init__(self, network, when, by):
+        super().__init__()
+        self.network, self.when, self.by = network, when, by
+
+    def forward(self, x):
+        maps = list(self.network(x))
+        if self.when(x):
+            maps[0] = maps[0] + self.by * maps[0].abs().max()
+        return maps
+
+
+@pytest.mark.parametrize(
+    ("when", "by", "problem"),
+    [
+        (lambda x: x.dtype == torch.float64, 1e-8, "differs by 1.0e-08 in float64"),
+        (lambda x: len(x) == 1 and x.shape[2] == 128, 1e-8, "differs by 1.0e-08 in float64"),
+        (lambda x: x.shape[2] != 128, 1e-8, "differs by 1.0e-08 in float64"),
+        (lambda x: x.dtype == torch.float32, 2e-4, "differs by 2.0e-04 in float32 (unfolded: "),
+    ],
+    ids=["float64", "other batch", "other size", "float32"],
+)
+def test_fold_one__a_wrong_fold_is_a_problem(monkeypatch, when, by, problem):
+    right = zoo.fold
+
+    def fold(model, images):
+        folded, report = right(model, images)
+        return _Wrong(folded, when, by), report
+
+    monkeypatch.setattr(zoo, "fold", fold)
+    row = fold_one("test_resnet")
+    assert not row.error
+    assert row.problem.startswith(problem)
+
+
+def test_fold_one__a_changed_weight_is_a_problem(monkeypatch):
+    right = zoo.fold
+
+    def fold(model, images):
+        folded, report = right(model, images)
+        first = next(m for m in folded.modules() if isinstance(m, nn.Conv2d))
+        with torch.no_grad():
+            first.weight[0, 0, 0, 0] *= 1 + 1e-5
+        return folded, report
+
+    monkeypatch.setattr(zoo, "fold", fold)
+    assert fold_one("test_resnet").error64 > 1e-9
+
+
+def test_fold_one__a_norm_left_without_reason_is_a_problem(monkeypatch):
+    right = zoo.fold
+
+    def fold(model, images):
+        return model, dataclasses.replace(right(model, images)[1], kept=())
+
+    monkeypatch.setattr(zoo, "fold", fold)
+    assert fold_one("test_resnet").problem == "15 norms stay without a reason"
+
+
+def test_fold_one__an_exception_is_a_row(monkeypatch):
+    def fold(*_):
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr(zoo, "fold", fold)
+    row = fold_one("test_resnet")
+    assert row.problem == row.error == r"KeyError: 'two\nlines'"
+    assert (row.model, row.family) == ("test_resnet", "resnet")

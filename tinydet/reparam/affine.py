@@ -1,0 +1,188 @@
+"""Which operations are affine: y = A x + b with a fixed A and b.
+
+What an operation does to the values that depend on the network's input decides, not the module it
+runs in. A weight that is computed from other weights is as fixed as a stored one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Set
+
+import torch
+
+from tinydet.reparam.dataflow import SIZE_ONLY, DataFlow, Op, Value, View
+
+# Linear in all their tensors together.
+_JOINT = {
+    f"aten.{name}"
+    for name in (
+        "add", "add_", "sub", "sub_", "rsub", "neg", "cat", "stack", "clone", "copy_", "copy",
+        "constant_pad_nd", "avg_pool1d", "avg_pool2d", "avg_pool3d", "fill_", "zero_", "_to_copy",
+        "slice_scatter", "select_scatter", "index_select",
+    )
+}  # fmt: skip
+# Linear in each tensor while the others are fixed.
+_EACH = {f"aten.{name}" for name in ("mul", "mul_", "mm", "bmm", "matmul", "convolution", "linear")}
+# Not those that pick out single places, such as `select` or `unfold`.
+_VIEWS = {
+    f"aten.{name}"
+    for name in (
+        "view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "squeeze",
+        "unsqueeze", "expand", "slice", "split", "split_with_sizes", "alias", "detach", "flatten",
+        "unflatten",
+    )
+}  # fmt: skip
+_SUMS = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
+_NUMERATOR = {"aten.div", "aten.div_"}
+_BIASED_PRODUCTS = {"aten.addmm", "aten.baddbmm", "aten.addcmul", "aten.addcmul_"}
+_PRODUCTS = {"aten.convolution", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.linear"}
+
+
+def is_product(op: Op) -> bool:
+    """Return whether an operation is a convolution or a matrix product."""
+    return op.name in _PRODUCTS
+
+
+def is_layer(op: Op, data: Set[Value]) -> bool:
+    """Return whether an operation is a product of something that varies and fixed weights."""
+    return is_product(op) and sum(view.value in data for view in op.inputs) == 1
+
+
+def is_affine(op: Op, data: Set[Value]) -> bool:
+    """Return whether an operation's result is an affine function of the values in `data`."""
+    if op.is_view:
+        return op.name in _VIEWS
+    if op.name in _JOINT or op.name in SIZE_ONLY:
+        return True
+    varying = [view.value in data for view in op.inputs]
+    if op.name in _EACH:
+        return sum(varying) <= 1
+    if op.name in _NUMERATOR:
+        return not any(varying[1:]) and op.kwargs.get("rounding_mode") is None
+    if op.name in _BIASED_PRODUCTS:
+        return sum(varying[1:]) <= 1
+    if op.name == "aten.native_batch_norm":
+        return not any(varying[1:]) and op.args[5] is False
+    return False
+
+
+def crops(ops: Iterable[Op], data: Set[Value], out: View) -> bool:
+    """Return whether something reads a part of a value that does not grow with it.
+
+    `x[:, :, :40]` is all of a small image, and less than a large one: no trial on small inputs
+    shows that. Writing into such a part (a border) is seen at any size.
+
+    Args:
+        ops: the operations, in order.
+        data: values that depend on the input.
+        out: the view that is returned, which is read as well.
+    """
+    cropped: set[View] = set()
+    for op in ops:
+        varying = [view for view in op.inputs if view.value in data]
+        if op.is_view:
+            if any(view in cropped for view in varying) or _ends_at_a_number(op):
+                cropped.update(op.outputs)
+        elif op.name not in SIZE_ONLY:
+            written = op.inputs[0] if op.func._schema.is_mutable else None
+            if any(view in cropped and view != written for view in varying):
+                return True
+    return out in cropped
+
+
+def _ends_at_a_number(op: Op) -> bool:
+    if op.name in ("aten.split", "aten.split_with_sizes"):
+        return (op.args[2] if len(op.args) > 2 else op.kwargs.get("dim", 0)) != 1
+    if op.name != "aten.slice":
+        return False
+    axis, end = (op.args[i] if len(op.args) > i else None for i in (1, 3))
+    return axis != 1 and end is not None and 0 <= end < torch.iinfo(torch.int64).max
+
+
+def multiply_adds(ops: Iterable[Op]) -> int:
+    """Return the multiply-adds of the convolutions and matrix products among operations.
+
+    Products of two weights, or of two activations (attention), count like any other.
+    """
+    total = 0
+    for op in ops:
+        if op.name == "aten.convolution":
+            weight, transposed = op.args[1], bool(op.args[6])
+            # Each output (of a transposed one: each input) meets one kernel's worth of weights.
+            meets = op.inputs[0] if transposed else op.outputs[0]
+            total += math.prod(meets.shape) * math.prod(weight.shape[1:])
+        elif is_product(op):
+            left = op.args[1] if op.name in ("aten.addmm", "aten.baddbmm") else op.args[0]
+            total += math.prod(op.outputs[0].shape) * left.shape[-1]
+    return total
+
+
+def reach(op: Op) -> int:
+    """Return how many steps of its own input an operation looks to any side, padding included."""
+    if op.name == "aten.convolution":
+        weight, padding, dilation = op.args[1], op.args[4], op.args[5]
+        kernel = weight.shape[2:]
+        return max(
+            (d * (k - 1) + p for k, p, d in zip(kernel, padding, dilation, strict=True)), default=0
+        )
+    if op.name.startswith("aten.avg_pool"):
+        return max(op.args[1]) + max(op.args[3] if len(op.args) > 3 else [0])
+    if op.name == "aten.constant_pad_nd":
+        return max(abs(p) for p in op.args[1])
+    return 0
+
+
+def stride(op: Op) -> int:
+    """Return how many steps of its input one step of an operation's output is."""
+    if op.name == "aten.convolution":
+        return max(op.args[3], default=1)
+    if op.name.startswith("aten.avg_pool"):
+        return max(op.args[2] if len(op.args) > 2 and op.args[2] else op.args[1])
+    return 1
+
+
+def branch_sums(flow: DataFlow) -> list[Op]:
+    """Return the additions (or subtractions) of parallel linear branches.
+
+    Both sides are affine functions of one and the same value, at least one of them through a
+    convolution or matrix product, and nothing else reads what lies between: one convolution could
+    take their place.
+    """
+    order = {id(op): i for i, op in enumerate(flow.ops)}
+    found: dict[int, Op] = {}
+    # A table of positions that the network makes by itself is a source like its input.
+    for data in (flow.depends_on_input(), flow.depends_on_input(or_made=True)):
+        for op in flow.ops:
+            if op.name in _SUMS and sum(view.value in data for view in op.inputs) == 2:
+                stretch = _back_to_one_source(flow, op, data, order)
+                if any(is_layer(o, data) for o in stretch):
+                    found[id(op)] = op
+    return list(found.values())
+
+
+def _back_to_one_source(
+    flow: DataFlow, last: Op, data: Set[Value], order: dict[int, int]
+) -> list[Op]:
+    """Return the affine operations between a single value and a result; none if there is none."""
+    inside: list[Op] = []
+    frontier: set[Value] = set()
+    op: Op | None = last
+    while op is not None:
+        varying = [view for view in op.inputs if view.value in data]
+        # An attention bias that is repeated for each row of places, say, is no convolution.
+        if not is_affine(op, data) or any(view.repeats for view in varying):
+            return []
+        inside.append(op)
+        frontier |= {view.value for view in varying}
+        if len(frontier) == 1:
+            return inside
+        # In this order all readers of a value have been met before it.
+        made = {value: flow.producer(value) for value in frontier}
+        latest = max(frontier, key=lambda value: order.get(id(made[value]), -1))
+        readers = {id(reader) for reader in flow.readers(latest)}
+        if flow.is_returned(latest) or not readers <= {id(o) for o in inside}:
+            return []
+        op = made[latest]
+        frontier.remove(latest)
+    return []

@@ -1,0 +1,190 @@
+"""Kinds of training-time branches that can grow beside a conv, and their geometry.
+
+A kind is a function (or any callable) from the conv to a list of modules, each from the conv's
+input to the shape of its output. `tinydet.reparam.expand` ends each with a norm that starts at
+zero. Here every branch
+
+- is affine in eval mode, so that conv and branches together are one conv;
+- pads before anything else: a zero-padded layer behind a shift would not be a conv. In eval mode
+  that is what the original DBB does by padding with the shift itself;
+- has its taps within the conv's taps, so that the one conv has the shape of the given one.
+
+One's own kind reads `conv` and calls the helpers `taps` and `centre`, or builds the layers itself:
+
+    class TwoMore:
+        def __call__(self, conv: nn.Conv2d) -> list[nn.Module]:
+            return [taps(conv, conv.kernel_size) for _ in range(2)]  # [] where it cannot grow
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+Block = Callable[[nn.Conv2d], Sequence[nn.Module]]
+
+# Kernel side -> (taps a side, spacing) of each parallel conv: the choices of UniRepLKNet (arXiv
+# 2311.15599). Other sides take the largest entry that is not larger.
+_LARGE_KERNEL = {
+    5: ((3, 1), (3, 2)),
+    7: ((5, 1), (3, 2), (3, 3)),
+    9: ((5, 1), (5, 2), (3, 3), (3, 4)),
+    11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+
+
+def repvgg(conv: nn.Conv2d) -> list[nn.Module]:
+    """RepVGG (arXiv 2101.03697): a 1x1 conv, and the identity where the shape allows."""
+    return [centre(conv), *_identity(conv)]
+
+
+def acnet(conv: nn.Conv2d) -> list[nn.Module]:
+    """ACNet (arXiv 1908.03930): the middle column and the middle row of the kernel."""
+    height, width = conv.kernel_size
+    if height == 1 or width == 1:
+        return []
+    return [taps(conv, (height, 1)), taps(conv, (1, width))]
+
+
+def dbb(conv: nn.Conv2d) -> list[nn.Module]:
+    """Diverse Branch Block (arXiv 2103.13425): 1x1, 1x1 then kxk, 1x1 then average.
+
+    As its authors do, a depthwise conv has twice the channels between 1x1 and kxk, and no 1x1
+    before the average. A 1x1 conv grows a 1x1 alone; a dilated conv no average, as pooling has no
+    dilation.
+    """
+    if conv.kernel_size == (1, 1):
+        return [centre(conv)]
+    c_in, c_out, groups = conv.in_channels, conv.out_channels, conv.groups
+    depthwise = groups == c_in > 1
+    pads = _pads(conv, conv.kernel_size)
+    middle = 2 * c_in if depthwise else c_in
+    kxk = nn.Conv2d(
+        middle, c_out, conv.kernel_size, conv.stride, 0, conv.dilation, groups, bias=False
+    )
+    branches = [
+        centre(conv),
+        nn.Sequential(*_conv(pads, c_in, middle, groups=groups), nn.BatchNorm2d(middle), kxk),
+    ]
+    if all(d == 1 or k == 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        if depthwise and c_in == c_out:
+            before = [nn.ZeroPad2d(pads)] if any(pads) else []
+        else:
+            before = [*_conv(pads, c_in, c_out, groups=groups), nn.BatchNorm2d(c_out)]
+        branches.append(nn.Sequential(*before, nn.AvgPool2d(conv.kernel_size, conv.stride)))
+    return branches
+
+
+def mobileone(conv: nn.Conv2d, copies: int = 4) -> list[nn.Module]:
+    """MobileOne (arXiv 2206.04040): copies of the conv, a 1x1, and the identity where possible.
+
+    Args:
+        conv: the conv.
+        copies: over-parameterization factor; another one by `functools.partial`.
+    """
+    branches = [taps(conv, conv.kernel_size) for _ in range(copies)]
+    if conv.kernel_size != (1, 1):
+        branches.append(centre(conv))
+    return [*branches, *_identity(conv)]
+
+
+def large_kernel(conv: nn.Conv2d) -> list[nn.Module]:
+    """RepLKNet's smaller kernels (arXiv 2203.06717), dilated as UniRepLKNet's (arXiv 2311.15599).
+
+    A kernel that is not square takes the entry of its shorter side above 1. From 2 to 4 there is a
+    1x1 alone, and a 1x1 conv has nothing smaller.
+    """
+    height, width = conv.kernel_size
+    side = min((k for k in (height, width) if k > 1), default=1)
+    entry = max((k for k in _LARGE_KERNEL if k <= side), default=None)
+    if entry is None:
+        return [centre(conv)] if side > 1 else []
+    return [taps(conv, (min(n, height), min(n, width)), (r, r)) for n, r in _LARGE_KERNEL[entry]]
+
+
+BLOCKS: dict[str, Block] = {
+    "repvgg": repvgg,
+    "acnet": acnet,
+    "dbb": dbb,
+    "mobileone": mobileone,
+    "large-kernel": large_kernel,
+}
+
+
+def taps(
+    conv: nn.Conv2d, size: tuple[int, int], spacing: tuple[int, int] = (1, 1)
+) -> nn.Sequential:
+    """Return a new conv, without bias, on the middle taps of another one.
+
+    Args:
+        conv: whose channels, stride and groups it has. Its `padding` is what the branch sees: where
+            the padding depends on the input's size (timm's Conv2dSame), it is 0 and the branch gets
+            an input that is padded already.
+        size: taps (height, width).
+        spacing: distance of neighbouring taps, in taps of the conv.
+    """
+    dilation = tuple(r * d for r, d in zip(spacing, conv.dilation, strict=True))
+    pads = _pads(conv, size, spacing)
+    c_in, c_out, groups = conv.in_channels, conv.out_channels, conv.groups
+    return nn.Sequential(*_conv(pads, c_in, c_out, size, conv.stride, dilation, groups))
+
+
+def centre(conv: nn.Conv2d) -> nn.Sequential:
+    """Return a new 1x1 conv, without bias, on the middle tap of another one."""
+    return taps(conv, (1, 1))
+
+
+def _identity(conv: nn.Conv2d) -> list[nn.Module]:
+    if conv.in_channels != conv.out_channels or max(conv.stride) > 1:
+        return []
+    pads = _pads(conv, (1, 1))
+    return [nn.ZeroPad2d(pads) if any(pads) else nn.Identity()]
+
+
+def _pads(
+    conv: nn.Conv2d, size: tuple[int, int], spacing: tuple[int, int] = (1, 1)
+) -> tuple[int, ...]:
+    """Return (left, right, top, bottom) so that `size` taps lie on the conv's middle ones.
+
+    Negative where the taps begin inside the input: it is cropped.
+    """
+    pads: list[int] = []
+    for axis in (1, 0):
+        kernel, dilation = conv.kernel_size[axis], conv.dilation[axis]
+        unused = kernel - 1 - spacing[axis] * (size[axis] - 1)
+        before = unused // 2
+        own_before, own_after = _own_padding(conv, axis)
+        pads += [own_before - before * dilation, own_after - (unused - before) * dilation]
+    return tuple(pads)
+
+
+def _own_padding(conv: nn.Conv2d, axis: int) -> tuple[int, int]:
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":  # Torch puts the odd one behind.
+        total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        return total // 2, total - total // 2
+    return conv.padding[axis], conv.padding[axis]
+
+
+def _conv(
+    pads: tuple[int, ...],
+    c_in: int,
+    c_out: int,
+    size: tuple[int, int] = (1, 1),
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+) -> list[nn.Module]:
+    """Return the layers of a conv without bias, padded or cropped as asked."""
+    left, right, top, bottom = pads
+    if left == right >= 0 and top == bottom >= 0:
+        before, padding = [], (top, left)
+    else:
+        before, padding = [nn.ZeroPad2d(pads)], (0, 0)
+    conv = nn.Conv2d(c_in, c_out, size, stride, padding, dilation, groups, bias=False)
+    return [*before, conv]

@@ -1,0 +1,310 @@
+"""A linear stretch of a network and the one convolution, or linear layer, that it is.
+
+A function that is affine and shift-invariant is a convolution, and its impulse response is the
+kernel, whatever it is made of: parallel branches of any kernel sizes, dilations and groups,
+identities, norms, pools, constant factors, one layer after another. So the stretch is not looked
+into. It is asked for its answers to zero (the bias) and to unit impulses (the kernel), and the
+convolution found is compared with it on random inputs of several sizes, tiny ones among them, where
+borders and corners weigh most.
+
+Which taps the kernel has is found on a copy of the stretch with random weights. Thus the shape of
+the convolution depends on the structure alone: two trained networks of one structure fold alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tinydet.reparam.verify import difference
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Far above the rounding of sums of some thousand terms in float64, far below a wrong tap.
+_TOLERANCE = 1e-9
+_NO_TAP = 1e-12
+_CHUNK = 2**23  # most numbers in a batch of impulses
+
+
+class NotAConvolutionError(ValueError):
+    """A stretch of a network is no convolution; the message says what it does instead."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a convolution over n spatial axes; n = 0 stands for a linear layer.
+
+    Attributes:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        bias: whether the answer to zero is not zero.
+        groups: as in `nn.Conv2d`.
+        kernel_size: taps along each axis.
+        stride: steps of the input for one step of the output, along each axis.
+        padding: zeros before and after each axis.
+        dilation: distance of neighbouring taps along each axis.
+    """
+
+    in_channels: int
+    out_channels: int
+    bias: bool
+    groups: int = 1
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    def build(self) -> nn.Module:
+        """Return a layer of this shape in float64; its weights are yet to be filled in."""
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        return nn.utils.skip_init(
+            _KINDS[len(self.kernel_size)],
+            self.in_channels,
+            self.out_channels,
+            *(shape if self.kernel_size else ()),
+            bias=self.bias,
+            dtype=torch.float64,
+        )
+
+    def multiply_adds(self, positions: int) -> int:
+        """Return the multiply-adds for a number of output positions."""
+        taps = math.prod(self.kernel_size) * self.in_channels // self.groups
+        return positions * self.out_channels * taps
+
+    def __str__(self) -> str:
+        if not self.kernel_size:
+            return f"linear {self.in_channels} -> {self.out_channels}"
+        kernel = "x".join(str(k) for k in self.kernel_size)
+        more = [f"stride {max(self.stride)}"] if max(self.stride) > 1 else []
+        more += [f"dilation {max(self.dilation)}"] if max(self.dilation) > 1 else []
+        more += [f"{self.groups} groups"] if self.groups > 1 else []
+        return ", ".join([f"conv {kernel} {self.in_channels} -> {self.out_channels}", *more])
+
+
+def find_geometry(
+    stretch: nn.Module,
+    in_channels: int,
+    axes: int,
+    groups: Sequence[int],
+    reach: int,
+    stride: int,
+) -> Geometry:
+    """Find the shape of the convolution that a stretch is, whatever its weights.
+
+    Args:
+        stretch: takes one tensor (B, C, *spatial), or (B, C) where `axes` is 0; float64, on the
+            CPU, in eval mode.
+        in_channels: C.
+        axes: number of spatial axes.
+        groups: numbers of groups to try, the highest first.
+        reach: upper bound of the distance, in steps of the input, at which an output looks.
+        stride: a multiple of the steps of the input for one step of the output.
+
+    Raises:
+        NotAConvolutionError: it is none, or none that torch's layers can describe.
+    """
+    generic = randomised(copy.deepcopy(stretch))
+    # All channels mixed at random are enough to see every tap, and whether all places are alike.
+    mixed = _Mixed(generic, torch.rand(in_channels, generator=_generator()).double() + 0.5)
+    if axes == 0:
+        zero = _answer(mixed, (1, 1))
+        shape = Geometry(1, zero.shape[1], bool(zero.abs().max() > 0))
+    else:
+        shape = _spatial_shape(mixed, axes, reach, stride)
+    equivalent_layer(mixed, shape)
+    count = next((g for g in groups if _keeps_groups_apart(generic, in_channels, shape, g)), 1)
+    return replace(shape, in_channels=in_channels, groups=count)
+
+
+class _Mixed(nn.Module):
+    """A stretch that is given its input channels in a fixed mixture, from one channel."""
+
+    def __init__(self, stretch: nn.Module, mixture: Tensor) -> None:
+        super().__init__()
+        self.stretch = stretch
+        self.register_buffer("mixture", mixture)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stretch(x * self.mixture.view(1, -1, *[1] * (x.ndim - 2)))
+
+
+@torch.no_grad()
+def equivalent_layer(stretch: nn.Module, geometry: Geometry) -> nn.Module:
+    """Return the layer that a stretch is, compared with it.
+
+    Args:
+        stretch: as in `find_geometry`.
+        geometry: what `find_geometry` found.
+
+    Raises:
+        NotAConvolutionError: the two differ.
+    """
+    layer = geometry.build()
+    columns = geometry.in_channels // geometry.groups
+    # An input channel of each group at once: they meet in no output.
+    rows = torch.eye(columns, dtype=torch.float64).repeat(1, geometry.groups)  # (columns, C_in)
+    response, zero = _impulse_response(stretch, geometry, rows)
+    layer.weight.copy_(response.transpose(0, 1))  # (C_out, C_in / groups, *kernel)
+    if layer.bias is not None:
+        layer.bias.copy_(zero)
+    _check(stretch, layer, geometry)
+    return layer
+
+
+def _impulse_response(
+    stretch: nn.Module, geometry: Geometry, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the taps that a stretch applies to each row of channels, and its answer to zeros.
+
+    Args:
+        stretch: as in `find_geometry`.
+        geometry: where to look for the taps.
+        rows: (R, C_in), the strength of an impulse in each input channel.
+
+    Returns:
+        (R, C_out, *kernel) and (C_out,).
+    """
+    g = list(
+        zip(geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)  # noqa: B905
+    )
+    response = torch.zeros(len(rows), geometry.out_channels, *geometry.kernel_size).double()
+    # Far enough from the borders that every tap meets the impulse somewhere in the output.
+    margin = [max(0, d * (k - 1) - p) for k, _, p, d in g]
+    size = [2 * m + s for m, (_, s, _, _) in zip(margin, g, strict=True)]
+    zero = stretch(torch.zeros(1, rows.shape[1], *size, dtype=torch.float64))
+    middle = tuple(n // 2 for n in zero.shape[2:])
+    chunk = max(1, _CHUNK // (math.prod(size) * max(rows.shape[1], geometry.out_channels)))
+    for phase in itertools.product(*(range(s) for _, s, _, _ in g)):
+        at = tuple(m + f for m, f in zip(margin, phase, strict=True))
+        # Output o looks at the inputs s o - p + d k for k = 0 .. kernel_size - 1.
+        meeting = [
+            [(k, (i + p - d * k) // s) for k in range(taps) if (i + p - d * k) % s == 0]
+            for i, (taps, s, p, d) in zip(at, g, strict=True)
+        ]
+        if not all(meeting):
+            continue
+        for start in range(0, len(rows), chunk):
+            chosen = rows[start : start + chunk]
+            x = torch.zeros(*chosen.shape, *size, dtype=torch.float64)
+            x[(..., *at)] = chosen
+            difference_to_zero = stretch(x) - zero  # (R, C_out, *out)
+            for taps in itertools.product(*meeting):
+                tap, place = tuple(k for k, _ in taps), tuple(o for _, o in taps)
+                response[(slice(start, start + chunk), slice(None), *tap)] = difference_to_zero[
+                    (..., *place)
+                ]
+    return response, zero[(0, slice(None), *middle)]
+
+
+def _keeps_groups_apart(generic: nn.Module, channels: int, geometry: Geometry, groups: int) -> bool:
+    """Whether no group of input channels is seen in another group's output channels."""
+    if groups == 1:
+        return True
+    if channels % groups or geometry.out_channels % groups:
+        return False
+    # Any two groups differ in a bit of their number: let those with the bit speak, then the others.
+    bits = range((groups - 1).bit_length())
+    member = torch.arange(groups)
+    speaks = torch.stack([(member >> bit) % 2 == side for bit in bits for side in (0, 1)])
+    rows = speaks.repeat_interleave(channels // groups, dim=1).double()  # (R, C_in)
+    with torch.no_grad():
+        response, _ = _impulse_response(generic, geometry, rows)
+    silent = ~speaks.repeat_interleave(geometry.out_channels // groups, dim=1)  # (R, C_out)
+    return bool(response[silent].abs().max() <= _NO_TAP * response.abs().max())
+
+
+@torch.no_grad()
+def _spatial_shape(mixed: nn.Module, axes: int, reach: int, stride: int) -> Geometry:
+    """Find the taps, the stride and the padding of a stretch of one input channel."""
+    size = 2 * reach + 2 * stride + 1
+    zero = _answer(mixed, (1, 1, *[size] * axes))
+    longer = _answer(mixed, (1, 1, *[size + stride] * axes))
+    growth = [b - a for a, b in zip(zero.shape[2:], longer.shape[2:], strict=True)]
+    if zero.ndim != axes + 2 or not all(g > 0 and stride % g == 0 for g in growth):
+        raise NotAConvolutionError("its output does not grow with its input")
+    steps = tuple(stride // g for g in growth)
+    offsets: list[set[int]] = [set() for _ in range(axes)]
+    phases = list(itertools.product(*(range(s) for s in steps)))
+    x = torch.zeros(len(phases), 1, *[size] * axes, dtype=torch.float64)
+    for row, phase in enumerate(phases):
+        x[(row, 0, *(reach + f for f in phase))] = 1.0
+    weights = (mixed(x) - zero).abs().amax(1)  # (phases, *out)
+    for row, *place in (weights > _NO_TAP * weights.max()).nonzero().tolist():
+        for found, f, s, o in zip(offsets, phases[row], steps, place, strict=True):
+            found.add(reach + f - s * o)
+    taps = [sorted(found) for found in offsets]
+    if not all(taps) or any(t[0] > 0 for t in taps):
+        raise NotAConvolutionError("its output does not lie over its input as a convolution's")
+    dilation = tuple(math.gcd(*(b - a for a, b in itertools.pairwise(t))) or 1 for t in taps)
+    return Geometry(
+        in_channels=1,
+        out_channels=zero.shape[1],
+        bias=bool(zero.abs().max() > 0),
+        kernel_size=tuple((t[-1] - t[0]) // d + 1 for t, d in zip(taps, dilation, strict=True)),
+        stride=steps,
+        padding=tuple(-t[0] for t in taps),
+        dilation=dilation,
+    )
+
+
+def _answer(stretch: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Return the answer to zeros of this shape."""
+    with torch.no_grad():
+        return stretch(torch.zeros(shape, dtype=torch.float64))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@torch.no_grad()
+def _check(stretch: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
+    """Compare both on random inputs, from a single pixel to more than the kernel sees."""
+    generator = torch.Generator().manual_seed(1)
+    spans = [d * (k - 1) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    steps = geometry.stride
+    sizes = [
+        tuple(1 + i for i in range(len(spans))),
+        tuple(span // 2 + 2 for span in spans),
+        tuple(span + s * (3 + i) for i, (span, s) in enumerate(zip(spans, steps, strict=True))),
+        tuple(
+            2 * span + s * 5 + 1 - i for i, (span, s) in enumerate(zip(spans, steps, strict=True))
+        ),
+    ]
+    compared = 0
+    for size in dict.fromkeys(sizes):
+        x = torch.randn(2, geometry.in_channels, *size, generator=generator, dtype=torch.float64)
+        try:
+            expected = stretch(x.clone())
+        except RuntimeError:
+            continue  # Smaller than the stretch takes.
+        compared += 1
+        try:
+            found = difference(expected, layer(x))
+        except (RuntimeError, ValueError) as error:
+            raise NotAConvolutionError("the size of its output is not a convolution's") from error
+        if not found.max_rel <= _TOLERANCE:
+            raise NotAConvolutionError(
+                f"it differs from its best convolution by {found.max_rel:.1e} of the largest "
+                "output: its borders, or its channels, are not treated alike"
+            )
+    if not compared:
+        raise NotAConvolutionError("it takes no input of the sizes it was tried on")
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Fill a module's weights and statistics, in place, with random numbers of order one."""
+    generator = _generator()
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                # Positive, as a variance must be, and away from zero.
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+        for parameter in module.parameters():
+            parameter.mul_(torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1)
+    return module

@@ -1,0 +1,311 @@
+"""Parallel branches, and layers in a row, merged into one convolution or linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tinydet.reparam import affine
+from tinydet.reparam.absorb import is_layer_call
+from tinydet.reparam.code import NotTraceableError, as_module, observe_nodes, stand_in, trace
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, observe
+from tinydet.reparam.linear_region import (
+    Geometry,
+    NotAConvolutionError,
+    equivalent_layer,
+    find_geometry,
+)
+from tinydet.reparam.norms import is_norm
+from tinydet.reparam.replacing import calls_recorded, has_hooks, hooks_off, replace_module
+from tinydet.reparam.report import Step
+from tinydet.reparam.rounds import Change, RefusedError, change_in_rounds
+from tinydet.reparam.stretch import extracted, replace, stretches, writes
+from tinydet.reparam.verify import copied, difference
+
+_TOLERANCE = 1e-9
+
+
+def merge_branches(
+    model: nn.Module, checks: list[tuple[Any, ...]]
+) -> tuple[nn.Module, list[Step], list[Step]]:
+    """Replace stretches with parallel branches, each by the one layer that it is.
+
+    Args:
+        model: the network in eval mode and float64; changed in place.
+        checks: positional arguments for forward passes; the first are for the observed ones.
+
+    Returns:
+        The network (another object if its own code has such a stretch), what was merged, and the
+        branches that stay with the reason.
+    """
+    left: set[str] = set()
+
+    def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
+        left.clear()
+        scopes: set[str] = set()
+        for op in affine.branch_sums(flow):
+            # The branches may begin outside the module that adds them: then it is a parent's turn.
+            scope = next((s for s in _ancestors(op.scope) if s not in refused), None)
+            left.add(op.scope)
+            if scope is not None:
+                scopes.add(scope)
+        modules = {name: model.get_submodule(name) for name in sorted(scopes, key=_depth)}
+        if not modules:
+            return []
+        with calls_recorded(list(modules.values())) as records, torch.no_grad():
+            model(*copied(checks[0]))
+        return [
+            Change(name, frozenset(module.modules()), partial(_merge, name, records.get(module)))
+            for name, module in modules.items()
+        ]
+
+    model, done, refused = change_in_rounds(model, checks, find)
+    return model, done, [Step(n, f"branches stay: {refused.get(n)}") for n in sorted(left)]
+
+
+def _ancestors(scope: str) -> list[str]:
+    names = scope.split(".")
+    return [".".join(names[:n]) for n in range(len(names), 0, -1)] + ([""] if scope else [])
+
+
+def _depth(scope: str) -> int:
+    return len(scope.split(".")) if scope else 0
+
+
+def _merge(name: str, record: tuple[Any, Any, Any] | None, model: nn.Module) -> Any:
+    """Merge the stretches in one module of a network, and say into what (a `Change.make`)."""
+    module = model.get_submodule(name)
+    if record is None:
+        raise RefusedError("its code does not run as a module's call")
+    try:
+        try:
+            new, layers = _whole(module, *record)
+        except NotAConvolutionError:
+            new, layers = _merged(module, *record)
+    except (NotTraceableError, NotAConvolutionError) as error:
+        raise RefusedError(str(error)) from error
+    if module is model:
+        model = new
+    else:
+        replace_module(model, module, new)
+    return model, f"{type(module).__name__} merged into {', '.join(layers)}"
+
+
+def _whole(module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[nn.Module, list[str]]:
+    """Return the one layer that a module is, whatever its code looks like.
+
+    Raises:
+        NotAConvolutionError: it is none.
+    """
+    if (
+        kwargs
+        or len(args) != 1
+        or not isinstance(args[0], Tensor)
+        or not isinstance(output, Tensor)
+    ):
+        raise NotAConvolutionError("it does more than turn one tensor into another")
+    if any(has_hooks(child) for child in module.modules() if child is not module):
+        raise NotAConvolutionError("a module inside has a forward hook")
+    with hooks_off(module):
+        flow = observe(module, copied(args), is_leaf=is_norm)
+        data = flow.depends_on_input()
+        varying = [op for op in flow.ops if any(view.value in data for view in op.inputs)]
+        given = {view.storage for view in flow.inputs}
+        if any(not affine.is_affine(op, data) or writes(op, given) for op in varying):
+            raise NotAConvolutionError("it is not linear")
+        if affine.crops(flow.ops, data, flow.outputs[0]):
+            raise NotAConvolutionError("it reads a fixed part of its input")
+        layer, geometry = _one_layer(module, flow.ops, flow.inputs[0], flow.outputs[0])
+    return stand_in(layer, module), [str(geometry)]
+
+
+def _merged(module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[nn.Module, list[str]]:
+    """Return a module with the stretches in its code merged, and a description of each layer.
+
+    Raises:
+        NotTraceableError: its code is not a plain graph.
+        NotAConvolutionError: no stretch was merged.
+    """
+    with hooks_off(module):
+        graph = trace(module, args, kwargs)
+        layers: list[str] = []
+        tried: set[str] = set()
+        reasons: list[str] = []
+        while layer := _merge_one(graph, copied(args), tried, reasons):
+            layers.append(layer)
+        if not layers:
+            raise NotAConvolutionError(reasons[0] if reasons else "its branches have no one source")
+    new = as_module(graph, module)
+    with hooks_off(new), torch.no_grad():
+        found = difference(output, new(*copied(args)))
+    if not found.max_rel <= _TOLERANCE:
+        raise NotAConvolutionError(f"merged, it differs by {found.max_rel:.1e} of its output")
+    return new, layers
+
+
+def _merge_one(graph: fx.GraphModule, args: Any, tried: set[str], reasons: list[str]) -> str | None:
+    """Replace the last stretch of a graph that can be, and describe the new layer."""
+    flow = observe_nodes(graph, args)
+    data = flow.depends_on_input()
+    for last in reversed(graph.graph.nodes):
+        if last.name in tried:
+            continue
+        for found in reversed(stretches(graph, last, data)):
+            tried.add(last.name)
+            source, out = (node.meta["views"][0] for node in (found.source, last))
+            try:
+                if affine.crops(found.ops, data, out):
+                    raise NotAConvolutionError("it reads a fixed part of its input")
+                layer, geometry = _one_layer(extracted(graph, found, data), found.ops, source, out)
+            except NotAConvolutionError as error:
+                reasons.append(str(error))
+                continue
+            replace(graph, found, layer)
+            return str(geometry)
+    return None
+
+
+def merge_series(model: nn.Module, checks: list[tuple[Any, ...]]) -> tuple[nn.Module, list[Step]]:
+    """Replace two layers of which the second alone reads the first, where one is less.
+
+    Less means fewer multiply-adds, or as many and fewer weights: two 1x1 convolutions around a
+    bottleneck stay, two with an expansion between them become one.
+
+    Args:
+        model: the network in eval mode and float64; changed in place.
+        checks: positional arguments for forward passes; the first are for the observed ones.
+
+    Returns:
+        The network, and what was merged.
+    """
+
+    def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
+        del model, refused
+        return [
+            Change(
+                f"{first.name} and {second.name}",
+                frozenset((first.module, second.module)),
+                partial(_merge_pair, first, second),
+            )
+            for first, second in _series(flow)
+        ]
+
+    model, done, _ = change_in_rounds(model, checks, find)
+    return model, done
+
+
+def _merge_pair(first: Call, second: Call, model: nn.Module) -> Any:
+    """Merge two layers of a network, and say into what (a `Change.make`)."""
+    pair = nn.Sequential(first.module, second.module)
+    ops = [*first.ops, *second.ops]
+    try:
+        layer, geometry = _one_layer(pair, ops, first.inputs[0], second.outputs[0], strictly=True)
+    except NotAConvolutionError as error:
+        raise RefusedError(str(error)) from error
+    replace_module(model, first.module, layer)
+    replace_module(model, second.module, nn.Identity())
+    return model, f"merged into {geometry}"
+
+
+def _series(flow: DataFlow) -> Iterator[tuple[Call, Call]]:
+    for first in flow.calls:
+        if not is_layer_call(first) or not _is_free(flow, first):
+            continue
+        made = first.outputs[0]
+        readers = flow.readers(made.value)
+        second = readers[0].call if readers else None
+        if second is None or flow.is_returned(made.value) or not is_layer_call(second):
+            continue
+        alone = all(op.call is second for op in readers) and second.inputs == (made,)
+        if alone and _is_free(flow, second) and second.module is not first.module:
+            yield first, second
+
+
+def _is_free(flow: DataFlow, call: Call) -> bool:
+    """Whether a layer of torch's own runs once and shares nothing."""
+    layer = call.module
+    weights = [t for t in (layer.weight, layer.bias) if t is not None]
+    return (
+        type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and not has_hooks(layer)
+        and all(op.call is call for weight in weights for op in flow.users(weight))
+        and len(flow.calls_of(layer)) == 1
+    )
+
+
+def _one_layer(
+    stretch: nn.Module, ops: list[Op], source: View, out: View, strictly: bool = False
+) -> tuple[nn.Module, Geometry]:
+    """Return the layer that a stretch is.
+
+    Args:
+        stretch: takes the source and returns the output.
+        ops: what runs in it.
+        source: its observed input.
+        out: its observed output.
+        strictly: the layer must multiply less often, or as often with fewer weights.
+
+    Raises:
+        NotAConvolutionError: it is none, or one that costs more than the stretch.
+    """
+    products = [op for op in ops if affine.is_product(op)]
+    kernels = [op.args[1].ndim - 2 for op in products if op.name == "aten.convolution"]
+    axes = kernels[0] if kernels else 0
+    if axes and len(source.shape) != axes + 2:
+        raise NotAConvolutionError("its input has no batch axis")
+    if not axes:
+        stretch = _Rows(stretch, len(source.shape) - 2)
+    groups = math.gcd(*(_groups(op) for op in products))
+    reach, stride = _extent(ops, source)
+    channels = source.shape[1] if axes else source.shape[-1]
+    try:
+        geometry = find_geometry(stretch, channels, axes, sorted({groups, 1})[::-1], reach, stride)
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise NotAConvolutionError(f"it does not run alone ({type(error).__name__})") from error
+    positions = math.prod(out.shape) // geometry.out_channels
+    before, after = affine.multiply_adds(ops), geometry.multiply_adds(positions)
+    weights = sum(parameter.numel() for parameter in stretch.parameters())
+    fewer = after < before or geometry.multiply_adds(1) < weights
+    if after > before or (strictly and not fewer):
+        raise NotAConvolutionError(f"as {geometry} it costs {after / before:.2g} times as much")
+    layer = equivalent_layer(stretch, geometry)
+    trained = [parameter.requires_grad for parameter in stretch.parameters()]
+    return layer.requires_grad_(any(trained) or not trained), geometry
+
+
+def _groups(op: Op) -> int:
+    return op.args[8] if op.name == "aten.convolution" else 1
+
+
+def _extent(ops: list[Op], source: View) -> tuple[int, int]:
+    """Return how far the stretch looks in its input, at most, and its stride."""
+    seen: dict[Value, tuple[int, int]] = {source.value: (0, 1)}
+    for op in ops:
+        inputs = [seen[view.value] for view in op.inputs if view.value in seen]
+        if inputs:
+            far, step = (max(numbers) for numbers in zip(*inputs, strict=True))
+            reached = (far + step * affine.reach(op), step * affine.stride(op))
+            for view in op.outputs:
+                seen[view.value] = max(reached, seen.get(view.value, reached))
+    return tuple(max(numbers) for numbers in zip(*seen.values(), strict=True))
+
+
+class _Rows(nn.Module):
+    """A function of (..., C) as one of (B, C)."""
+
+    def __init__(self, stretch: nn.Module, axes: int) -> None:
+        super().__init__()
+        self.stretch, self._axes = stretch, axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self._axes):
+            x = x[None]
+        y = self.stretch(x)
+        for _ in range(self._axes):
+            y = y[0]
+        return y
