@@ -212,20 +212,26 @@ def _doubles(module, args, output):
     return 2 * output
 
 
+def _adds_its_input(module, args, output):
+    del module
+    return args[0] + output
+
+
 def _doubles_input(module, args):
     del module
     return (2 * args[0],)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("where", ["fork", "fork.a", "fork.b.0", "fork.a.1"])
-@pytest.mark.parametrize("before", [False, True])
-def test_hooks_that_change_tensors(where, before, randomise):
+@pytest.mark.parametrize("hook", [_doubles, _adds_its_input, _doubles_input])
+def test_hooks_that_change_tensors(where, hook, randomise):
     model = _Net(lambda m, x: F.relu(m.fork(x)), fork=_Fork())
     module = model.get_submodule(where)
-    if before:
-        module.register_forward_pre_hook(_doubles_input)
+    if hook is _doubles_input:
+        module.register_forward_pre_hook(hook)
     else:
-        module.register_forward_hook(_doubles)
+        module.register_forward_hook(hook)
     _check(model, _x(), randomise)
 
 
@@ -426,7 +432,6 @@ def test_timms_own_result_can_be_folded(randomise):
     model = timm.models.reparameterize_model(randomise(model).eval()).eval()
     folded, _ = fold(model, _x(8))
     assert_same(model(_x(8) * 0 + 1).detach(), folded(_x(8) * 0 + 1).detach())
-    _check_nothing_unused(folded, _x(8))
 
 
 def test_training_mode_is_refused():

@@ -83,7 +83,8 @@ def _are_tensors(values: Iterable[Any]) -> bool:
 
 
 def _is_guard(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch._assert
+    """Whether a node only asserts that an argument left out has its default value."""
+    return getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none")
 
 
 class _Labels(fx.Interpreter):
@@ -167,7 +168,16 @@ def stand_in(new: nn.Module, original: nn.Module) -> nn.Module:
 
 
 class RewrittenModule(fx.GraphModule):
-    """A module whose forward code was changed; torch's own loses its hooks in a copy."""
+    """A module whose forward code was changed.
+
+    torch's own loses its hooks in a copy, and prints what it raises.
+    """
+
+    def recompile(self) -> Any:
+        """Compile the graph's code, and call it as any module's."""
+        code = super().recompile()
+        type(self).__call__ = nn.Module.__call__  # Each has a class of its own.
+        return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         return _with_the_rest(super().__deepcopy__(memo), copy.deepcopy(_rest(self), memo))

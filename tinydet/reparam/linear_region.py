@@ -195,6 +195,8 @@ def _impulse_response(
             difference_to_zero = stretch(x) - zero  # (R, C_out, *out)
             for taps in itertools.product(*meeting):
                 tap, place = tuple(k for k, _ in taps), tuple(o for _, o in taps)
+                if any(o >= n for o, n in zip(place, zero.shape[2:], strict=True)):
+                    raise NotAConvolutionError("the size of its output is not a convolution's")
                 response[(slice(start, start + chunk), slice(None), *tap)] = difference_to_zero[
                     (..., *place)
                 ]

@@ -27,6 +27,7 @@ from tinydet.reparam.rounds import Change, RefusedError, change_in_rounds
 from tinydet.reparam.stretch import extracted, replace, stretches, writes
 from tinydet.reparam.verify import copied, difference
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOLERANCE = 1e-9
 
 
@@ -109,6 +110,8 @@ def _whole(module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[nn.M
         or not isinstance(output, Tensor)
     ):
         raise NotAConvolutionError("it does more than turn one tensor into another")
+    if type(module) in _LAYERS:
+        raise NotAConvolutionError("it is one layer, to whose output a hook adds")
     if any(has_hooks(child) for child in module.modules() if child is not module):
         raise NotAConvolutionError("a module inside has a forward hook")
     with hooks_off(module):
@@ -231,7 +234,7 @@ def _is_free(flow: DataFlow, call: Call) -> bool:
     layer = call.module
     weights = [t for t in (layer.weight, layer.bias) if t is not None]
     return (
-        type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        type(layer) in _LAYERS
         and not has_hooks(layer)
         and all(op.call is call for weight in weights for op in flow.users(weight))
         and len(flow.calls_of(layer)) == 1

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinydet.reparam.expand import ExpandedConv2d
+
 
 def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
     """Give convolutions a class that trains well on a CPU; the network stays the same function.
@@ -21,17 +23,20 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
         if not isinstance(module, nn.Conv2d):
             continue
         strided_1x1 = module.kernel_size == (1, 1) and max(module.stride) > 1
-        if strided_1x1 and module.in_channels < 16 and type(module) is nn.Conv2d:
-            module.__class__ = _Subsampled
+        plain = type(module) in (nn.Conv2d, ExpandedConv2d)
+        if strided_1x1 and module.in_channels < 16 and plain:
+            module.__class__ = _with(_Subsampled, type(module))
         elif bfloat16 and module.groups > 1:
-            module.__class__ = _in_float32(type(module))
+            module.__class__ = _with(_InFloat32, type(module))
 
 
-class _Subsampled(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
+class _Subsampled(nn.Module):
+    """Put before a conv class in the order of bases, takes every n-th pixel before a 1x1 conv."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         top, left = self.padding
         x = F.pad(x, (left, left, top, top))[..., :: self.stride[0], :: self.stride[1]]
-        return F.conv2d(x, self.weight, self.bias, groups=self.groups)
+        return F.conv2d(x, weight, bias, groups=self.groups)
 
 
 class _InFloat32(nn.Module):
@@ -43,5 +48,5 @@ class _InFloat32(nn.Module):
 
 
 @cache
-def _in_float32(layer: type[nn.Module]) -> type[nn.Module]:
-    return type(layer.__name__, (_InFloat32, layer), {})
+def _with(change: type[nn.Module], layer: type[nn.Module]) -> type[nn.Module]:
+    return type(layer.__name__, (change, layer), {})
