@@ -21,7 +21,7 @@ from tinydet.reparam.replacing import has_hooks
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PADS = ("aten.constant_pad_nd", "aten.reflection_pad2d", "aten.replication_pad2d", "aten.clone")
-_SUMS = ("aten.add", "aten.add_", "aten.sub", "aten.sub_")
+SUMS = ("aten.add", "aten.add_", "aten.sub", "aten.sub_")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ class Absorber:
             layer.bias = _parameter(new_bias, weight if bias is None else bias)
 
 
+def apply_all(absorbers: list[Absorber]) -> str:
+    """Change all the layers, and name them."""
+    for absorber in absorbers:
+        absorber.apply()
+    return f"into {', '.join(a.call.name for a in absorbers)}"
+
+
 def behind(flow: DataFlow, view: View, readers: set[Op], mapping: ChannelMap) -> list[Absorber]:
     """Return the layers that can take a map of what they make.
 
@@ -93,7 +100,7 @@ def behind(flow: DataFlow, view: View, readers: set[Op], mapping: ChannelMap) ->
         return behind(flow, inputs[0], {op}, mapping)
     if op.name in POOLS and len(inputs) == 1:
         return behind(flow, inputs[0], {op}, mapping.past_pool(op, forward=False))
-    if op.name in _SUMS and len(op.inputs) == len(inputs) == 2 and not op.kwargs:
+    if op.name in SUMS and len(op.inputs) == len(inputs) == 2 and not op.kwargs:
         first, second = inputs
         if first.shape == second.shape == out.shape and first.value != second.value:
             # The shift is added once. A difference's second side has the same factor.

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam.affine import branch_sums, multiply_adds
 from tinydet.reparam.dataflow import observe
+from tinydet.reparam.factors import count_scales
 from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
 from tinydet.reparam.report import FoldReport
-from tinydet.reparam.scales import count_scales, fold_scales
+from tinydet.reparam.scales import fold_scales
 from tinydet.reparam.verify import copied, difference, why_different
 
 

@@ -1,0 +1,188 @@
+"""Multiplications by constants in the code of modules: found, counted, taken out of the code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tinydet.reparam.absorb import SUMS, Absorber, apply_all, behind, check_whole
+from tinydet.reparam.affine import is_affine, is_layer
+from tinydet.reparam.channel_map import ChannelMap, NotMovableError
+from tinydet.reparam.code import NotTraceableError, as_module, erase_unused, observe_nodes, trace
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value
+from tinydet.reparam.norms import is_norm
+from tinydet.reparam.replacing import calls_recorded, has_hooks, hooks_off, replace_module
+from tinydet.reparam.rounds import Change, RefusedError
+from tinydet.reparam.verify import copied
+
+FACTORS = ("aten.mul", "aten.mul_", "aten.div", "aten.div_")
+
+
+def only_scales(call: Call, data: set[Value]) -> bool:
+    """Return whether a call does no more than multiply by constants and add some."""
+    if len(call.inputs) != 1 or len(call.outputs) != 1 or has_hooks(call.module):
+        return False
+    if call.inputs[0].shape != call.outputs[0].shape or call.inputs[0].value not in data:
+        return False
+    work = [op for op in call.ops if not op.is_view and any(v.value in data for v in op.inputs)]
+    elementwise = all(
+        op.name in (*FACTORS, *SUMS)
+        and sum(v.value in data for v in op.inputs) == 1
+        and is_affine(op, data)
+        for op in work
+    )
+    return elementwise and any(op.name in FACTORS for op in work)
+
+
+def find_factors(
+    model: nn.Module, inputs: tuple[Any, ...], flow: DataFlow, refused: Mapping[str, str]
+) -> list[Change]:
+    """Find multiplications by constants in the code of modules, which a layer can take over.
+
+    Args:
+        model: the network.
+        inputs: positional arguments of a forward pass.
+        flow: what was observed in it.
+        refused: names of changes that cannot be made.
+    """
+    data = flow.depends_on_input()
+    found: list[tuple[str, nn.Module, Op, list[Absorber]]] = []
+    for number, op in enumerate(flow.ops):
+        if op.name not in FACTORS or not is_factor(op, data):
+            continue
+        name = f"{op.name.removeprefix('aten.')} in {op.scope or 'the network'} ({number})"
+        module = model.get_submodule(op.scope)
+        if is_norm(module) or name in refused:
+            continue
+        if op.call is not None and only_scales(op.call, data):
+            continue
+        (view,) = [v for v in op.inputs if v.value in data]
+        try:
+            absorbers = check_whole(flow, behind(flow, view, {op}, _map_of_factor(op, data)))
+        except NotMovableError:
+            continue
+        found.append((name, module, op, absorbers))
+    if not found:
+        return []
+    with calls_recorded([module for _, module, _, _ in found]) as records, torch.no_grad():
+        model(*copied(inputs))
+
+    def change(name: str, module: nn.Module, op: Op, absorbers: list[Absorber]) -> Change:
+        def make(model: nn.Module) -> tuple[nn.Module, str]:
+            try:
+                new = _without_factor(module, records.get(module), flow, op)
+            except NotTraceableError as error:
+                raise RefusedError(str(error)) from error
+            if module is model:
+                model = new
+            else:
+                replace_module(model, module, new)
+            return model, apply_all(absorbers)
+
+        return Change(name, frozenset((module, *(a.call.module for a in absorbers))), make)
+
+    return [change(*one) for one in found]
+
+
+def is_factor(op: Op, data: set[Value]) -> bool:
+    """Return whether an operation multiplies or divides what varies by a constant."""
+    varying = [v for v in op.inputs if v.value in data]
+    return len(varying) == 1 and is_affine(op, data) and varying[0].shape == op.outputs[0].shape
+
+
+def _map_of_factor(op: Op, data: set[Value]) -> ChannelMap:
+    view = next(v for v in op.inputs if v.value in data)
+    address = view.storage
+    other = next(
+        a for a in op.args[:2]
+        if not isinstance(a, Tensor) or a.untyped_storage().data_ptr() != address
+    )  # fmt: skip
+    tensors = [t for t in op.args[:2] if isinstance(t, Tensor)]
+    factor = torch.as_tensor(other, dtype=tensors[0].dtype)
+    if "div" in op.name:
+        factor = 1.0 / factor
+    return ChannelMap.of(factor.view(*[1] * (len(view.shape) - factor.ndim), *factor.shape))
+
+
+def _without_factor(
+    module: nn.Module, record: tuple[Any, Any, Any] | None, flow: DataFlow, op: Op
+) -> nn.Module:
+    """Return a module whose code no longer multiplies by a factor.
+
+    Raises:
+        NotTraceableError: its code is not a plain graph in which the factor is seen.
+    """
+    if record is None:
+        raise NotTraceableError("its code does not run as a module's call")
+    args, kwargs, _ = record
+    with hooks_off(module):
+        graph = trace(module, args, kwargs)
+        data = observe_nodes(graph, copied(args)).depends_on_input()
+    # Constants may be computed anew in the traced code: what varies must be the same.
+    varying = flow.depends_on_input()
+    own = [o for o in flow.ops if o.scope == op.scope and _varies(o, varying)]
+    traced = [
+        (node, o)
+        for node in graph.graph.nodes
+        if node.op in ("call_function", "call_method")
+        for o in node.meta["ops"]
+        if _varies(o, data)
+    ]
+    if [o.name for o in own] != [o.name for _, o in traced]:
+        raise NotTraceableError("its code runs other operations when traced")
+    node = traced[own.index(op)][0]
+    source = _only_multiplies(node, data)
+    node.replace_all_uses_with(source)
+    erase_unused(graph.graph, [node])
+    graph.recompile()
+    return as_module(graph, module)
+
+
+def _varies(op: Op, data: set[Value]) -> bool:
+    return any(v.value in data for v in op.inputs)
+
+
+def _only_multiplies(node: fx.Node, data: set[Value]) -> fx.Node:
+    varying = [i for i in node.all_input_nodes if any(v.value in data for v in i.meta["views"])]
+    work = [o for o in node.meta["ops"] if not o.is_view]
+    if len(varying) != 1 or len(work) != 1:
+        raise NotTraceableError("the factor is not an operation of its own")
+    if any(_depends_on_an_argument(i) for i in node.all_input_nodes if i is not varying[0]):
+        raise NotTraceableError("the factor depends on the size of an input")
+    return varying[0]
+
+
+def _depends_on_an_argument(node: fx.Node) -> bool:
+    return node.op == "placeholder" or any(_depends_on_an_argument(i) for i in node.all_input_nodes)
+
+
+def count_scales(flow: DataFlow) -> int:
+    """Count the constant tensors that a layer's output is multiplied by before anything else.
+
+    A norm, a view or another factor may come between; another reader of the output may not.
+    """
+    data = flow.depends_on_input()
+    return sum(
+        op.name in FACTORS
+        and len(op.inputs) == 2
+        and is_factor(op, data)
+        and _follows_a_layer(flow, op, data)
+        for op in flow.ops
+    )
+
+
+def _follows_a_layer(flow: DataFlow, op: Op, data: set[Value]) -> bool:
+    while True:
+        (view,) = [v for v in op.inputs if v.value in data]
+        made = flow.producer(view.value)
+        if made is None or len(flow.readers(view.value)) > 1 or flow.is_returned(view.value):
+            return False
+        if is_layer(made, data):
+            return True
+        alone = sum(v.value in data for v in made.inputs) == 1
+        if not alone or made.name not in (*FACTORS, "aten.native_batch_norm", "aten.clone"):
+            return False
+        op = made
