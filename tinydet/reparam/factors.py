@@ -183,6 +183,6 @@ def _follows_a_layer(flow: DataFlow, op: Op, data: set[Value]) -> bool:
         if is_layer(made, data):
             return True
         alone = sum(v.value in data for v in made.inputs) == 1
-        if not alone or made.name not in (*FACTORS, "aten.native_batch_norm", "aten.clone"):
+        if not alone or made.name not in (*FACTORS, *SUMS, "aten.native_batch_norm", "aten.clone"):
             return False
         op = made
