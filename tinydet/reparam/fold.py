@@ -99,7 +99,8 @@ def _compared(
             problem = why_different(original, given, expected, found)
             max_rel = max(max_rel, difference(expected, found).max_rel)
         except (RuntimeError, ValueError) as error:
-            return f"it does not run as before: {str(error).splitlines()[0]}", math.inf
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            return f"it does not run as before ({what})", math.inf
         if problem:
             return problem, max_rel
     return "", max_rel

@@ -87,7 +87,8 @@ def change_in_rounds(
             problem = next(filter(None, problems), "")
         except Exception as error:
             # Code elsewhere may use what was changed in any way, and fail in any.
-            problem = f"the network no longer runs: {str(error).splitlines()[0]}"
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            problem = f"the network no longer runs ({what})"
         if problem:
             # Back to before this round, and from now on one by one: which of them was it?
             model = backup

@@ -127,7 +127,7 @@ def why_different(model: nn.Module, inputs: tuple[Any, ...], expected: Any, foun
     if apart <= _TOLERANCE:
         return ""
     if not math.isfinite(apart):
-        return "its output is not finite"
+        return "its output is not finite, or is no longer zero where it was"
     with torch.no_grad():
         nudged = tuple(_nudged(x) for x in copied(inputs))
         noise = difference(expected, model(*nudged)).max_rel
