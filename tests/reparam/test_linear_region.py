@@ -106,3 +106,17 @@ class _Function(nn.Module):
 def test_what_is_no_convolution_is_refused(what):
     with pytest.raises(NotAConvolutionError):
         find_geometry(_Function(_NOT[what]), 3, 2, [3, 1], 3, 1)
+
+
+def test_a_stretch_that_reaches_far_is_refused_before_memory_is_asked_for():
+    # Four strides of 9: probing all 6561 x 6561 phases would take terabytes.
+    stages = [nn.Conv2d(4, 4, 9, stride=9, dtype=torch.float64) for _ in range(4)]
+    with pytest.raises(NotAConvolutionError, match="too large to be probed"):
+        find_geometry(nn.Sequential(*stages), 4, 2, [1], reach=8 * (1 + 9 + 81 + 729), stride=6561)
+
+
+def test_a_kernel_that_costs_more_is_refused_before_it_is_compared():
+    # Eight 7x7 convolutions are one of 49x49, at six times the cost.
+    stages = [nn.Conv2d(4, 4, 7, padding=3, dtype=torch.float64) for _ in range(8)]
+    with pytest.raises(NotAConvolutionError, match="as conv 49x49 4 -> 4 it costs more"):
+        find_geometry(nn.Sequential(*stages), 4, 2, [1], 48, 1, most=8 * 4 * 4 * 49)

@@ -28,7 +28,10 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Far above the rounding of sums of some thousand terms in float64, far below a wrong tap.
 _TOLERANCE = 1e-9
 _NO_TAP = 1e-12
-_CHUNK = 2**23  # most numbers in a batch of impulses
+# Float64 convolutions unfold their whole batch: these bounds keep that to some hundred MiB.
+_CHUNK = 2**20  # most numbers in a batch of impulses
+_LARGEST = 2**22  # most numbers in one probe
+_PROBES = 2**26  # most numbers in all the probes that find the taps
 
 
 class NotAConvolutionError(ValueError):
@@ -93,6 +96,7 @@ def find_geometry(
     groups: Sequence[int],
     reach: int,
     stride: int,
+    most: float = math.inf,
 ) -> Geometry:
     """Find the shape of the convolution that a stretch is, whatever its weights.
 
@@ -104,9 +108,11 @@ def find_geometry(
         groups: numbers of groups to try, the highest first.
         reach: upper bound of the distance, in steps of the input, at which an output looks.
         stride: a multiple of the steps of the input for one step of the output.
+        most: the multiply-adds that an output position may cost.
 
     Raises:
-        NotAConvolutionError: it is none, or none that torch's layers can describe.
+        NotAConvolutionError: it is none, none that torch's layers can describe, one that costs more
+            than `most`, or too large to be probed.
     """
     generic = randomised(copy.deepcopy(stretch))
     # All channels mixed at random are enough to see every tap, and whether all places are alike.
@@ -115,7 +121,12 @@ def find_geometry(
         zero = _answer(mixed, (1, 1))
         shape = Geometry(1, zero.shape[1], bool(zero.abs().max() > 0))
     else:
+        _refuse_large(in_channels, axes, reach, stride)
         shape = _spatial_shape(mixed, axes, reach, stride)
+    cheapest = replace(shape, in_channels=in_channels, groups=max(groups))
+    if cheapest.multiply_adds(1) > most:
+        # Before a kernel that may be huge is compared with anything.
+        raise NotAConvolutionError(f"as {cheapest} it costs more")
     equivalent_layer(mixed, shape)
     count = next((g for g in groups if _keeps_groups_apart(generic, in_channels, shape, g)), 1)
     return replace(shape, in_channels=in_channels, groups=count)
@@ -220,10 +231,22 @@ def _keeps_groups_apart(generic: nn.Module, channels: int, geometry: Geometry, g
     return bool(response[silent].abs().max() <= _NO_TAP * response.abs().max())
 
 
+def _probe_size(reach: int, stride: int) -> int:
+    return 2 * reach + 2 * stride + 1
+
+
+def _refuse_large(channels: int, axes: int, reach: int, stride: int) -> None:
+    one = channels * _probe_size(reach, stride) ** axes
+    if one > _LARGEST or one * stride**axes > _PROBES:
+        raise NotAConvolutionError(
+            f"it reaches {reach} steps far at stride {stride}, too large to be probed"
+        )
+
+
 @torch.no_grad()
 def _spatial_shape(mixed: nn.Module, axes: int, reach: int, stride: int) -> Geometry:
     """Find the taps, the stride and the padding of a stretch of one input channel."""
-    size = 2 * reach + 2 * stride + 1
+    size = _probe_size(reach, stride)
     zero = _answer(mixed, (1, 1, *[size] * axes))
     longer = _answer(mixed, (1, 1, *[size + stride] * axes))
     growth = [b - a for a, b in zip(zero.shape[2:], longer.shape[2:], strict=True)]
@@ -232,10 +255,15 @@ def _spatial_shape(mixed: nn.Module, axes: int, reach: int, stride: int) -> Geom
     steps = tuple(stride // g for g in growth)
     offsets: list[set[int]] = [set() for _ in range(axes)]
     phases = list(itertools.product(*(range(s) for s in steps)))
-    x = torch.zeros(len(phases), 1, *[size] * axes, dtype=torch.float64)
-    for row, phase in enumerate(phases):
-        x[(row, 0, *(reach + f for f in phase))] = 1.0
-    weights = (mixed(x) - zero).abs().amax(1)  # (phases, *out)
+    chunk = max(1, _CHUNK // (mixed.mixture.numel() * size**axes))
+    answers = []
+    for start in range(0, len(phases), chunk):
+        chosen = phases[start : start + chunk]
+        x = torch.zeros(len(chosen), 1, *[size] * axes, dtype=torch.float64)
+        for row, phase in enumerate(chosen):
+            x[(row, 0, *(reach + f for f in phase))] = 1.0
+        answers.append((mixed(x) - zero).abs().amax(1))
+    weights = torch.cat(answers)  # (phases, *out)
     for row, *place in (weights > _NO_TAP * weights.max()).nonzero().tolist():
         for found, f, s, o in zip(offsets, phases[row], steps, place, strict=True):
             found.add(reach + f - s * o)

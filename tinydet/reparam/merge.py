@@ -266,16 +266,25 @@ def _one_layer(
     groups = math.gcd(*(_groups(op) for op in products))
     reach, stride = _extent(ops, source)
     channels = source.shape[1] if axes else source.shape[-1]
+    positions = math.prod(out.shape) // (out.shape[1] if axes else out.shape[-1])
+    before = affine.multiply_adds(ops)
     try:
-        geometry = find_geometry(stretch, channels, axes, sorted({groups, 1})[::-1], reach, stride)
+        geometry = find_geometry(
+            stretch,
+            channels,
+            axes,
+            sorted({groups, 1})[::-1],
+            reach,
+            stride,
+            most=before / positions,
+        )
     except (RuntimeError, IndexError, TypeError) as error:
         raise NotAConvolutionError(f"it does not run alone ({type(error).__name__})") from error
-    positions = math.prod(out.shape) // geometry.out_channels
-    before, after = affine.multiply_adds(ops), geometry.multiply_adds(positions)
+    after = geometry.multiply_adds(positions)
     weights = sum(parameter.numel() for parameter in stretch.parameters())
     fewer = after < before or geometry.multiply_adds(1) < weights
     if after > before or (strictly and not fewer):
-        raise NotAConvolutionError(f"as {geometry} it costs {after / before:.2g} times as much")
+        raise NotAConvolutionError(f"as {geometry} it costs more")
     layer = equivalent_layer(stretch, geometry)
     trained = [parameter.requires_grad for parameter in stretch.parameters()]
     return layer.requires_grad_(any(trained) or not trained), geometry
