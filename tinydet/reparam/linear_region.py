@@ -30,7 +30,7 @@ _TOLERANCE = 1e-9
 _NO_TAP = 1e-12
 # Float64 convolutions unfold their whole batch: these bounds keep that to some hundred MiB.
 _CHUNK = 2**20  # most numbers in a batch of impulses
-_LARGEST = 2**22  # most numbers in one probe
+_LARGEST = 2**23  # most numbers in one probe
 _PROBES = 2**26  # most numbers in all the probes that find the taps
 
 
