@@ -1,0 +1,104 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+
+from tinydet.report.scatter import Point, draw_scatter, save_figure
+
+_POINTS = [
+    Point("small", 8.5, 61.0, "VOC2007 test"),
+    Point("large", 40.0, 72.5, "VOC2007 test"),
+    Point("other", 12.0, 80.0, "shapes test"),
+]
+
+
+def _marks(axes):
+    return [tuple(xy) for marks in axes.collections for xy in marks.get_offsets().tolist()]
+
+
+def test_draw_scatter__marks_and_names_are_where_the_data_says():
+    (axes,) = draw_scatter(_POINTS, "ms", "AP50 in %", "a machine").axes
+    assert _marks(axes) == [(p.x, p.y) for p in _POINTS]
+    assert {name.get_text(): name.xy for name in axes.texts} == {
+        p.name: (p.x, p.y) for p in _POINTS
+    }
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("ms", "AP50 in %")
+    assert axes.get_title() == "a machine"
+
+
+def test_draw_scatter__groups_are_told_only_if_there_are_several():
+    (axes,) = draw_scatter(_POINTS, "x", "y").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "VOC2007 test",
+        "shapes test",
+    ]
+    (axes,) = draw_scatter(_POINTS[:2], "x", "y").axes
+    assert axes.get_legend() is None
+
+
+@pytest.mark.parametrize(
+    ("xs", "scale"), [((1, 9.9), "linear"), ((1, 10), "log"), ((0, 10), "linear"), ((5,), "linear")]
+)
+def test_draw_scatter__scale(xs, scale):
+    (axes,) = draw_scatter([Point("p", x, 1.0) for x in xs], "x", "y").axes
+    assert axes.get_xscale() == scale
+
+
+def test_draw_scatter__no_name_over_another():
+    rng = np.random.default_rng(0)
+    points = [
+        Point(f"experiment {i}", *xy)
+        for i, xy in enumerate(rng.uniform(10, 10.3, (12, 2)).tolist())
+    ]
+    points += [Point("far", 14.0, 14.0)]
+    figure = draw_scatter(points, "x", "y")
+    figure.draw_without_rendering()
+    boxes = [name.get_window_extent() for name in figure.axes[0].texts]
+    assert len(boxes) == 13
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_draw_scatter__nothing_to_plot():
+    with pytest.raises(ValueError, match="no points to plot"):
+        draw_scatter([], "x", "y")
+
+
+def test_draw_scatter__without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install 'tinydet\[plots\]'"):
+        draw_scatter(_POINTS, "x", "y")
+
+
+def test_save_figure__a_readable_png_and_nothing_else(tmp_path):
+    path = tmp_path / "new" / "plot.png"
+    save_figure(draw_scatter(_POINTS, "x", "y"), path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size == (960, 600)
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10
+    assert [p.name for p in path.parent.iterdir()] == ["plot.png"]
+
+
+def test_save_figure__a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "plot.png"
+    path.write_text("old")
+    figure = draw_scatter(_POINTS, "x", "y")
+
+    def fail(file, **_):
+        file.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_figure(figure, path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_save_figure__unknown_ending(tmp_path):
+    with pytest.raises(ValueError, match="not the name of a picture"):
+        save_figure(draw_scatter(_POINTS, "x", "y"), tmp_path / "plot.docx")

@@ -1,0 +1,122 @@
+"""A scatter plot of named points, such as accuracy over latency."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LOG_FROM = 10.0  # largest x over smallest from which a logarithmic axis shows more
+_GAP = 4.0  # pixels between names
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named point.
+
+    Attributes:
+        name: written beside it.
+        x: position, in the plot's units.
+        y: position, in the plot's units.
+        group: points of one group have a colour, told in the legend if there is more than one.
+    """
+
+    name: str
+    x: float
+    y: float
+    group: str = ""
+
+
+def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, title: str = "") -> Figure:
+    """Return a figure with one mark and one name for each point.
+
+    The x axis is logarithmic when the positions are positive and span a decade.
+
+    Args:
+        points: at least one.
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+        title: above the plot.
+
+    Raises:
+        ValueError: there is no point, or matplotlib is missing.
+    """
+    if not points:
+        raise ValueError("no points to plot: give at least one")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib is missing: pip install 'tinydet[plots]'") from None
+    # Not pyplot: it would keep the figure, and choose a window system.
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    groups = list(dict.fromkeys(point.group for point in points))
+    for group in groups:
+        members = [point for point in points if point.group == group]
+        axes.scatter([p.x for p in members], [p.y for p in members], label=group, zorder=2)
+    xs = [point.x for point in points]
+    if min(xs) > 0 and max(xs) / min(xs) >= _LOG_FROM:
+        axes.set_xscale("log")
+    axes.margins(0.12)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.3)
+    if len(groups) > 1:
+        axes.legend()
+    _write_names(figure, axes, points)
+    return figure
+
+
+def _write_names(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
+    """Write each name beside its point, towards the middle, and no name over another."""
+    figure.draw_without_rendering()
+    left, right = axes.get_xlim()
+    middle = axes.transData.transform([(left, 0), (right, 0)])[:, 0].mean()
+    taken: list[Any] = []
+    for point in sorted(points, key=lambda point: -point.y):
+        x, _ = axes.transData.transform((point.x, point.y))
+        side = "left" if x < middle else "right"
+        name = axes.annotate(
+            point.name,
+            (point.x, point.y),
+            xytext=(7 if side == "left" else -7, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=8,
+        )
+        box = name.get_window_extent()
+        for other in sorted(taken, key=lambda other: -other.y1):
+            if box.overlaps(other):
+                down = box.y1 - other.y0 + _GAP
+                offset = name.xyann
+                name.xyann = (offset[0], offset[1] - down * 72 / figure.dpi)
+                box = box.translated(0, -down)
+        taken.append(box)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure atomically; the file name's ending (.png, .svg, .pdf) says the format.
+
+    Args:
+        figure: what to write.
+        path: the file; its folder is made.
+
+    Raises:
+        ValueError: matplotlib has no format of this ending.
+    """
+    path = Path(path)
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"{path}: not the name of a picture; end it in .png, .svg or .pdf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format=kind)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
