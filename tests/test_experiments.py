@@ -1,8 +1,28 @@
+"""Every experiment file: the quick check here, all of it with `python tests/test_experiments.py`.
+
+Run as a script it trains each experiment for 20 steps on the synthetic set, folds it, exports it to
+ONNX, and compares each form with the one before. Names of experiments may follow.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from tinydet.config import Data
+from tinydet.data.dataset import load_split
+from tinydet.data.loader import make_train_loader
+from tinydet.data.shapes import render_shapes
+from tinydet.data.voc import VocDataset
+from tinydet.deployment.decoding import largest_differences, scores_and_boxes
+from tinydet.deployment.images import random_images
+from tinydet.deployment.onnx import check_against_torch, export_detector
+from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.optim import make_optimizer, make_plan
 from tinydet.yolof.detector import build_detector
@@ -53,3 +73,69 @@ def test_the_default_experiment_is_the_reference_recipe():
     assert (model.center_clamp, model.score_threshold, model.nms_iou) == (32, 0.05, 0.6)
     assert (model.candidates, model.max_detections) == (1000, 100)
     assert [32 * s for s in model.anchor_scales] == [32, 64, 128, 256, 512]
+
+
+def _train(detector, experiment, batches):
+    plan = make_plan(replace(experiment.optim, warmup_iters=4), 8, len(batches))
+    optimizer, schedule = make_optimizer(detector, experiment.optim, plan)
+    losses = []
+    for batch in batches:
+        loss = sum(detector(batch.images, batch.targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _check_whole(path, batches, classes):
+    torch.manual_seed(0)
+    experiment = load_experiment(path, ["model.weights=random"])
+    detector = build_detector(experiment.model, classes)
+    losses = _train(detector, experiment, batches)
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    assert last < first, f"loss {first:.3f} -> {last:.3f}"
+    detector.eval()
+    # Threshold and detections as few steps leave them: scores are low.
+    detector.config = replace(detector.config, score_threshold=0.001)
+    images = random_images(2, (128, 160))
+    folded, report = fold_detector(detector)
+    with torch.inference_mode():
+        forms = [scores_and_boxes(form, images) for form in (detector, folded)]
+    score, box = largest_differences(*forms)
+    assert score <= 1e-4, f"folded scores differ by {score:.1e}"
+    assert box <= 0.05, f"folded boxes differ by {box:.1e} px"
+    assert (report.norms_after, report.branches_after) == (0, 0)
+    check = check_against_torch(export_detector(folded, (128, 160)), folded, [images])
+    assert check.same, check.line()
+    return (
+        f"loss {first:.2f} -> {last:.2f}; norms {report.norms_before} -> 0; folded scores within "
+        f"{score:.1e}, boxes {box:.1e} px; ONNX: {check.line()}"
+    )
+
+
+def _run_all(names):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "shapes"
+        render_shapes(root, num_train=160, num_test=1)
+        data = Data(root=str(root), source="shapes", classes=(), image_size=160, workers=0)
+        index = load_split(data, "trainval")
+        loader = make_train_loader(VocDataset(index), data, 8, 0)
+        batches = list(islice(loader, 20))
+    assert len(batches) == 20
+    for path in FILES:
+        if names and path.stem not in names:
+            continue
+        start = time.perf_counter()
+        try:
+            outcome = _check_whole(path, batches, index.classes)
+        except Exception as error:
+            # Whatever is wrong with one experiment, the others are still tried.
+            outcome = f"FAILED {type(error).__name__} {str(error).splitlines()[:1]}"
+        sys.stdout.write(f"{path.stem}: {outcome}; {time.perf_counter() - start:.0f} s\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _run_all(sys.argv[1:])

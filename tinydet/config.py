@@ -27,6 +27,15 @@ class Model:
         backbone: any timm model name that works with `features_only=True`.
         weights: "imagenet" (the installed weight package for this backbone, else timm's hub),
             "random", or the path of a state-dict file (.pth, .pt, .safetensors).
+        freeze_norms: the backbone's batch norms keep their statistics, weights and biases, as in
+            the reference recipe on COCO.
+        activation: an activation function of `tinydet.layers` in place of the backbone's own.
+        activation_where: the activations that change, by patterns of their names, such as
+            "blocks.4 blocks.5"; empty is all.
+        attention: an attention layer of `tinydet.layers` added to the backbone.
+        attention_place: "se" (in place of each squeeze-and-excitation or other channel attention),
+            "block" (after each block) or "stage" (after each stage).
+        attention_where: the places that change, by patterns of their names; empty is all.
         expand: training-time branches that the backbone's convs grow once its weights are loaded,
             "none" or a block of `tinydet.reparam.expand`; folding takes them away again.
         expand_where: the convs that grow, by kernel size, kind and name, such as "3x3 depthwise" or
@@ -51,6 +60,12 @@ class Model:
 
     backbone: str = "rexnet_100"
     weights: str = "imagenet"
+    freeze_norms: bool = False
+    activation: Literal["none", "acon-a", "acon-b", "acon-c", "meta-acon"] = "none"
+    activation_where: str = ""
+    attention: Literal["none", "coord"] = "none"
+    attention_place: Literal["se", "block", "stage"] = "block"
+    attention_where: str = ""
     expand: Literal["none", "repvgg", "acnet", "dbb", "mobileone", "large-kernel"] = "none"
     expand_where: str = ""
     feature: Literal["C5", "DC5", "C4"] = "C5"
@@ -99,28 +114,36 @@ class Augment:
 
 @dataclass(frozen=True)
 class Data:
-    """A folder in VOC layout (`Annotations/ ImageSets/Main/ JPEGImages/`) and how it is read.
+    """A data set's folder and how it is read.
+
+    The layout is VOC's (`Annotations/ ImageSets/Main/ JPEGImages/`), or with `source="coco"` that
+    of COCO (`annotations/instances_<split>.json` and the images in `<split>/`).
 
     Attributes:
         root: the folder.
         source: where the data comes from when the folder is not there: "voc07" offers the
-            download, "shapes" renders the synthetic set, "folder" is an error.
-        train_split: name of the split trained on, as in `ImageSets/Main/<split>.txt`.
+            download, "shapes" renders the synthetic set, "folder" and "coco" are errors.
+        train_split: name of the split trained on, as in `ImageSets/Main/<split>.txt`; COCO's are
+            "train2017" and "val2017".
         test_split: name of the split evaluated on.
-        classes: class names in label order; empty reads them from the annotations, sorted.
+        classes: class names in label order; empty reads them from the annotations, sorted (COCO's:
+            in the order of the category ids).
         image_size: longer side of the network's input in pixels.
         keep_ratio: keep the aspect ratio and pad to whole strides; False stretches to a square.
+        short_side: with `keep_ratio`, the shorter side is at most this many pixels; 0 is no bound.
+            800 beside an `image_size` of 1333 is the usual rule on COCO.
         augment: random changes of training images.
         workers: loader processes; -1 chooses from the machine's cores.
     """
 
     root: str = "datasets/VOCdevkit/VOC2007"
-    source: Literal["voc07", "shapes", "folder"] = "voc07"
+    source: Literal["voc07", "shapes", "folder", "coco"] = "voc07"
     train_split: str = "trainval"
     test_split: str = "test"
     classes: tuple[str, ...] = VOC_CLASSES
     image_size: int = 512
     keep_ratio: bool = True
+    short_side: int = 0
     augment: Augment = field(default_factory=Augment)
     workers: int = -1
 

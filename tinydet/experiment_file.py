@@ -40,7 +40,7 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         "candidates": (1, _ANY),
         "max_detections": (1, _ANY),
     },
-    "data": {"image_size": (32, _ANY), "workers": (-1, _ANY)},
+    "data": {"image_size": (32, _ANY), "short_side": (0, _ANY), "workers": (-1, _ANY)},
     "data.augment": {
         "color_jitter": (0, _ANY),
         "hue": (0, 0.5),

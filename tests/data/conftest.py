@@ -1,7 +1,8 @@
-"""A folder in VOC layout, written by hand, as small and as dirty as a test asks for."""
+"""Folders in VOC and COCO layout, written by hand, as small and as dirty as a test asks for."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,17 @@ def bccd():
     return BCCD
 
 
+def write_image(path, size, mode="RGB", orientation=None):
+    width, height = size
+    ys, xs = np.mgrid[:height, :width]
+    pixels = np.stack([xs * 255 // width, ys * 255 // height, xs * 0 + 80], axis=-1)
+    image = Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    image.save(path, exif=exif)
+
+
 class VocTree:
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -33,14 +45,7 @@ class VocTree:
 
     def image(self, name, size=(60, 40), mode="RGB", orientation=None, suffix=".jpg"):
         """Write an image of size (width, height)."""
-        width, height = size
-        ys, xs = np.mgrid[:height, :width]
-        pixels = np.stack([xs * 255 // width, ys * 255 // height, xs * 0 + 80], axis=-1)
-        image = Image.fromarray(pixels.astype(np.uint8)).convert(mode)
-        exif = Image.Exif()
-        if orientation:
-            exif[0x0112] = orientation
-        image.save(self.root / "JPEGImages" / f"{name}{suffix}", exif=exif)
+        write_image(self.root / "JPEGImages" / f"{name}{suffix}", size, mode, orientation)
 
     def annotation(self, name, objects=(), stated=(60, 40)):
         """Write an annotation of objects (class, (xmin, ymin, xmax, ymax)[, difficult])."""
@@ -67,3 +72,46 @@ class VocTree:
 @pytest.fixture
 def tree(tmp_path):
     return VocTree(tmp_path / "voc")
+
+
+class CocoTree:
+    """One split at a time: gather images and objects, then `write` them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "annotations").mkdir(parents=True)
+        self.start("train")
+
+    def start(self, split):
+        self.split, self.images, self.objects = split, [], []
+        self.categories = [{"id": i, "name": n} for i, n in ((2, "cat"), (90, "bus"), (7, "dog"))]
+        (self.root / split).mkdir(exist_ok=True)
+
+    def image(self, number, size=(60, 40), stated=None, file=None, **image):
+        """Write an image of size (width, height)."""
+        file = file or f"{number:012d}.jpg"
+        write_image(self.root / self.split / file, size, **image)
+        width, height = stated or size
+        row = {"id": number, "file_name": file, "width": width, "height": height}
+        self.images.append(row)
+
+    def object(self, image, category, box, area=None, crowd=0, **more):
+        """Add an object; box is (x, y, width, height)."""
+        row = {"id": len(self.objects) + 1, "image_id": image, "category_id": category}
+        area = box[2] * box[3] if area is None else area
+        row |= {"bbox": list(box), "area": area, "iscrowd": crowd, "segmentation": [[1, 2, 3]]}
+        self.objects.append(row | more)
+
+    @property
+    def file(self):
+        return self.root / "annotations" / f"instances_{self.split}.json"
+
+    def write(self):
+        parts = {"info": {}, "images": self.images, "annotations": self.objects}
+        self.file.write_text(json.dumps(parts | {"categories": self.categories}))
+        return self.root
+
+
+@pytest.fixture
+def coco_tree(tmp_path):
+    return CocoTree(tmp_path / "coco")

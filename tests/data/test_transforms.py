@@ -223,3 +223,24 @@ def test_test_transform__size_and_scale(keep_ratio, size, expected):
 def test_padded_size():
     assert padded_size((1, 32)) == (32, 32)
     assert padded_size((33, 416)) == (64, 416)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (800, 1067)),  # detectron2's rule: 800, unless the longer side passes 1333
+        ((640, 480), (1067, 800)),
+        ((300, 640), (625, 1333)),
+        ((500, 500), (800, 800)),
+    ],
+)
+def test_shorter_side_is_bounded_where_asked(size, expected):
+    data = Data(image_size=1333, short_side=800, augment=OFF)
+    assert network_size(size, 1333, True, 800) == expected
+    sample = painted(size[1], size[0], (8, 8, 80, 90))
+    assert tuple(test_transform(data)(sample).image.shape[1:]) == expected
+    train = train_transform(data)
+    assert tuple(train(sample, torch.Generator()).image.shape[1:]) == expected
+    # A batch's own size, half as long, halves both bounds.
+    half = train(sample, torch.Generator(), 666).image.shape[1:]
+    assert all(abs(2 * a - b) <= 2 for a, b in zip(half, expected, strict=True))

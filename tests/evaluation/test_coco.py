@@ -118,6 +118,43 @@ def test_small_detection_inside_a_difficult_box_is_wrong():
     assert result.ap == pytest.approx(0.5)
 
 
+def test_whatever_lies_inside_a_crowd_is_excused():
+    # As the test above, but the difficult box is a crowd: the overlap over the detection's area.
+    crowd, single = [0, 0, 50, 50], [100, 100, 150, 150]
+    boxes, labels = np.array([crowd, single], float), np.zeros(2, np.int64)
+    ground_truth = [GroundTruth(boxes, labels, np.zeros(2, bool), crowd=np.array([True, False]))]
+    inside = found([[20, 20, 30, 30], [0, 0, 10, 10], single], [0.9, 0.8, 0.6])
+    assert evaluate_coco([inside], ground_truth, 1).ap == pytest.approx(1.0)
+    # Half of it outside: excused at IoU 0.5 only, the first of two detections at the others.
+    half = evaluate_coco([found([[40, 0, 60, 10], single], [0.9, 0.6])], ground_truth, 1)
+    assert (half.ap50, half.ap75) == pytest.approx((1.0, 0.5))
+
+
+def test_sizes_are_the_areas_given():
+    boxes = [[0, 0, 150, 150], [200, 0, 350, 150]]
+    plain = truth(boxes)
+    ground_truth = [
+        GroundTruth(plain.boxes, plain.labels, plain.difficult, areas=np.array([1000.0, 5000.0]))
+    ]
+    result = evaluate_coco([found(boxes[:1], [0.9])], ground_truth, 1)
+    assert (result.ap_small, result.ap_medium) == pytest.approx((1, 0))
+    assert np.isnan(result.ap_large)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"areas": np.array([np.nan])}, "ground truth of image 0: an area is not finite"),
+        ({"areas": np.zeros(2)}, r"image 0: areas have shape \(2,\) for 1 boxes"),
+        ({"crowd": np.zeros(2, bool)}, r"image 0: crowd have shape \(2,\) for 1 boxes"),
+    ],
+)
+def test_areas_and_crowds_that_cannot_be(more, says):
+    wrong = GroundTruth(np.ones((1, 4)), np.zeros(1, np.int64), np.zeros(1, bool), **more)
+    with pytest.raises(ValueError, match=says):
+        evaluate_coco([found([], [])], [wrong], 1)
+
+
 def test_without_detections_is_zero_and_without_ground_truth_nan():
     box = [0, 0, 50, 50]
     empty = evaluate_coco([found([], [])], [truth([box])], 2)

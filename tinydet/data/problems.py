@@ -28,6 +28,22 @@ RULES = {
         "name is listed twice in the split: used once",
         "names are listed more than once in the split: used once",
     ),
+    "no_file_name": (
+        "image of the annotation file has no file name: left out",
+        "images of the annotation file have no file name: left out",
+    ),
+    "unknown_image": (
+        "object belongs to an image that the annotation file does not list: dropped",
+        "objects belong to images that the annotation file does not list: dropped",
+    ),
+    "unknown_category": (
+        "object has a category id that the annotation file does not define: dropped",
+        "objects have a category id that the annotation file does not define: dropped",
+    ),
+    "absent_class": (
+        "class is not in the annotation file's list of categories: it has no object",
+        "classes are not in the annotation file's list of categories: they have no object",
+    ),
     "unknown_class": (
         "object has a class that is not in the list of classes: dropped",
         "objects have a class that is not in the list of classes: dropped",

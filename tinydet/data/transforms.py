@@ -34,22 +34,26 @@ STRIDE = 32
 
 def train_transform(data: Data) -> TrainTransform:
     """Return the resizing and augmentation of training images that `data` asks for."""
-    return TrainTransform(data.image_size, data.keep_ratio, data.augment)
+    return TrainTransform(data.image_size, data.keep_ratio, data.augment, data.short_side)
 
 
 def test_transform(data: Data) -> TestTransform:
     """Return the resizing of evaluated images that `data` asks for; it draws nothing."""
-    return TestTransform(data.image_size, data.keep_ratio)
+    return TestTransform(data.image_size, data.keep_ratio, data.short_side)
 
 
 test_transform.__test__ = False  # pytest would take it for a test
 
 
-def network_size(size: tuple[int, int], image_size: int, keep_ratio: bool) -> tuple[int, int]:
+def network_size(
+    size: tuple[int, int], image_size: int, keep_ratio: bool, short_side: float = 0
+) -> tuple[int, int]:
     """Return the (height, width) to which an image of `size` (height, width) is resized."""
     if not keep_ratio:
         return image_size, image_size
     factor = image_size / max(size)
+    if short_side:
+        factor = min(factor, short_side / min(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
@@ -65,17 +69,21 @@ class TestTransform:
     Attributes:
         image_size: longer side of the result, or both sides, in pixels.
         keep_ratio: keep the aspect ratio; False stretches to a square.
+        short_side: bound of the shorter side in pixels where the ratio is kept; 0 is none.
     """
 
     __test__ = False  # pytest would take it for a test class
 
     image_size: int
     keep_ratio: bool
+    short_side: int = 0
 
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         """Return the resized sample; `generator` is not used."""
         del generator
-        height, width = network_size(sample.size, self.image_size, self.keep_ratio)
+        height, width = network_size(
+            sample.size, self.image_size, self.keep_ratio, self.short_side
+        )
         return _resized(sample, height, width)
 
 
@@ -87,11 +95,13 @@ class TrainTransform:
         image_size: longer side of the result, or both sides, in pixels.
         keep_ratio: keep the aspect ratio; False stretches to a square.
         augment: the random changes.
+        short_side: bound of the shorter side in pixels where the ratio is kept; 0 is none.
     """
 
     image_size: int
     keep_ratio: bool
     augment: Augment
+    short_side: int = 0
 
     def __call__(
         self, sample: Sample, generator: torch.Generator, image_size: int | None = None
@@ -104,7 +114,10 @@ class TrainTransform:
             image_size: stands in for the transform's own, for multi-scale training.
         """
         augment, draw = self.augment, generator
-        height, width = network_size(sample.size, image_size or self.image_size, self.keep_ratio)
+        long_side = image_size or self.image_size
+        # A batch's own size scales both bounds.
+        short_side = self.short_side * long_side / self.image_size
+        height, width = network_size(sample.size, long_side, self.keep_ratio, short_side)
         # Drawn in log space, so that halving and doubling are equally likely.
         low, high = augment.scale
         factor = math.exp(uniform(draw, math.log(low), math.log(high)))

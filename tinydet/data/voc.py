@@ -18,7 +18,14 @@ from torch.utils.data import Dataset
 
 from tinydet.data.builder import IndexBuilder
 from tinydet.data.image import IMAGE_SUFFIXES, read_image
-from tinydet.data.index import Index, cache_file, fingerprint, load_index, save_index
+from tinydet.data.index import (
+    Index,
+    cache_file,
+    check_content,
+    fingerprint,
+    load_index,
+    save_index,
+)
 from tinydet.data.sample import Sample
 from tinydet.data.seeding import seeded_generator
 
@@ -103,7 +110,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
             builder.add_image(name, annotation_file, image_file)
         index = builder.index(root, split)
         save_index(index, cached, mark)
-    _check_content(index, split_file)
+    check_content(index, split_file)
     return index
 
 
@@ -168,22 +175,3 @@ def _split_names(path: Path, images: dict[str, str]) -> tuple[list[str], list[st
         names.append(line)
     counts = Counter(names)
     return list(counts), [name for name, count in counts.items() if count > 1]
-
-
-def _check_content(index: Index, split_file: Path) -> None:
-    if not len(index):
-        lines = index.problems.summary()
-        raise ValueError(f"{split_file}: no usable image" + (f": {lines[0]}" if lines else ""))
-    if not len(index.labels):
-        found = index.problems.unknown_classes
-        if found:
-            names = sorted(found, key=lambda name: -found[name])
-            raise ValueError(
-                f"{split_file}: none of the classes {_short(index.classes)} occurs; the "
-                f"annotations have {_short(names)}: set data.classes to these, or leave it empty"
-            )
-        raise ValueError(f"{split_file}: no annotated object in {len(index)} images")
-
-
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -38,11 +38,17 @@ class GroundTruth:
         labels: (N,) integers, positions in the class list.
         difficult: (N,) bool, boxes that nobody has to find: no recall is lost by missing one, and
             finding one is neither right nor wrong.
+        crowd: (N,) bool, difficult boxes around many objects: the COCO metric excuses whatever lies
+            inside. None is no such box.
+        areas: (N,) square pixels by which the COCO metric tells small from large; None is the area
+            of the box.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     difficult: np.ndarray
+    crowd: np.ndarray | None = None
+    areas: np.ndarray | None = None
 
 
 def check_inputs(
@@ -51,6 +57,8 @@ def check_inputs(
     num_classes: int,
 ) -> tuple[list[ImageDetections], list[GroundTruth]]:
     """Return both as arrays of float64, int64 and bool, refusing what cannot be evaluated.
+
+    What the ground truth leaves out is filled in, and crowds are difficult.
 
     Raises:
         ValueError: the lists differ in length, or an image has arrays of the wrong shape, a label
@@ -73,7 +81,13 @@ def check_inputs(
         where = f"ground truth of image {index}"
         boxes, labels = _check_boxes(truth.boxes, truth.labels, num_classes, where)
         difficult = _per_box(truth.difficult, bool, len(boxes), f"{where}: difficult")
-        checked_truth.append(GroundTruth(boxes, labels, difficult))
+        crowd = np.zeros_like(difficult) if truth.crowd is None else truth.crowd
+        crowd = _per_box(crowd, bool, len(boxes), f"{where}: crowd")
+        areas = _areas(boxes) if truth.areas is None else truth.areas
+        areas = _per_box(areas, np.float64, len(boxes), f"{where}: areas")
+        if not np.isfinite(areas).all():
+            raise ValueError(f"{where}: an area is not finite")
+        checked_truth.append(GroundTruth(boxes, labels, difficult | crowd, crowd, areas))
     return checked_detections, checked_truth
 
 

@@ -20,8 +20,8 @@ from tinydet.evaluation.boxes import GroundTruth, check_inputs
 class CocoResult:
     """COCO's average precisions, as fractions; NaN where there is no ground truth to find.
 
-    Sizes are areas of boxes in pixels of the original image: small below 32 x 32, large above
-    96 x 96. (COCO itself measures the area of the object's mask, which VOC does not have.)
+    Sizes are areas in pixels of the original image: small below 32 x 32, large above 96 x 96. They
+    are the ground truth's `areas`, in COCO those of the objects' masks, else areas of boxes.
 
     Attributes:
         ap: mean over IoU thresholds 0.5, 0.55, ... 0.95 and over classes with ground truth.
@@ -43,12 +43,12 @@ class CocoResult:
 
 
 class _Evaluation(COCOeval):
-    """COCOeval that treats a difficult box as the VOC devkit does.
+    """COCOeval that treats a difficult box that is no crowd as the VOC devkit does.
 
     pycocotools overwrites a box's "ignore" with its "iscrowd", and only a crowd region may take up
     more than one detection. So a difficult box is given as a crowd; but the IoU with a crowd is
     the overlap over the *detection's* area, under which a small detection inside a large difficult
-    box would always be excused. Here the IoU stays the usual one.
+    box would always be excused. Here the IoU stays the usual one but for true crowds.
     """
 
     def computeIoU(self, image_id: int, category_id: int) -> Any:  # noqa: N802 (overrides)
@@ -57,7 +57,8 @@ class _Evaluation(COCOeval):
             return []
         order = np.argsort([-d["score"] for d in found], kind="mergesort")
         boxes = [found[i]["bbox"] for i in order[: self.params.maxDets[-1]]]
-        return mask.iou(boxes, [g["bbox"] for g in truth], [0] * len(truth))
+        crowd = [g["crowd"] for g in truth]
+        return mask.iou(boxes, [g["bbox"] for g in truth], crowd)
 
 
 def evaluate_coco(
@@ -68,8 +69,9 @@ def evaluate_coco(
     """Return COCO's average precisions (101 recalls, at most 100 detections an image and class).
 
     Difficult boxes need not be found, and a detection whose best remaining match is a difficult box
-    counts neither for nor against, however many there are: see `_Evaluation`. Matching is otherwise
-    COCO's: a detection gets the best box that is still *free*, where VOC calls it a duplicate.
+    counts neither for nor against, however many there are: see `_Evaluation`. Of a crowd, "IoU" is
+    the overlap over the detection's area. Matching is otherwise COCO's: a detection gets the best
+    box that is still *free*, where VOC calls it a duplicate.
 
     Args:
         detections: one (boxes (N, 4), scores (N,), labels (N,)) an image, as in `boxes.py`.
@@ -81,7 +83,13 @@ def evaluate_coco(
     """
     found, truth = check_inputs(detections, ground_truth, num_classes)
     rows: list[dict[str, Any]]  # one a box, in order
-    rows = [{"iscrowd": int(d)} for image in truth for d in image.difficult.tolist()]
+    rows = [
+        {"iscrowd": int(difficult), "crowd": int(crowd), "area": area}
+        for image in truth
+        for difficult, crowd, area in zip(
+            image.difficult.tolist(), image.crowd.tolist(), image.areas.tolist(), strict=True
+        )
+    ]
     truth_set = _data_set([(t.boxes, t.labels) for t in truth], rows, num_classes)
     rows = [{"iscrowd": 0, "score": s} for image in found for s in image.scores.tolist()]
     found_set = _data_set([(f.boxes, f.labels) for f in found], rows, num_classes)
@@ -111,7 +119,10 @@ def _mean(precision: np.ndarray) -> float:
 def _data_set(
     images: list[tuple[np.ndarray, np.ndarray]], rows: list[dict[str, Any]], num_classes: int
 ) -> COCO:
-    """Index boxes and labels of all images as pycocotools does; `rows` are their other fields."""
+    """Index boxes and labels of all images as pycocotools does; `rows` are their other fields.
+
+    A row without "area" gets that of its box.
+    """
     annotations = []
     for index, (boxes, labels) in enumerate(images):
         sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)  # xywh
@@ -120,8 +131,8 @@ def _data_set(
             # Numbers start at 1: pycocotools marks "unmatched" with 0.
             number = len(annotations) + 1
             annotations.append(
-                rows[number - 1]
-                | {"id": number, "image_id": index, "category_id": label, "bbox": box, "area": area}
+                {"id": number, "image_id": index, "category_id": label, "bbox": box, "area": area}
+                | rows[number - 1]
             )
     coco = COCO()
     coco.dataset = {

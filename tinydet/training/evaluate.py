@@ -40,4 +40,12 @@ def detect_split(
 
 def ground_truth(index: Index) -> list[GroundTruth]:
     """Return the annotated boxes of every image, difficult ones included and marked."""
-    return [GroundTruth(*index.objects(i)) for i in range(len(index))]
+    truth = []
+    for i in range(len(index)):
+        objects, coco = index.objects(i), index.coco_truth(i)
+        if coco is None:
+            truth.append(GroundTruth(*objects))
+        else:
+            labels, difficult = objects.labels, objects.difficult
+            truth.append(GroundTruth(coco.boxes, labels, difficult, coco.crowd, coco.areas))
+    return truth

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tinydet.backbones.factory import create_backbone
-from tinydet.config import ConfigError, Model
-from tinydet.reparam.expand import expand
+from tinydet.backbones.ideas import apply_ideas
+from tinydet.config import Model
 from tinydet.yolof.anchors import make_anchors
 from tinydet.yolof.decode import Detections, decode_boxes, postprocess
 from tinydet.yolof.encoder import DilatedEncoder
@@ -163,8 +163,8 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
     """Build the detector of an experiment, in training mode.
 
     Raises:
-        ConfigError: the backbone does not exist, has no such feature or no conv to expand as asked,
-            or its weights cannot be had.
+        ConfigError: the backbone does not exist, has no such feature or no place for an idea, or
+            its weights cannot be had.
     """
     backbone = create_backbone(config.backbone, config.weights, config.feature)
     encoder = DilatedEncoder(
@@ -178,7 +178,7 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         config.reg_convs,
     )
     return Detector(
-        _expanded(backbone.module, config),
+        apply_ideas(backbone.module, config),
         encoder,
         head,
         classes,
@@ -187,15 +187,3 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         backbone.std,
         config,
     )
-
-
-def _expanded(module: nn.Module, config: Model) -> nn.Module:
-    where = config.expand_where
-    if config.expand == "none":
-        if where:
-            raise ConfigError(f"model.expand_where={where}: needs a block, e.g. model.expand=dbb")
-        return module
-    try:
-        return expand(module, config.expand, where)
-    except ValueError as error:
-        raise ConfigError(f"model.expand={config.expand}, model.expand_where: {error}") from error

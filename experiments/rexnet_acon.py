@@ -1,0 +1,10 @@
+"""The default detector, whose ReXNet has ACON-C (arXiv 2009.04759) for its activations.
+
+python tools/train.py experiments/rexnet_acon.py
+"""
+
+from dataclasses import replace
+
+from rexnet_yolof import experiment as plain
+
+experiment = replace(plain, model=replace(plain.model, activation="acon-c"))

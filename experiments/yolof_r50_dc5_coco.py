@@ -1,0 +1,25 @@
+"""YOLOF-R50-DC5 as in the paper (arXiv 2103.09460), COCO 2017: the last stage dilated to stride 16.
+
+python tools/train.py experiments/yolof_r50_dc5_coco.py
+
+Sides of the anchors stay 32 to 512 pixels and 16 is added, so do the encoder's receptive fields.
+"""
+
+from dataclasses import replace
+
+from yolof_r50_c5_coco import experiment as c5
+
+from tinydet.config import Optim
+
+experiment = replace(
+    c5,
+    model=replace(
+        c5.model,
+        feature="DC5",
+        dilations=(4, 8, 12, 16),
+        anchor_scales=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+        match_topk=8,
+        match_pos_ignore=0.1,
+    ),
+    optim=Optim(lr=0.06, base_batch=32, warmup_iters=3000, warmup_factor=0.000334),
+)

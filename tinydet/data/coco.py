@@ -1,0 +1,287 @@
+"""A split of a folder in COCO layout: the checked index of its annotations.
+
+The layout is `annotations/instances_<split>.json` and the images in `<split>/`. COCO's category ids
+(1 to 90, with holes) become labels 0, 1, ... in the order of the ids. Boxes x, y, width, height are
+continuous and 0-based, and need no shift as VOC's do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from tinydet.data.builder import check_image
+from tinydet.data.index import (
+    CocoTruth,
+    Index,
+    cache_file,
+    check_content,
+    fingerprint,
+    load_index,
+    save_index,
+)
+from tinydet.data.problems import Problems
+
+logger = logging.getLogger(__name__)
+
+WHAT_TO_FETCH = (
+    "COCO 2017 is zips/train2017.zip, zips/val2017.zip and annotations/"
+    "annotations_trainval2017.zip of http://images.cocodataset.org, unpacked in data.root"
+)
+_LAYOUT = "a folder in COCO layout holds annotations/instances_<split>.json and <split>/"
+# COCO's coordinates are rounded to hundredths: this far over the image's edge is no mistake.
+_ROUNDING = 0.02
+_LARGEST = 1e15
+_SMALLEST = 0.001  # side in pixels below which float32 may see no box at all
+
+
+def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Index:
+    """Read and check the annotations of a split; the result is cached until a file changes.
+
+    What the files get wrong is handled by the rules of `tinydet.data.problems` and counted in the
+    index's `problems`. Images are in the order of their ids, those without objects among them.
+    Crowds are marked difficult, which keeps them out of training; the index's `coco` holds what the
+    COCO metric needs to equal the figures that pycocotools computes from the file itself. (What is
+    dropped is not evaluated on either: figures differ where `problems` tells of dropped boxes.)
+
+    Args:
+        root: folder in COCO layout.
+        split: name of the split, e.g. "train2017".
+        classes: class names in label order, objects of others are dropped; empty takes all of the
+            file's categories in the order of their ids.
+
+    Raises:
+        FileNotFoundError: the folder, the annotation file or the folder of images is missing.
+        ValueError: the annotation file cannot be read, no image is left, or none of the class names
+            occurs.
+    """
+    root, classes = Path(root), tuple(classes)
+    annotation_file = _check_layout(root, split)
+    files = _files_below(root / split)
+    mark = fingerprint([annotation_file, *(root / split / file for file in files)])
+    cached = cache_file(root, split, classes)
+    index = load_index(cached, mark, root, split)
+    if index is None:
+        logger.info("reading %s", annotation_file)
+        index = _Reader(root, split, _read_json(annotation_file), set(files), classes).index()
+        save_index(index, cached, mark)
+    check_content(index, annotation_file)
+    return index
+
+
+def split_names(root: str | Path) -> list[str]:
+    """Return the names of the splits of a folder in COCO layout, sorted; empty if it has none."""
+    files = (Path(root) / "annotations").glob("instances_*.json")
+    return sorted(path.stem.removeprefix("instances_") for path in files)
+
+
+def _check_layout(root: Path, split: str) -> Path:
+    """Return the split's annotation file, or raise an error that names what is missing."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; {_LAYOUT}; {WHAT_TO_FETCH}")
+    if not (root / "annotations").is_dir():
+        below = sorted(path.parent for path in root.glob("*/annotations"))[:1]
+        hint = f"did you mean {below[0]}?" if below else f"{_LAYOUT}; {WHAT_TO_FETCH}"
+        raise FileNotFoundError(f"{root}: has no annotations; {hint}")
+    file = root / "annotations" / f"instances_{split}.json"
+    if not file.is_file():
+        there = split_names(root)
+        near = difflib.get_close_matches(split, there, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        more = "" if there else f"; {WHAT_TO_FETCH}"
+        raise FileNotFoundError(
+            f"{file}: no such split{hint} (there are: {', '.join(there) or 'none'}); choose with "
+            f"data.train_split and data.test_split{more}"
+        )
+    if not (root / split).is_dir():
+        raise FileNotFoundError(
+            f"{root / split}: no such folder; it holds the images of {file.name}; {WHAT_TO_FETCH}"
+        )
+    return file
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Return the paths of all files below a folder, relative to it and with slashes, sorted."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        prefix = Path(parent).relative_to(folder).as_posix()
+        found += names if prefix == "." else [f"{prefix}/{name}" for name in names]
+    return sorted(found)
+
+
+def _read_json(file: Path) -> COCO:
+    """Read an annotation file, without the objects' outlines: they are nine tenths of it.
+
+    Raises:
+        ValueError: the file is not JSON, or not a detection set of COCO's format.
+    """
+
+    def without_outline(row: dict[str, Any]) -> dict[str, Any]:
+        row.pop("segmentation", None)
+        return row
+
+    coco = COCO()
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            coco.dataset = json.load(stream, object_hook=without_outline)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    for part in ("images", "annotations", "categories"):
+        rows = coco.dataset.get(part) if isinstance(coco.dataset, dict) else None
+        if not isinstance(rows, list):
+            raise ValueError(
+                f'{file}: has no list "{part}"; a detection set of COCO\'s format has images, '
+                "annotations and categories"
+            )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+    except (KeyError, TypeError, IndexError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
+        raise ValueError(f"{file}: an entry of images, annotations or categories {what}") from None
+    for part, numbers in (("image", coco.imgs), ("category", coco.cats)):
+        wrong = [number for number in numbers if type(number) is not int]
+        if wrong:
+            raise ValueError(f"{file}: the {part} id {wrong[0]!r} is not a whole number")
+    names = [row.get("name") for row in coco.dataset["categories"]]
+    wrong = [name for name in names if not isinstance(name, str) or names.count(name) > 1]
+    if wrong:
+        raise ValueError(
+            f"{file}: a category's name is {wrong[0]!r}: each needs a name, and one of its own"
+        )
+    if len(coco.cats) < len(names):
+        raise ValueError(f"{file}: two categories have the same id")
+    return coco
+
+
+class _Reader:
+    """Checks the images and objects of one annotation file, and puts them into an index."""
+
+    def __init__(
+        self, root: Path, split: str, coco: COCO, files: set[str], classes: tuple[str, ...]
+    ) -> None:
+        self.root, self.split, self.coco, self.files = root, split, coco, files
+        self.names = {number: coco.cats[number]["name"] for number in sorted(coco.cats)}
+        self.classes = classes or tuple(self.names.values())
+        self.label_of = {name: label for label, name in enumerate(self.classes)}
+        self.problems = Problems()
+        # Numbers one after another, not an object each: COCO has 860 000.
+        self.boxes, self.clipped, self.areas = array("d"), array("f"), array("d")
+        self.labels, self.crowd = array("q"), bytearray()
+
+    def index(self) -> Index:
+        """Return the index of everything usable."""
+        for name in self.classes:
+            if name not in self.names.values():
+                near = difflib.get_close_matches(name, self.names.values(), 1)
+                self.problems.add("absent_class", name, f"did you mean {near[0]}?" if near else "")
+        for number in self.coco.imgToAnns.keys() - self.coco.imgs.keys():
+            for item in self.coco.imgToAnns[number]:
+                self.problems.add("unknown_image", f"object {item['id']}", f"image {number!r}")
+        ids, files, sizes, turned, offsets = [], [], [], [], [0]
+        for row in self._image_rows():
+            file = row["file_name"]
+            stated = _stated_size(row)
+            checked = check_image(file, self.root / self.split / file, stated, self.problems)
+            if checked is None:
+                continue
+            for item in self.coco.imgToAnns.get(row["id"], ()):
+                self._add_object(file, item, checked[0])
+            ids.append(str(row["id"]))
+            files.append(f"{self.split}/{file}")
+            sizes.append(checked[0])
+            turned.append(checked[1])
+            offsets.append(len(self.labels))
+        crowd = np.array(self.crowd, dtype=bool)
+        return Index(
+            root=self.root,
+            split=self.split,
+            classes=self.classes,
+            image_ids=ids,
+            image_files=files,
+            sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
+            turned=np.array(turned, dtype=bool),
+            offsets=np.array(offsets, dtype=np.int64),
+            boxes=np.array(self.clipped, dtype=np.float32).reshape(-1, 4),
+            labels=np.array(self.labels, dtype=np.int64),
+            difficult=crowd,
+            problems=self.problems,
+            coco=CocoTruth(
+                boxes=np.array(self.boxes, dtype=np.float64).reshape(-1, 4),
+                areas=np.array(self.areas, dtype=np.float64),
+                crowd=crowd,
+            ),
+        )
+
+    def _image_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the file's images that have an image file, each once, by ascending id."""
+        seen_ids, seen_files = set(), set()
+        # COCOeval goes by ascending id too, which decides between equal scores.
+        for row in sorted(self.coco.dataset["images"], key=lambda row: row["id"]):
+            file = row.get("file_name")
+            if not isinstance(file, str) or not file:
+                self.problems.add("no_file_name", f"image {row['id']}")
+            elif row["id"] in seen_ids or file in seen_files:
+                self.problems.add("duplicate_id", file, f"image {row['id']}")
+            # Only files that the folder lists: a name with ".." in it must not lead elsewhere.
+            elif file not in self.files:
+                self.problems.add("missing_image", f"{self.split}/{file}")
+            else:
+                yield row
+            seen_ids.add(row["id"])
+            seen_files.add(file if isinstance(file, str) else None)
+
+    def _add_object(self, file: str, item: dict[str, Any], size: tuple[int, int]) -> None:
+        """Check one object of an image of `size` (height, width), and keep it if it is usable."""
+        name = self.names.get(item["category_id"])
+        if name is None:
+            self.problems.add("unknown_category", file, f"{item['category_id']!r}")
+            return
+        box = item.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+            self.problems.add("bad_box", file, f"{name}, object {item['id']}")
+            return
+        x, y, width, height = map(float, box)
+        what = f"{name} {x:g},{y:g},{width:g},{height:g}"
+        if min(width, height) < _SMALLEST:
+            self.problems.add("zero_area", file, what)
+            return
+        if name not in self.label_of:
+            self.problems.add("unknown_class", file, name)
+            counts = self.problems.unknown_classes
+            counts[name] = counts.get(name, 0) + 1
+            return
+        stated = (x, y, x + width, y + height)
+        clipped = (max(x, 0.0), max(y, 0.0), min(stated[2], size[1]), min(stated[3], size[0]))
+        if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < _SMALLEST:
+            self.problems.add("outside", file, f"{what} in {size[1]}x{size[0]}")
+            return
+        if max(abs(a - b) for a, b in zip(clipped, stated, strict=True)) > _ROUNDING:
+            self.problems.add("clipped", file, f"{what} in {size[1]}x{size[0]}")
+        area = item.get("area")
+        self.boxes.extend(stated)
+        self.clipped.extend(clipped)
+        self.areas.append(area if _is_number(area) else width * height)
+        self.labels.append(self.label_of[name])
+        self.crowd.append(bool(item.get("iscrowd")))
+
+
+def _stated_size(row: dict[str, Any]) -> tuple[int, int] | None:
+    height, width = row.get("height"), row.get("width")
+    return (int(height), int(width)) if _is_number(height) and _is_number(width) else None
+
+
+def _is_number(value: Any) -> bool:
+    # Neither NaN, which compares as false, nor too large for a float.
+    return isinstance(value, (int, float)) and abs(value) < _LARGEST
