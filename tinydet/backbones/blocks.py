@@ -91,17 +91,16 @@ def stage_ends(flow: DataFlow, calls: Calls) -> list[Place]:
         named = {entry["module"] for entry in info if isinstance(entry, dict)}
         ends = [made[-1].output for made in calls.values() if made[0].name in named]
         maps = [view for view in ends if view is not None and len(view.shape) == 4]
-    values = {_origin(flow, view.value) for view in maps}
+    values = [_same(flow, view.value) for view in maps]
     found: list[Place] = []
-    ended: set[Value] = set()
     for module, made in list(calls.items())[1:]:
         output = made[-1].output
-        if output is None or output.value not in values - ended or is_norm(module):
+        same = next((v for v in values if output and output.value in v), None)
+        if same is None or is_norm(module):
             continue
-        places = _outputs(flow, {module: made})
-        if places:
-            found.append(places[0])
-            ended.add(output.value)
+        if places := _outputs(flow, {module: made}):
+            found += places
+            values.remove(same)
     return found
 
 
@@ -193,10 +192,11 @@ def _computed_from(call: ModuleCall) -> set[Value]:
     return found
 
 
-def _origin(flow: DataFlow, value: Value) -> Value:
-    """Return the value that a network's output is a mere copy of."""
+def _same(flow: DataFlow, value: Value) -> list[Value]:
+    """Return a value and those that it is a mere copy of."""
+    values = [value]
     op = flow.producer(value)
     while op is not None and op.name in ("aten.clone", "aten._to_copy") and op.inputs:
-        value = op.inputs[0].value
-        op = flow.producer(value)
-    return value
+        values.append(op.inputs[0].value)
+        op = flow.producer(values[-1])
+    return values

@@ -25,7 +25,7 @@ from tinydet.backbones.calls import ModuleCall, channel_axis, eval_mode, observe
 from tinydet.backbones.followed import follow, take_followers
 from tinydet.layers import AconA, AconB, AconC, CoordinateAttention, MetaAcon
 from tinydet.reparam.dataflow import DataFlow
-from tinydet.reparam.replacing import give_hooks, replace_module
+from tinydet.reparam.replacing import HOOK_TABLES, replace_module
 from tinydet.reparam.verify import difference, tensors_in
 
 Make = Callable[[int], nn.Module]
@@ -109,10 +109,7 @@ def replace_activation(
             left.append(f"{made[0].name} ({error})")
             continue
         new = _placed_like(new, old, changed)
-        # Behind it there may be attention already.
-        take_followers(old, new)
-        give_hooks(old, new)
-        replace_module(changed, old, new)
+        _replace(changed, old, new)
         replaced += 1
     if not replaced:
         raise ValueError(f"{what}: no activation was replaced: {'; '.join(left[:3])}")
@@ -174,9 +171,7 @@ def add_attention(
     for found in selected:
         layer = _placed_like(_new_attention(kind, found, place), found.module, changed)
         if place == "se":
-            take_followers(found.module, layer)
-            give_hooks(found.module, layer)
-            replace_module(changed, found.module, layer)
+            _replace(changed, found.module, layer)
         else:
             follow(found.module, layer, "attention")
     _check_runs(changed, flow, arguments, f"kind={_name(kind)}")
@@ -234,6 +229,14 @@ def _new_attention(kind: str | Make, found: Place, place: str) -> nn.Module:
     else:
         body = kind(found.channels)
     return body if found.axis == 1 else ChannelsAlong(body, found.axis)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    take_followers(old, new)  # There may be attention behind it already.
+    for table in HOOK_TABLES:
+        # The very tables: timm's feature hooks keep handles that point to them.
+        setattr(new, table, getattr(old, table))
+    replace_module(model, old, new)
 
 
 def _placed_like(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:
