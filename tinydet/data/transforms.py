@@ -81,9 +81,7 @@ class TestTransform:
     def __call__(self, sample: Sample, generator: torch.Generator | None = None) -> Sample:
         """Return the resized sample; `generator` is not used."""
         del generator
-        height, width = network_size(
-            sample.size, self.image_size, self.keep_ratio, self.short_side
-        )
+        height, width = network_size(sample.size, self.image_size, self.keep_ratio, self.short_side)
         return _resized(sample, height, width)
 
 
