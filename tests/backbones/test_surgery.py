@@ -48,7 +48,6 @@ BACKBONES = [
         "tresnet_m",
         "gernet_s",
         "nf_regnet_b0",
-        "levit_128s",
         "legacy_seresnet18",
     ),
 ]
@@ -74,6 +73,9 @@ def _calibrated(model):
         if norm.weight is not None and not norm.weight.any():
             nn.init.ones_(norm.weight)  # The last of a block: it would hide the block.
     with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("gain") and not parameter.any():
+                parameter.fill_(1)  # The same in networks without norms.
         model.train()(torch.randn(4, 3, 64, 64))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
