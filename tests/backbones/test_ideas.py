@@ -67,10 +67,13 @@ def test_frozen_norms_keep_everything_while_the_convs_learn():
     [
         (
             {"activation_where": "blocks.1"},
-            "model.activation_where=blocks.1: needs model.activation",
+            "model.activation_where=blocks.1: needs an idea, e.g. model.activation=",
         ),
-        ({"attention_where": "blocks.1"}, "model.attention_where=blocks.1: needs model.attention"),
-        ({"expand_where": "3x3"}, "model.expand_where=3x3: needs model.expand"),
+        (
+            {"attention_where": "blocks.1"},
+            "model.attention_where=blocks.1: needs an idea, e.g. model.attention=",
+        ),
+        ({"expand_where": "3x3"}, "model.expand_where=3x3: needs an idea, e.g. model.expand="),
         ({"activation": "acon-c", "activation_where": "block.1"}, "did you mean blocks.1"),
         ({"attention": "coord", "attention_where": "block.1"}, "did you mean blocks.1"),
     ],

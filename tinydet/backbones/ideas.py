@@ -30,11 +30,13 @@ def apply_ideas(module: nn.Module, config: Model) -> nn.Module:
     """
     if config.freeze_norms:
         module = freeze_batch_norm_2d(module)
-    for idea in ("activation", "attention", "expand"):
+    for idea, example in (("activation", "acon-c"), ("attention", "coord"), ("expand", "dbb")):
         kind, where = getattr(config, idea), getattr(config, f"{idea}_where")
         if kind == "none":
             if where:
-                raise ConfigError(f"model.{idea}_where={where}: needs model.{idea}")
+                raise ConfigError(
+                    f"model.{idea}_where={where}: needs an idea, e.g. model.{idea}={example}"
+                )
             continue
         try:
             module = _apply(module, idea, kind, where, config)
