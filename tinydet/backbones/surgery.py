@@ -25,7 +25,7 @@ from tinydet.backbones.calls import ModuleCall, channel_axis, eval_mode, observe
 from tinydet.backbones.followed import follow, take_followers
 from tinydet.layers import AconA, AconB, AconC, CoordinateAttention, MetaAcon
 from tinydet.reparam.dataflow import DataFlow
-from tinydet.reparam.replacing import HOOK_TABLES, replace_module
+from tinydet.reparam.replacing import give_hooks, replace_module
 from tinydet.reparam.verify import difference, tensors_in
 
 Make = Callable[[int], nn.Module]
@@ -233,9 +233,7 @@ def _new_attention(kind: str | Make, found: Place, place: str) -> nn.Module:
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     take_followers(old, new)  # There may be attention behind it already.
-    for table in HOOK_TABLES:
-        # The very tables: timm's feature hooks keep handles that point to them.
-        setattr(new, table, getattr(old, table))
+    give_hooks(old, new)
     replace_module(model, old, new)
 
 

@@ -41,8 +41,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 def give_hooks(old: nn.Module, new: nn.Module) -> None:
     """Add the hooks of a module to those of its replacement."""
+    own = has_hooks(new)
     for table in HOOK_TABLES:
-        getattr(new, table).update(getattr(old, table))
+        if own:
+            getattr(new, table).update(getattr(old, table))
+        else:
+            # The very table: the handles that timm's feature hooks keep point to it.
+            setattr(new, table, getattr(old, table))
 
 
 @contextmanager
