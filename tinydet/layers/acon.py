@@ -68,7 +68,8 @@ class AconA(nn.Module):
             ValueError: `x` has another number of channels.
         """
         beta = _along_channels(self.beta, x)
-        return (x * torch.sigmoid(beta * x)).to(x.dtype)
+        wide = _wide(x, beta)
+        return (wide * torch.sigmoid(beta * wide)).to(x.dtype)
 
 
 class AconB(nn.Module):
@@ -225,8 +226,14 @@ def _smooth_maximum(x: Tensor, p1: Tensor | float, p2: Tensor, beta: Tensor) -> 
     the result goes back to the type of x, to cost the next layer no more memory.
     """
     difference = p1 - p2
-    slope = p2 + difference * torch.sigmoid(beta * difference * x)
-    return (x * slope).to(x.dtype)
+    wide = _wide(x, difference)
+    slope = torch.addcmul(p2, difference, torch.sigmoid(beta * difference * wide))
+    return (wide * slope).to(x.dtype)
+
+
+def _wide(x: Tensor, parameter: Tensor) -> Tensor:
+    """Convert x once: on a CPU a product of two types is slow, forward and backward."""
+    return x.to(torch.promote_types(x.dtype, parameter.dtype))
 
 
 def _per_channel(channels: int, value: float) -> nn.Parameter:
