@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("matplotlib")
+from matplotlib.collections import LineCollection
 
 from tinydet.report.scatter import Point, draw_scatter, save_figure
 
@@ -37,6 +38,12 @@ def test_draw_scatter__groups_are_told_only_if_there_are_several():
     ]
     (axes,) = draw_scatter(_POINTS[:2], "x", "y").axes
     assert axes.get_legend() is None
+
+
+def test_draw_scatter__a_spread_is_a_bar_of_twice_its_length():
+    (axes,) = draw_scatter([Point("p", 3.0, 50.0, spread=1.5), Point("q", 4.0, 9.0)], "x", "y").axes
+    (bar,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    assert [segment.tolist() for segment in bar.get_segments()] == [[[3, 48.5], [3, 51.5]]]
 
 
 @pytest.mark.parametrize(

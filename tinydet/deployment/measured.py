@@ -19,29 +19,31 @@ from tinydet.training.runs import RUNS
 
 @dataclass(frozen=True)
 class Measured:
-    """The accuracy of a finished run.
+    """The accuracy of an experiment's finished runs, which differ in nothing but the seed.
 
     Attributes:
-        ap50: of its best checkpoint, in 0..1.
-        run: the run's folder.
-        experiment: as it was run.
+        ap50: of each run's best checkpoint, in 0..1, the newest run first.
+        run: the newest run's folder.
+        experiment: as the newest was run.
     """
 
-    ap50: float
+    ap50: tuple[float, ...]
     run: Path
     experiment: Experiment
 
 
 def newest_measured(experiment: Experiment, runs: Path = RUNS) -> Measured | None:
-    """Return the newest finished run of this very network, or None if there is none.
+    """Return the newest finished run of this very network and the same with other seeds, or None.
 
     A run that was killed, or whose model was changed (but for the weights it began from), says
-    nothing about the experiment.
+    nothing about the experiment. Of two runs with the same seed the newer counts.
 
     Args:
         experiment: runs are looked for under its name.
         runs: the folder of runs.
     """
+    ap50s: dict[int, float] = {}
+    newest: tuple[Path, Experiment] | None = None
     pattern = f"{glob.escape(experiment.name)}/*/metrics.json"
     for path in sorted(runs.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -53,8 +55,10 @@ def newest_measured(experiment: Experiment, runs: Path = RUNS) -> Measured | Non
             continue  # Not a whole run, or one of another version.
         if ap50 is None or epochs < ran.train.epochs or _network(ran) != _network(experiment):
             continue
-        return Measured(float(ap50), path.parent, ran)
-    return None
+        newest = newest or (path.parent, ran)
+        if _but_for_the_seed(ran) == _but_for_the_seed(newest[1]):
+            ap50s.setdefault(ran.train.seed, float(ap50))
+    return Measured(tuple(ap50s.values()), *newest) if newest else None
 
 
 def train_command(file: Path, experiment: Experiment, ran: Experiment) -> str:
@@ -73,6 +77,10 @@ def train_command(file: Path, experiment: Experiment, ran: Experiment) -> str:
         if name != "name" and value != before[name]
     ]
     return shlex.join([*words, "--set", *changed] if changed else words)
+
+
+def _but_for_the_seed(experiment: Experiment) -> Experiment:
+    return replace(experiment, name="", train=replace(experiment.train, seed=0))
 
 
 def _network(experiment: Experiment) -> tuple[Any, int]:

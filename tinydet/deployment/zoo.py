@@ -23,7 +23,7 @@ from tinydet.deployment.forms import assumed_classes, both_forms
 from tinydet.deployment.images import random_images
 from tinydet.deployment.measured import newest_measured, train_command
 from tinydet.deployment.speed import clock_for, measure
-from tinydet.deployment.zoo_table import ZooRow, write_zoo
+from tinydet.deployment.zoo_table import ZooRow, percent, write_zoo
 from tinydet.experiment_file import load_experiment
 from tinydet.reparam.zoo_table import write_atomically
 from tinydet.training.device import pick_device
@@ -131,10 +131,12 @@ def _begin(file: Path, options: ExperimentZooOptions, where: str) -> _Entry:
     size = options.size or _own_size(experiment)
     measured = newest_measured(experiment, options.runs)
     ran = measured.experiment if measured else experiment
+    if measured and len(measured.ap50) > 1:
+        ran = replace(ran, train=replace(ran.train, seed=plain.train.seed))
     row = ZooRow(experiment.name, str(file), train_command(file, plain, ran), size)
     if measured:
         data = f"{Path(measured.experiment.data.root).name} {measured.experiment.data.test_split}"
-        row = replace(row, ap50=measured.ap50, data=data, run=str(measured.run))
+        row = replace(row, ap50=list(measured.ap50), data=data, run=str(measured.run))
     # What the figures depend on: an older figure of anything else is none.
     model = asdict(replace(experiment.model, weights="random"))
     classes = len(assumed_classes(experiment))
@@ -210,7 +212,7 @@ def _failed(row: ZooRow, error: Exception) -> ZooRow:
 def _told(row: ZooRow) -> str:
     if row.error:
         return f"FAILED      {row.experiment}: {row.error}"
-    accuracy = "not measured" if row.ap50 is None else f"{100 * row.ap50:.1f} on {row.data}"
+    accuracy = f"{percent(row.ap50)} on {row.data}" if row.ap50 else "not measured"
     return (
         f"{row.experiment}: {row.params_deploy / 1e6:.2f} M parameters, "
         f"{row.macs_deploy / 1e9:.2f} G multiply-adds, {row.latency_ms:.2f} ms, AP50 {accuracy}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 
 from tinydet.reparam.zoo_table import write_atomically
 from tinydet.report.scatter import Point, draw_scatter, save_figure
@@ -32,9 +33,9 @@ class ZooRow:
         macs_deploy: the same, folded.
         latency_ms: median milliseconds of the folded detector, forward and post-processing.
         images: how many were timed.
-        ap50: of the newest finished run, in 0..1.
+        ap50: of the newest finished run and of the same with other seeds, in 0..1.
         data: what it was measured on.
-        run: that run's folder.
+        run: the newest run's folder.
         error: why there is no figure; empty if there are.
     """
 
@@ -48,7 +49,7 @@ class ZooRow:
     macs_deploy: int | None = None
     latency_ms: float | None = None
     images: int = 0
-    ap50: float | None = None
+    ap50: list[float] = field(default_factory=list)
     data: str = ""
     run: str = ""
     error: str = ""
@@ -85,10 +86,21 @@ def write_zoo(rows: Sequence[ZooRow], where: str, folder: Path) -> list[Path]:
 def accuracy_points(rows: Sequence[ZooRow]) -> list[Point]:
     """Return AP50 in per cent over milliseconds for the rows that have both."""
     return [
-        Point(row.experiment, row.latency_ms, 100 * row.ap50, row.data)
+        Point(row.experiment, row.latency_ms, 100 * mean(row.ap50), row.data, _spread(row.ap50))
         for row in rows
-        if row.latency_ms is not None and row.ap50 is not None
+        if row.latency_ms is not None and row.ap50
     ]
+
+
+def percent(ap50: Sequence[float]) -> str:
+    """Return AP50 in per cent; of several seeds the mean, its standard deviation, their number."""
+    if len(ap50) < 2:
+        return f"{100 * ap50[0]:.1f}" if ap50 else _NONE
+    return f"{100 * mean(ap50):.1f} ± {_spread(ap50):.1f} ({len(ap50)})"
+
+
+def _spread(ap50: Sequence[float]) -> float:
+    return 100 * stdev(ap50) if len(ap50) > 1 else 0.0
 
 
 def markdown(rows: Sequence[ZooRow], where: str) -> str:
@@ -96,7 +108,8 @@ def markdown(rows: Sequence[ZooRow], where: str) -> str:
     lines = [
         f"Timed on {where}: one image at a time, forward and post-processing, random weights.",
         "AP50 in % is that of the newest finished run of the same network, which the command "
-        f"repeats; {_NONE} is not measured.",
+        "repeats; of several seeds (--seed) the mean ± the standard deviation of one and their "
+        f"number; {_NONE} is not measured.",
         "",
         _line(_HEADER),
         _line(["---"] + ["---:"] * 7 + ["---"] * 2),
@@ -115,14 +128,14 @@ def _cells(row: ZooRow) -> list[str]:
         _number(row.macs_training, 1e-9),
         _number(row.macs_deploy, 1e-9),
         _number(row.latency_ms),
-        _number(row.ap50, 100, 1),
+        percent(row.ap50),
         row.data or _NONE,
         f"`{row.command}`",
     ]
 
 
-def _number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
-    return _NONE if value is None else f"{value * factor:.{digits}f}"
+def _number(value: float | None, factor: float = 1.0) -> str:
+    return _NONE if value is None else f"{value * factor:.2f}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -24,12 +24,14 @@ class Point:
         x: position, in the plot's units.
         y: position, in the plot's units.
         group: points of one group have a colour, told in the legend if there is more than one.
+        spread: half the length of a bar along y; 0 draws none.
     """
 
     name: str
     x: float
     y: float
     group: str = ""
+    spread: float = 0.0
 
 
 def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, title: str = "") -> Figure:
@@ -59,6 +61,9 @@ def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, title: str
     for group in groups:
         members = [point for point in points if point.group == group]
         axes.scatter([p.x for p in members], [p.y for p in members], label=group, zorder=2)
+    for p in points:
+        if p.spread:
+            axes.errorbar(p.x, p.y, p.spread, fmt="none", ecolor="gray", elinewidth=1, capsize=3)
     xs = [point.x for point in points]
     if min(xs) > 0 and max(xs) / min(xs) >= _LOG_FROM:
         axes.set_xscale("log")
