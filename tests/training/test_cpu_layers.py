@@ -55,3 +55,22 @@ def test_the_dangerous_convolution_never_reaches_onednn_in_channels_last(block):
         x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
         layer(x).sum().backward()
     assert set(seen) == {1}
+
+
+def test_bfloat16_is_kept_from_depthwise_convs_that_are_slow_in_it():
+    convs = {
+        "dense": nn.Conv2d(8, 8, 3),
+        "depthwise": nn.Conv2d(8, 8, 5, groups=8),
+        "strided scale": nn.Conv2d(16, 16, 1, stride=2, groups=16),
+        "scale": nn.Conv2d(8, 8, 1, groups=8),
+    }
+    for conv in convs.values():
+        prepare_for_cpu(conv, bfloat16=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = {
+            name: conv(torch.randn(2, conv.in_channels, 9, 9)).dtype for name, conv in convs.items()
+        }
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        "depthwise",
+        "strided scale",
+    }

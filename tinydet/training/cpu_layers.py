@@ -17,16 +17,18 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
     Strided 1x1 convolutions of few channels take every n-th pixel first: oneDNN writes past its
     workspace in their backward pass and kills the process (github.com/uxlfoundation/oneDNN, number
     6035; to be removed once torch ships the fix). In bfloat16 depthwise convolutions stay in
-    float32: the backward pass of a depthwise convolution is several times slower in bfloat16.
+    float32, where the backward pass of most is several times faster; those of 1x1 without a stride,
+    which scale each channel, are faster in bfloat16.
     """
     for module in model.modules():
         if not isinstance(module, nn.Conv2d):
             continue
-        strided_1x1 = module.kernel_size == (1, 1) and max(module.stride) > 1
+        of_1x1, strided = module.kernel_size == (1, 1), max(module.stride) > 1
+        scales = of_1x1 and not strided and module.groups == module.out_channels
         plain = type(module) in (nn.Conv2d, ExpandedConv2d)
-        if strided_1x1 and module.in_channels < 16 and plain:
+        if of_1x1 and strided and module.in_channels < 16 and plain:
             module.__class__ = _with(_Subsampled, type(module))
-        elif bfloat16 and module.groups > 1:
+        elif bfloat16 and module.groups > 1 and not scales:
             module.__class__ = _with(_InFloat32, type(module))
 
 
