@@ -1,6 +1,6 @@
 """Surgery on networks of many families, each idea with the network's own data flow.
 
-`python tests/backbones/test_surgery.py` tries every idea on every one of `BACKBONES` (half an
+`python tests/backbones/test_surgery.py` tries every idea on every one of `BACKBONES` (most of an
 hour), or on those named, and prints a table; the tests run a sample.
 """
 
@@ -20,10 +20,11 @@ from torch import nn
 from tinydet.backbones.surgery import ACTIVATIONS, add_attention, replace_activation
 from tinydet.layers import AconC, CoordinateAttention, MetaAcon
 from tinydet.reparam import fold
+from tinydet.reparam.branches import BLOCKS
 from tinydet.reparam.expand import expand, expanded_names
 from tinydet.reparam.verify import difference
 
-IDEAS = ("acon-c", "block", "stage", "se", "meta-acon", "acon-a", "acon-b")
+IDEAS = ("acon-c", "block", "stage", "se", "dbb", "repvgg", "meta-acon", "acon-a", "acon-b")
 SAMPLE = [
     ("test_resnet", "acon-c"),
     ("test_efficientnet", "meta-acon"),
@@ -31,6 +32,7 @@ SAMPLE = [
     ("starnet_s050", "block"),
     ("test_convnext", "stage"),
     ("test_byobnet", "acon-b"),
+    ("test_resnet", "dbb"),
 ]
 BACKBONES = [
     *("resnet18", "resnet14t", "resnetv2_18", "mobilenetv2_035", "mobilenetv3_small_050"),
@@ -50,6 +52,16 @@ BACKBONES = [
         "nf_regnet_b0",
         "legacy_seresnet18",
     ),
+]
+# Those with channel attention, which Coordinate Attention can take the place of.
+GATED = [
+    *("efficientnet_b0", "mobilenetv3_small_050", "rexnet_100", "regnety_002", "mixnet_s"),
+    *("tinynet_e", "semnasnet_050", "hardcorenas_a", "fbnetv3_b", "lcnet_050", "ghostnet_050"),
+    *("repghostnet_050", "seresnet18", "legacy_seresnet18", "ese_vovnet19b_dw", "repvit_m0_9"),
+    *("mobileone_s4", "efficientnetv2_rw_t", "dm_nfnet_f0", "nf_regnet_b0", "nf_seresnet26"),
+    *("eca_resnext26ts", "eca_nfnet_l0", "tresnet_m", "resnetrs50", "seresnext26ts"),
+    *("regnetz_b16", "ecaresnet26t", "seresnextaa101d_32x8d", "legacy_seresnext26_32x4d"),
+    *("ghostnetv2_100", "mnasnet_small", "cs3se_edgenet_x"),
 ]
 
 
@@ -87,6 +99,8 @@ def _change(model, idea, x):
         warnings.simplefilter("ignore")  # Activations in code stay.
         if idea in ACTIVATIONS:
             return replace_activation(model, idea, x)
+        if idea in BLOCKS:
+            return expand(model, idea)
         return add_attention(model, "coord", x, idea)
 
 
@@ -113,7 +127,7 @@ def _check(name, idea):
         was, now = model(x), changed(x)
     change = difference(was, now).max_rel
     assert change < float("inf")
-    if idea in ("block", "stage"):
+    if idea in ("block", "stage", *BLOCKS):
         assert change == 0
     # What was not touched has its weights under its names; the network given is as it was.
     after = changed.state_dict()
@@ -136,6 +150,7 @@ def _check(name, idea):
     assert all(key.endswith("conv1.bias") for key in without), without
     changed = changed.double().eval()
     folded, _ = fold(changed, x[:1].double())
+    assert not expanded_names(folded)
     other = torch.randn(2, 3, 96, 64, dtype=torch.float64)
     with torch.no_grad():
         assert difference(changed(other), folded(other)).max_rel < 1e-9
@@ -366,13 +381,13 @@ def test_mistakes_are_told_in_one_line(change, words):
 
 
 def test_names_of_the_models_that_all_ideas_are_tried_on_are_timms():
-    assert len(set(BACKBONES)) >= 30
-    assert all(timm.is_model(name) for name in BACKBONES)
+    assert min(len(set(BACKBONES)), len(set(GATED))) >= 30
+    assert all(timm.is_model(name) for name in BACKBONES + GATED)
 
 
 def _run_all(names):
     for idea in IDEAS:
-        for name in names or BACKBONES:
+        for name in names or (GATED if idea == "se" else BACKBONES):
             start = time.perf_counter()
             try:
                 change, new = _check(name, idea)
