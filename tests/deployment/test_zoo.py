@@ -14,7 +14,7 @@ import pytest
 from tinydet.config import Data, Experiment, Model, Train
 from tinydet.deployment import zoo
 from tinydet.deployment.find_experiments import find_experiments
-from tinydet.deployment.flops import count
+from tinydet.deployment.flops import compare_counters, count
 from tinydet.deployment.forms import both_forms
 from tinydet.deployment.images import random_images
 from tinydet.deployment.measured import newest_measured, train_command
@@ -84,6 +84,7 @@ def test_rows__counts_are_those_of_both_forms_and_detectors_take_turns(folder, m
     rows, _ = _go()
     assert list(rows) == ["narrow", "wide"]
     assert order == [(name, (1, 3, 64, 64)) for name in ("narrow", "wide")] * 2
+    table = Path("runs/zoo/experiments.md").read_text().splitlines()
     for name, row in rows.items():
         forms = _forms(load_experiment(f"experiments/{name}.py"))
         training, deploy = (count(form, random_images(1, (64, 64))) for form in forms)
@@ -91,6 +92,9 @@ def test_rows__counts_are_those_of_both_forms_and_detectors_take_turns(folder, m
         assert row["params_deploy"] == deploy.params
         assert row["macs_training"] == training.multiply_adds
         assert row["macs_deploy"] == deploy.multiply_adds
+        assert row["counters_training"] == compare_counters(training)
+        assert row["counters_deploy"] == compare_counters(deploy)
+        assert f"- {name}, folded: {compare_counters(deploy)}" in table
         assert row["ap50"] == []
         assert row["images"] == 20
     # Turns 1 and 3, 2 and 4, ten images each: the medians.
@@ -226,7 +230,9 @@ def test_train_command__can_be_read_again(tmp_path):
 
 def test_markdown__what_was_not_measured_is_a_dash():
     rows = [
-        ZooRow("a", "a.py", "run a", (32, 64), 2_000_000, 1_500_000, 3 * 10**9, 10**9, 4.5, 10),
+        ZooRow(
+            "a", "a.py", "run a", (32, 64), 2_000_000, 1_500_000, 3 * 10**9, 10**9, latency_ms=4.5
+        ),
         ZooRow("b", "b.py", "run b", error="ValueError: no"),
     ]
     lines = markdown(rows, "a machine").splitlines()

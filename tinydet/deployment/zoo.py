@@ -18,7 +18,7 @@ import torch
 
 import tinydet
 from tinydet.config import Experiment
-from tinydet.deployment.flops import check_size, count
+from tinydet.deployment.flops import check_size, compare_counters, count
 from tinydet.deployment.forms import assumed_classes, both_forms
 from tinydet.deployment.images import random_images
 from tinydet.deployment.measured import newest_measured, train_command
@@ -176,6 +176,8 @@ def _build(entry: _Entry, known: bool, path: Path, device: torch.device) -> None
             "params_deploy": after.params,
             "macs_training": before.multiply_adds,
             "macs_deploy": after.multiply_adds,
+            "counters_training": compare_counters(before),
+            "counters_deploy": compare_counters(after),
         }
         entry.row = replace(entry.row, **counts)
         _append(path, {"key": entry.key, "experiment": entry.row.experiment, "counts": counts})

@@ -29,8 +29,10 @@ class ZooRow:
         size: (H, W) of the input in pixels that is counted and timed.
         params_training: parameters in training form.
         params_deploy: parameters folded.
-        macs_training: multiply-adds of one image in training form.
+        macs_training: multiply-adds of one image in training form, as torch counts them.
         macs_deploy: the same, folded.
+        counters_training: how far thop agrees with torch's count.
+        counters_deploy: the same, folded.
         latency_ms: median milliseconds of the folded detector, forward and post-processing.
         images: how many were timed.
         ap50: of the newest finished run and of the same with other seeds, in 0..1.
@@ -47,6 +49,8 @@ class ZooRow:
     params_deploy: int | None = None
     macs_training: int | None = None
     macs_deploy: int | None = None
+    counters_training: str = ""
+    counters_deploy: str = ""
     latency_ms: float | None = None
     images: int = 0
     ap50: list[float] = field(default_factory=list)
@@ -115,6 +119,14 @@ def markdown(rows: Sequence[ZooRow], where: str) -> str:
         _line(["---"] + ["---:"] * 7 + ["---"] * 2),
         *(_line(_cells(row)) for row in rows),
     ]
+    counters = [
+        f"- {row.experiment}{form}: {told}"
+        for row in rows
+        for form, told in (("", row.counters_training), (", folded", row.counters_deploy))
+        if told
+    ]
+    if counters:
+        lines += ["", "Multiply-adds are torch's count; thop's beside it:", "", *counters]
     failed = [f"- {row.experiment}: {row.error}" for row in rows if row.error]
     return "\n".join(lines + (["", "Not right:", "", *failed] if failed else []))
 
