@@ -256,6 +256,11 @@ def test_deploy_parameters_are_the_published_ones(name):
     assert count // 10_000 == round(100 * _PUBLISHED[name])  # The paper cuts its digits off.
 
 
+def test_training_parameters_are_the_published_ones():
+    model = timm.create_model("repvgg_a0", device="meta")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 9.11
+
+
 # --- folded, dilated, as features ----------------------------------------------------------------
 
 

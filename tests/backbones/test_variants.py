@@ -26,6 +26,14 @@ COUNTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"), [("rexnet_100", 4.80), ("mobilenetv3_large_100", 5.48)]
+)
+def test_timms_own_models_have_the_published_number_of_parameters(name, millions):
+    model = timm.create_model(name, device="meta")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_is_the_timm_model_with_one_idea(name):
     base_name, layer = VARIANTS[name]
