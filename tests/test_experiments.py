@@ -108,7 +108,9 @@ def _check_whole(path, batches, classes):
     assert score <= 1e-4, f"folded scores differ by {score:.1e}"
     assert box <= 0.05, f"folded boxes differ by {box:.1e} px"
     assert (report.norms_after, report.branches_after) == (0, 0)
-    check = check_against_torch(export_detector(folded, (128, 160)), folded, [images])
+    check = check_against_torch(
+        export_detector(folded, experiment.data, (128, 160)), folded, [images]
+    )
     assert check.same, check.line()
     return (
         f"loss {first:.2f} -> {last:.2f}; norms {report.norms_before} -> 0; folded scores within "

@@ -6,7 +6,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from tinydet.deployment.runtime import Detector
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -53,6 +57,53 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def take_lone_checkpoint(args: argparse.Namespace) -> None:
-    """Where EXPERIMENT CHECKPOINT are optional, let a lone .pt file be the checkpoint."""
-    if args.experiment and args.checkpoint is None and args.experiment.suffix == ".pt":
+    """Where EXPERIMENT CHECKPOINT are optional, let a lone .pt or .onnx file be the checkpoint."""
+    lone = args.experiment and args.checkpoint is None
+    if lone and args.experiment.suffix in (".pt", ".onnx"):
         args.experiment, args.checkpoint = None, args.experiment
+
+
+def add_detector(parser: argparse.ArgumentParser) -> None:
+    """Add [EXPERIMENT CHECKPOINT], --device, --score-threshold and --set."""
+    parser.add_argument(
+        "experiment",
+        type=Path,
+        nargs="?",
+        help="left out: the checkpoint's own; a lone .pt or .onnx file is the checkpoint",
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        help=".pt or .onnx; left out: the newest run's best checkpoint",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
+    parser.add_argument("--score-threshold", type=float, default=0.3, help="drop lower scores")
+    add_overrides(parser)
+
+
+def load_asked_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
+    """Return the detector that the options of `add_detector` ask for, and its file.
+
+    Raises:
+        ValueError: a file is missing or wrong; --set was given for an ONNX file, which holds all
+            that matters itself.
+    """
+    from tinydet.deployment.runtime import Detector
+    from tinydet.experiment_file import experiment_from_dict, load_experiment, override
+    from tinydet.training.checkpoint import read_checkpoint
+    from tinydet.training.device import pick_device
+    from tinydet.training.runs import newest_checkpoint
+
+    take_lone_checkpoint(args)
+    experiment = load_experiment(args.experiment, args.set) if args.experiment else None
+    path = args.checkpoint or newest_checkpoint(name=experiment.name if experiment else "*")
+    if path.suffix == ".onnx" and args.set:
+        raise ValueError(f"--set changes an experiment, and {path} is an ONNX file: export another")
+    # An ONNX Runtime that knows GPUs is rare: there the GPU is asked for by name.
+    own_choice = path.suffix == ".onnx" and args.device == "auto"
+    device = pick_device("cpu" if own_choice else args.device)
+    if experiment is None and args.set:
+        stored = experiment_from_dict(read_checkpoint(path)["experiment"])
+        experiment = override(stored, args.set)
+    return Detector.load(path, experiment, device, args.score_threshold), path

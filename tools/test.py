@@ -12,7 +12,7 @@ from tinydet.cli import add_overrides, run
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", type=Path, help="a file of experiments/, or experiment.json")
-    parser.add_argument("checkpoint", type=Path, help="training or deploy form")
+    parser.add_argument("checkpoint", type=Path, help=".pt of either form, or .onnx")
     parser.add_argument("--eval", default="mAP", choices=["mAP"], help="what to compute")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
@@ -29,13 +29,17 @@ def main(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--out {args.out}: there is no folder {args.out.parent}")
 
     from tinydet.data.dataset import load_split
+    from tinydet.deployment.runtime import OnnxNetwork
     from tinydet.training.checkpoint import load_detector
     from tinydet.training.device import pick_device
     from tinydet.training.evaluate import evaluate_detector
     from tinydet.training.results import write_json
 
     device = pick_device(args.device)
-    detector = load_detector(args.checkpoint, experiment, device)
+    if args.checkpoint.suffix == ".onnx":
+        detector = OnnxNetwork(args.checkpoint, device)
+    else:
+        detector = load_detector(args.checkpoint, experiment, device)
     data = replace(experiment.data, classes=detector.classes)
     index = load_split(data, data.test_split)
     metrics = evaluate_detector(detector, index, data, experiment.train.eval_batch_size, device)

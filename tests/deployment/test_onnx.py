@@ -7,14 +7,15 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from tinydet.config import Data  # noqa: E402
 from tinydet.deployment.images import random_images  # noqa: E402
 from tinydet.deployment.onnx import (  # noqa: E402
     export_checkpoint,
     export_detector,
-    unpack,
     write_checked,
 )
 from tinydet.deployment.reparameterize import fold_detector  # noqa: E402
+from tinydet.deployment.runtime import unpack  # noqa: E402
 from tinydet.training.checkpoint import load_detector  # noqa: E402
 
 
@@ -25,7 +26,7 @@ def folded(detector):
 
 @pytest.fixture(scope="module")
 def model(folded):
-    return export_detector(folded)
+    return export_detector(folded, Data(image_size=96, short_side=64))
 
 
 def _detections(model, images):
@@ -74,6 +75,7 @@ def test_metadata(model, detector):
     assert values["max_detections"] == 50
     assert values["size"] is None
     assert "uint8 RGB" in values["input"]
+    assert (values["image_size"], values["keep_ratio"], values["short_side"]) == (96, True, 64)
 
 
 def test_export_checkpoint__training_form_and_fixed_size(make_checkpoint, make_detector):
@@ -122,4 +124,4 @@ def test_refuses_when_nothing_is_found_but_the_boxes_differ(model, make_detector
 
 def test_size_must_be_a_multiple_of_32(folded):
     with pytest.raises(ValueError, match="multiples of 32"):
-        export_detector(folded, (64, 100))
+        export_detector(folded, Data(), (64, 100))

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinydet.data.shapes import render_shapes
+from tinydet.report.video import VideoFile, open_video
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
@@ -113,6 +115,21 @@ def test_from_training_to_a_picture_with_no_more_arguments_than_needed(folder):
     )
     assert drawn.returncode == 0, drawn.stderr
     assert (folder / "drawn.png").stat().st_size > 0
+
+    shown = _run("tools/image_demo.py", image, run / "deploy.onnx", "--out", "onnx.png", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert "deploy.onnx drawn in onnx.png" in shown.stdout
+    rated = _run("tools/test.py", stored, run / "deploy.onnx", cwd=folder)
+    assert rated.returncode == 0, rated.stderr
+    assert rated.stdout == tested.stdout
+
+    with VideoFile(folder / "film.mp4", 5) as film:
+        for frame in torch.zeros(3, 3, 64, 96, dtype=torch.uint8):
+            film.write(frame)
+    filmed = _run("tools/video_demo.py", "film.mp4", run / "deploy.onnx", cwd=folder)
+    assert filmed.returncode == 0, filmed.stderr
+    assert "in 3 frames" in filmed.stdout
+    assert open_video(folder / "film_detections.mp4").frames == 3
 
     resumed = _run(
         *("tools/train.py", EXPERIMENT, "--resume", "--set", *SMALL, "train.epochs=2"), cwd=folder

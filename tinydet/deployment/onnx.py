@@ -26,6 +26,8 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from tinydet import __version__
+from tinydet.config import Data
+from tinydet.data.transforms import PAD_VALUE, STRIDE
 from tinydet.deployment.agreement import Agreement, compare_detections
 from tinydet.deployment.decoding import (
     MAX_BOX,
@@ -37,9 +39,9 @@ from tinydet.deployment.fixed_padding import with_fixed_padding
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
 from tinydet.deployment.reparameterize import fold_detector
+from tinydet.deployment.runtime import unpack
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
-from tinydet.yolof.decode import Detections
 from tinydet.yolof.detector import Detector
 
 _OUTPUTS = ["boxes", "scores", "labels", "count", "pair_scores", "anchor_boxes"]
@@ -123,7 +125,7 @@ def export_checkpoint(
     images = sample_images(experiment, 4, 1)
     batches = list(images.batches) if size is None else []
     batches += [random_images(n, size or (64 + 32 * n, 96), seed=n) for n in (1, 3)]
-    model = export_detector(detector, size)
+    model = export_detector(detector, experiment.data, size)
     path = out or source.with_suffix(".onnx")
     check = write_checked(model, path, detector, batches)
     shapes = ", ".join(sorted({"x".join(map(str, batch.shape)) for batch in batches}))
@@ -131,11 +133,14 @@ def export_checkpoint(
     return Exported(path, check, checked_on, training_form)
 
 
-def export_detector(detector: Detector, size: tuple[int, int] | None = None) -> ModelProto:
+def export_detector(
+    detector: Detector, data: Data, size: tuple[int, int] | None = None
+) -> ModelProto:
     """Build the ONNX model of a detector in eval mode; nothing is written.
 
     Args:
         detector: usually folded.
+        data: how images are resized for it, which the file's metadata tells.
         size: (H, W) of the input; None lets both vary.
 
     Raises:
@@ -149,7 +154,7 @@ def export_detector(detector: Detector, size: tuple[int, int] | None = None) -> 
     model = onnx.compose.merge_models(network, selection, io_map=names)
     model.producer_name, model.producer_version = "tinydet", __version__
     model.doc_string = str(__doc__)
-    onnx.helper.set_model_props(model, _metadata(detector, size))
+    onnx.helper.set_model_props(model, _metadata(detector, data, size))
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -207,13 +212,6 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
     return check
 
 
-def unpack(boxes: Tensor, scores: Tensor, labels: Tensor, count: Tensor) -> list[Detections]:
-    """Turn the file's padded outputs into detections, image by image."""
-    return [
-        Detections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(count.tolist())
-    ]
-
-
 class _ScoresAndBoxes(nn.Module):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -261,13 +259,21 @@ def _network_graph(detector: Detector, size: tuple[int, int] | None) -> ModelPro
     return model
 
 
-def _metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
+def _metadata(detector: Detector, data: Data, size: tuple[int, int] | None) -> dict[str, str]:
     config = detector.config
     values = {
         "classes": list(detector.classes),
         "stride": detector.stride,
-        "input": "uint8 RGB, NCHW, longer side resized, padded at the right and bottom",
-        "size_multiple": 32,
+        "input": (
+            "uint8 RGB, NCHW, resized to image_size (the longer side, or both unless keep_ratio; "
+            "the shorter at most short_side unless 0), padded with pad_value at the right and "
+            "bottom to whole multiples of size_multiple"
+        ),
+        "image_size": data.image_size,
+        "keep_ratio": data.keep_ratio,
+        "short_side": data.short_side,
+        "pad_value": PAD_VALUE,
+        "size_multiple": STRIDE,
         "size": list(size) if size else None,
         "score_threshold": config.score_threshold,
         "nms_iou": config.nms_iou,

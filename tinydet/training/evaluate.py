@@ -9,11 +9,11 @@ from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.data.voc import VocDataset
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
-from tinydet.yolof.detector import Detector
+from tinydet.yolof.network import Network
 
 
 def evaluate_detector(
-    detector: Detector, index: Index, data: Data, batch_size: int, device: torch.device
+    detector: Network, index: Index, data: Data, batch_size: int, device: torch.device
 ) -> Metrics:
     """Return the metrics of a detector, in float32, on every image of a split."""
     detections = detect_split(detector, index, data, batch_size, device)
@@ -21,7 +21,7 @@ def evaluate_detector(
 
 
 def detect_split(
-    detector: Detector, index: Index, data: Data, batch_size: int, device: torch.device
+    detector: Network, index: Index, data: Data, batch_size: int, device: torch.device
 ) -> list[ImageDetections]:
     """Return the detections of every image of a split, in the index's order, in original pixels."""
     loader = make_test_loader(VocDataset(index), data, batch_size, device=device)

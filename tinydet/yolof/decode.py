@@ -6,6 +6,7 @@ B images, A anchors, K classes, N detections of an image.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,3 +99,32 @@ def postprocess(
         Detections(kept_boxes[i], kept_scores[i], labels[i])
         for i in (part[:max_detections] for part in order.split(counts))
     ]
+
+
+def place_in_images(
+    detections: Sequence[Detections],
+    sizes: Sequence[tuple[int, int]] | None,
+    scales: Sequence[tuple[float, float]] | None,
+) -> list[Detections]:
+    """Turn pixels of the network input into pixels of the original images.
+
+    Args:
+        detections: of each image.
+        sizes: (H, W) of each original image; boxes are clipped to it. None clips nothing.
+        scales: (sy, sx) of each image, network pixels an original pixel; boxes are divided by it.
+
+    Returns:
+        The detections without those that lay in the padding alone.
+    """
+    placed = []
+    for i, found in enumerate(detections):
+        boxes, solid = found.boxes, slice(None)
+        if scales is not None:
+            sy, sx = scales[i]
+            boxes = boxes / boxes.new_tensor([sx, sy, sx, sy])
+        if sizes is not None:
+            height, width = sizes[i]
+            boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+            solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        placed.append(Detections(boxes[solid], found.scores[solid], found.labels[solid]))
+    return placed

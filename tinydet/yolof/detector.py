@@ -14,7 +14,7 @@ from tinydet.backbones.factory import create_backbone
 from tinydet.backbones.ideas import apply_ideas
 from tinydet.config import Model
 from tinydet.yolof.anchors import make_anchors
-from tinydet.yolof.decode import Detections, decode_boxes, postprocess
+from tinydet.yolof.decode import Detections, decode_boxes, place_in_images, postprocess
 from tinydet.yolof.encoder import DilatedEncoder
 from tinydet.yolof.head import Head
 from tinydet.yolof.loss import pad_targets, yolof_losses
@@ -127,20 +127,7 @@ class Detector(nn.Module):
         """
         cls_logits, deltas = self(images)
         detections = self.select(cls_logits, deltas, tuple(images.shape[-2:]))
-        for i, found in enumerate(detections):
-            if scales is not None:
-                sy, sx = scales[i]
-                found.boxes = found.boxes / found.boxes.new_tensor([sx, sy, sx, sy])
-            if sizes is not None:
-                height, width = sizes[i]
-                limit = found.boxes.new_tensor([width, height, width, height])
-                found.boxes = found.boxes.clamp(min=0).minimum(limit)
-                # A box that lay in the padding alone has nothing left.
-                solid = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
-                found.boxes, found.scores, found.labels = (
-                    t[solid] for t in (found.boxes, found.scores, found.labels)
-                )
-        return detections
+        return place_in_images(detections, sizes, scales)
 
     def select(
         self, cls_logits: Tensor, deltas: Tensor, image_size: tuple[int, int]

@@ -1,0 +1,28 @@
+"""What evaluation and demos need of a detector, whatever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from tinydet.yolof.decode import Detections
+
+
+class Network(Protocol):
+    """Finds objects in network inputs: `yolof.detector.Detector`, `deployment.runtime.OnnxNetwork`.
+
+    Attributes:
+        classes: class names in label order.
+    """
+
+    classes: tuple[str, ...]
+
+    def detect(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        scales: Sequence[tuple[float, float]] | None = None,
+    ) -> list[Detections]:
+        """Detect objects in a batch; see `tinydet.yolof.detector.Detector.detect`."""

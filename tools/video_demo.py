@@ -1,0 +1,48 @@
+"""Draw detections into a video: python tools/video_demo.py VIDEO [EXPERIMENT CHECKPOINT]."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tinydet.cli import add_detector, load_asked_detector, run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("video", type=Path, help="any video that OpenCV reads")
+    add_detector(parser)
+    parser.add_argument("--out", type=Path, help="default: NAME_detections.mp4 in this folder")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Detect, draw and write frame by frame; interrupted, what is written is kept."""
+    out = args.out or Path(f"{args.video.stem}_detections.mp4")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    if out.exists() and args.video.exists() and out.samefile(args.video):
+        raise ValueError(f"--out {out}: is the video itself; give another name")
+
+    from rich.progress import track
+
+    from tinydet.report.draw import draw_detections
+    from tinydet.report.video import VideoFile, open_video
+
+    video = open_video(args.video)
+    detector, checkpoint = load_asked_detector(args)
+    detections = 0
+    with VideoFile(out, video.frames_per_second) as file:
+        for image in track(video, args.video.name, video.frames or None):
+            (found,) = detector([image])
+            detections += len(found.scores)
+            file.write(
+                draw_detections(image, found.boxes, found.labels, found.scores, detector.classes)
+            )
+    if not file.frames:
+        raise ValueError(f"{args.video}: OpenCV finds no frame in it")
+    print(f"{detections} detections in {file.frames} frames by {checkpoint} drawn in {out}")
+
+
+if __name__ == "__main__":
+    run(main, _parser())
