@@ -24,6 +24,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("H", "W"),
         help="fixed input size, multiples of 32; default: any",
     )
+    parser.add_argument(
+        "--no-nms",
+        action="store_true",
+        help="return every anchor's scores and box, for runtimes without NonMaxSuppression",
+    )
     return parser
 
 
@@ -35,7 +40,8 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = args.checkpoint or newest_checkpoint(file_name="deploy.pt")
     size = tuple(args.size) if args.size else None
     print(f"checkpoint  {checkpoint}")
-    print("\n".join(export_checkpoint(checkpoint, args.out, size).lines()))
+    exported = export_checkpoint(checkpoint, args.out, size, nms=not args.no_nms)
+    print("\n".join(exported.lines()))
 
 
 if __name__ == "__main__":

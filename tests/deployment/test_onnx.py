@@ -15,8 +15,9 @@ from tinydet.deployment.onnx import (  # noqa: E402
     write_checked,
 )
 from tinydet.deployment.reparameterize import fold_detector  # noqa: E402
-from tinydet.deployment.runtime import unpack  # noqa: E402
+from tinydet.deployment.runtime import OnnxNetwork, unpack  # noqa: E402
 from tinydet.training.checkpoint import load_detector  # noqa: E402
+from tinydet.yolof.decode import decode_boxes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,25 @@ def test_export_checkpoint__training_form_and_fixed_size(make_checkpoint, make_d
     for a, b in zip(load_detector(source).detect(images), _detections(model, images), strict=True):
         torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-5)
     assert sorted(p.name for p in source.parent.iterdir()) == ["best.onnx", "best.pt"]
+
+
+def test_export_checkpoint__without_nms(make_checkpoint, make_detector):
+    source = make_checkpoint(make_detector())
+    result = export_checkpoint(source, size=(64, 96), nms=False)
+    assert "NonMaxSuppression" not in {n.op_type for n in onnx.load(result.path).graph.node}
+    session = onnxruntime.InferenceSession(result.path, providers=["CPUExecutionProvider"])
+    detector, images = load_detector(source), random_images(3, (64, 96))
+    scores, boxes = session.run(["scores", "boxes"], {"images": images.numpy()})
+    with torch.inference_mode():
+        logits, deltas = detector(images)
+        expected = decode_boxes(detector.anchors((64, 96)), deltas, detector.config.center_clamp)
+    torch.testing.assert_close(torch.from_numpy(scores), logits.sigmoid(), rtol=0, atol=1e-4)
+    limit = torch.tensor([96, 64, 96, 64])
+    torch.testing.assert_close(
+        torch.from_numpy(boxes), expected.clamp(min=0).minimum(limit), rtol=0, atol=0.01
+    )
+    with pytest.raises(ValueError, match="exported with --no-nms"):
+        OnnxNetwork(result.path)
 
 
 @pytest.mark.parametrize("layer", ["cls_score", "box_delta"])

@@ -5,6 +5,10 @@ Output `boxes`   (batch, max_detections, 4) float32 xyxy, pixels of the input; 0
        `scores`  (batch, max_detections) float32, descending; 0 where there is none
        `labels`  (batch, max_detections) int64, index into the class names; -1 where there is none
        `count`   (batch,) int64, detections of each image
+
+Without selection, for runtimes that have no NonMaxSuppression (`--no-nms`):
+Output `scores`  (batch, anchors, classes) float32 in [0, 1]
+       `boxes`   (batch, anchors, 4) float32 xyxy, pixels of the input, clipped to it
 """
 
 from __future__ import annotations
@@ -39,12 +43,13 @@ from tinydet.deployment.fixed_padding import with_fixed_padding
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
 from tinydet.deployment.reparameterize import fold_detector
-from tinydet.deployment.runtime import unpack
+from tinydet.deployment.runtime import OUTPUTS, unpack
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.yolof.detector import Detector
 
-_OUTPUTS = ["boxes", "scores", "labels", "count", "pair_scores", "anchor_boxes"]
+_RAW = ("pair_scores", "anchor_boxes")  # what goes into the selection
+_WITHOUT_NMS = ("scores", "boxes")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,10 @@ class Exported:
 
 
 def export_checkpoint(
-    source: Path, out: Path | None = None, size: tuple[int, int] | None = None
+    source: Path,
+    out: Path | None = None,
+    size: tuple[int, int] | None = None,
+    nms: bool = True,
 ) -> Exported:
     """Export a checkpoint, of either form, as one ONNX file.
 
@@ -111,6 +119,7 @@ def export_checkpoint(
         source: the checkpoint; one of the training form is folded first.
         out: where to; the source's name with `.onnx` by default.
         size: (H, W) of the input; None lets both vary.
+        nms: select detections; False returns every anchor's scores and box.
 
     Raises:
         ValueError: the size is no multiple of 32, the network cannot be exported, or the file does
@@ -125,7 +134,7 @@ def export_checkpoint(
     images = sample_images(experiment, 4, 1)
     batches = list(images.batches) if size is None else []
     batches += [random_images(n, size or (64 + 32 * n, 96), seed=n) for n in (1, 3)]
-    model = export_detector(detector, experiment.data, size)
+    model = export_detector(detector, experiment.data, size, nms)
     path = out or source.with_suffix(".onnx")
     check = write_checked(model, path, detector, batches)
     shapes = ", ".join(sorted({"x".join(map(str, batch.shape)) for batch in batches}))
@@ -134,7 +143,7 @@ def export_checkpoint(
 
 
 def export_detector(
-    detector: Detector, data: Data, size: tuple[int, int] | None = None
+    detector: Detector, data: Data, size: tuple[int, int] | None = None, nms: bool = True
 ) -> ModelProto:
     """Build the ONNX model of a detector in eval mode; nothing is written.
 
@@ -142,16 +151,17 @@ def export_detector(
         detector: usually folded.
         data: how images are resized for it, which the file's metadata tells.
         size: (H, W) of the input; None lets both vary.
+        nms: select detections; False returns every anchor's scores and box.
 
     Raises:
         ValueError: the size is no multiple of 32, or the network cannot be exported.
     """
     if size and (min(size) < 32 or any(side % 32 for side in size)):
         raise ValueError(f"--size {size[0]} {size[1]}: both must be multiples of 32")
-    network = _network_graph(detector, size)
-    selection = selection_graph(detector.config, len(detector.classes))
-    names = [("pair_scores", "pair_scores"), ("anchor_boxes", "anchor_boxes")]
-    model = onnx.compose.merge_models(network, selection, io_map=names)
+    model = _network_graph(detector, size, _RAW if nms else _WITHOUT_NMS)
+    if nms:
+        selection = selection_graph(detector.config, len(detector.classes))
+        model = onnx.compose.merge_models(model, selection, [(name, name) for name in _RAW])
     model.producer_name, model.producer_version = "tinydet", __version__
     model.doc_string = str(__doc__)
     onnx.helper.set_model_props(model, _metadata(detector, data, size))
@@ -194,16 +204,23 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
     All scores and the best anchors' boxes are compared as well as the detections: two that find
     nothing would agree whatever they compute.
     """
-    session = _session(_with_raw_outputs(model))
+    nms = len(model.graph.output) > len(_WITHOUT_NMS)
+    session = _session(_with_raw_outputs(model) if nms else model)
+    names = [output.name for output in session.get_outputs()]
     check = Check()
     for images in batches:
-        outputs = [torch.from_numpy(x) for x in session.run(_OUTPUTS, {"images": images.numpy()})]
+        outputs = session.run(names, {"images": images.numpy()})
+        told = dict(zip(names, map(torch.from_numpy, outputs), strict=True))
         with torch.inference_mode():
             expected = scores_and_boxes(detector, images)
-        scores = outputs[4].reshape(expected[0].shape)
-        max_score, max_box = largest_differences(expected, (scores, outputs[5]))
-        found = unpack(*outputs[:4])
-        agreement = compare_detections(detector.detect(images), found, detector.config)
+        scores, boxes = (told[name] for name in (_RAW if nms else _WITHOUT_NMS))
+        max_score, max_box = largest_differences(
+            expected, (scores.reshape(expected[0].shape), boxes)
+        )
+        agreement = Agreement()
+        if nms:
+            found = unpack(*(told[name] for name in OUTPUTS))
+            agreement = compare_detections(detector.detect(images), found, detector.config)
         check = Check(
             max(check.max_score, max_score),
             max(check.max_box, max_box),
@@ -213,16 +230,19 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
 
 
 class _ScoresAndBoxes(nn.Module):
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detector, pairs: bool) -> None:
         super().__init__()
         self.detector = detector
+        self.pairs = pairs
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores, boxes = scores_and_boxes(self.detector, images)
-        return scores.flatten(1), boxes  # (B, A * K), (B, A, 4)
+        scores, boxes = scores_and_boxes(self.detector, images)  # (B, A, K), (B, A, 4)
+        return scores.flatten(1) if self.pairs else scores, boxes
 
 
-def _network_graph(detector: Detector, size: tuple[int, int] | None) -> ModelProto:
+def _network_graph(
+    detector: Detector, size: tuple[int, int] | None, outputs: tuple[str, str]
+) -> ModelProto:
     images = random_images(2, size or (128, 160))
     other = random_images(1, size or (64, 96))
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}
@@ -233,11 +253,12 @@ def _network_graph(detector: Detector, size: tuple[int, int] | None) -> ModelPro
         # The exporter reports its steps on stdout, and its own deprecations as warnings.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
+            padded = with_fixed_padding(detector, [images, other])
             program = torch.onnx.export(
-                _ScoresAndBoxes(with_fixed_padding(detector, [images, other])).eval(),
+                _ScoresAndBoxes(padded, pairs=outputs == _RAW).eval(),
                 (images,),
                 input_names=["images"],
-                output_names=["pair_scores", "anchor_boxes"],
+                output_names=list(outputs),
                 dynamic_shapes={"images": dynamic},
                 opset_version=OPSET,
                 external_data=False,
@@ -287,7 +308,7 @@ def _with_raw_outputs(model: ModelProto) -> ModelProto:
     """Return a copy that also returns what goes into the selection."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    for name in _OUTPUTS[4:]:
+    for name in _RAW:
         value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         copy.graph.output.append(value)
     return copy

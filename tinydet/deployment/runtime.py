@@ -25,7 +25,7 @@ from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.yolof.decode import Detections, place_in_images
 from tinydet.yolof.network import Network
 
-_OUTPUTS = ["boxes", "scores", "labels", "count"]
+OUTPUTS = ["boxes", "scores", "labels", "count"]
 
 
 class OnnxNetwork:
@@ -63,7 +63,7 @@ class OnnxNetwork:
                 "TinyDet's deploy/export_onnx.py"
             ) from error
         outputs = [output.name for output in self.session.get_outputs()]
-        if outputs != _OUTPUTS:
+        if outputs != OUTPUTS:
             raise ValueError(
                 f"{path}: returns {', '.join(outputs)}: exported with --no-nms; export it without"
             )
@@ -93,7 +93,7 @@ class OnnxNetwork:
             ValueError: the images are larger than the file's fixed size.
         """
         inputs = self._fitted(images).cpu().contiguous().numpy()
-        outputs = self.session.run(_OUTPUTS, {"images": inputs})
+        outputs = self.session.run(OUTPUTS, {"images": inputs})
         return place_in_images(unpack(*map(torch.from_numpy, outputs)), sizes, scales)
 
     def _fitted(self, images: Tensor) -> Tensor:
