@@ -10,5 +10,5 @@ from bccd_lite0 import experiment as plain
 experiment = replace(
     plain,
     model=replace(plain.model, expand="dbb", expand_where="3x3 5x5"),
-    train=replace(plain.train, epochs=4, eval_every=4),
+    train=replace(plain.train, epochs=3, eval_every=3),
 )
