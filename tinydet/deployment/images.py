@@ -28,19 +28,22 @@ class SampleImages:
     real: bool
 
 
-def sample_images(experiment: Experiment, count: int, batch_size: int) -> SampleImages:
+def sample_images(
+    experiment: Experiment, count: int, batch_size: int, split: str | None = None
+) -> SampleImages:
     """Return images resized as in evaluation; nothing is downloaded or rendered for it.
 
     Args:
-        experiment: its test split is used when its data is there.
+        experiment: its data is used when it is there.
         count: images wanted; fewer when the split is smaller. Random images are one batch.
         batch_size: most images in a batch.
+        split: where they are from; None is the test split.
     """
     data = replace(experiment.data, workers=0)
     if is_missing(data):
         return _random(data.image_size, batch_size, f"{data.root} is not there")
     try:
-        index = load_split(data, data.test_split)
+        index = load_split(data, split or data.test_split)
     except (ValueError, OSError) as error:
         return _random(data.image_size, batch_size, str(error))
     batches, left = [], count
@@ -50,7 +53,7 @@ def sample_images(experiment: Experiment, count: int, batch_size: int) -> Sample
         if left <= 0:
             break
     found = sum(len(batch) for batch in batches)
-    return SampleImages(tuple(batches), f"{found} images of {data.root} ({data.test_split})", True)
+    return SampleImages(tuple(batches), f"{found} images of {data.root} ({index.split})", True)
 
 
 def random_images(batch_size: int, size: tuple[int, int], seed: int = 0) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tinydet import __version__
 from tinydet.config import Data
 from tinydet.data.transforms import PAD_VALUE, STRIDE
+from tinydet.deployment.activations import with_outputs
 from tinydet.deployment.agreement import Agreement, compare_detections
 from tinydet.deployment.decoding import (
     MAX_BOX,
@@ -43,7 +44,7 @@ from tinydet.deployment.fixed_padding import with_fixed_padding
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
 from tinydet.deployment.reparameterize import fold_detector
-from tinydet.deployment.runtime import OUTPUTS, unpack
+from tinydet.deployment.runtime import OUTPUTS, open_session, unpack
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.yolof.detector import Detector
@@ -162,6 +163,7 @@ def export_detector(
     if nms:
         selection = selection_graph(detector.config, len(detector.classes))
         model = onnx.compose.merge_models(model, selection, [(name, name) for name in _RAW])
+        del model.opset_import[1:]  # Both parts' own, one and the same.
     model.producer_name, model.producer_version = "tinydet", __version__
     model.doc_string = str(__doc__)
     onnx.helper.set_model_props(model, _metadata(detector, data, size))
@@ -205,7 +207,7 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
     nothing would agree whatever they compute.
     """
     nms = len(model.graph.output) > len(_WITHOUT_NMS)
-    session = _session(_with_raw_outputs(model) if nms else model)
+    session = open_session(with_outputs(model, _RAW) if nms else model)
     names = [output.name for output in session.get_outputs()]
     check = Check()
     for images in batches:
@@ -302,28 +304,3 @@ def _metadata(detector: Detector, data: Data, size: tuple[int, int] | None) -> d
         "max_detections": config.max_detections,
     }
     return {name: json.dumps(value) for name, value in values.items()}
-
-
-def _with_raw_outputs(model: ModelProto) -> ModelProto:
-    """Return a copy that also returns what goes into the selection."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for name in _RAW:
-        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        copy.graph.output.append(value)
-    return copy
-
-
-def _session(model: ModelProto) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ValueError(
-            "the exported file is checked with onnxruntime, which is missing: "
-            "pip install 'tinydet[deploy]'"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )

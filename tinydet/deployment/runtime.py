@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from onnx import ModelProto
 from torch import Tensor
 
 from tinydet.config import Data, Experiment
@@ -40,12 +41,12 @@ class OnnxNetwork:
     """
 
     def __init__(
-        self, path: str | Path, device: str | torch.device = "cpu", threads: int = 0
+        self, path: str | Path | ModelProto, device: str | torch.device = "cpu", threads: int = 0
     ) -> None:
         """Load a file.
 
         Args:
-            path: the file.
+            path: the file, or what would be in it.
             device: "cpu" or "cuda".
             threads: of the CPU for one operator; 0 is ONNX Runtime's choice.
 
@@ -53,7 +54,9 @@ class OnnxNetwork:
             ValueError: there is no such file, it was not exported by TinyDet, ONNX Runtime is
                 missing or refuses it, or has no such device.
         """
-        self.session = _open(Path(path), torch.device(device).type, threads)
+        model = path if isinstance(path, ModelProto) else Path(path)
+        path = "the network" if isinstance(path, ModelProto) else path
+        self.session = open_session(model, torch.device(device).type, threads)
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             told = {name: json.loads(metadata[name]) for name in _METADATA}
@@ -238,9 +241,20 @@ def _first_missing(metadata: dict[str, str]) -> str:
     return next((name for name in _METADATA if name not in metadata), "classes")
 
 
-def _open(path: Path, device: str, threads: int) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+def open_session(model: Path | ModelProto, device: str = "cpu", threads: int = 0) -> Any:
+    """Return an ONNX Runtime session.
+
+    Args:
+        model: a file, or what would be in it.
+        device: "cpu" or "cuda".
+        threads: of the CPU for one operator; 0 is ONNX Runtime's choice.
+
+    Raises:
+        ValueError: there is no such file, or ONNX Runtime is missing, refuses it or has no such
+            device.
+    """
+    if isinstance(model, Path) and not model.is_file():
+        raise ValueError(f"{model}: no such file")
     try:
         import onnxruntime
     except ImportError:
@@ -255,11 +269,13 @@ def _open(path: Path, device: str, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    content = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        return onnxruntime.InferenceSession(content, options, providers=[provider])
     except Exception as error:  # ONNX Runtime's own types, which share no base but this.
+        name = model if isinstance(model, Path) else "the network"
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: ONNX Runtime refuses it: {reason}") from error
+        raise ValueError(f"{name}: ONNX Runtime refuses it: {reason}") from error
 
 
 def _sample(image: Tensor) -> Sample:
