@@ -17,7 +17,31 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the checkpoint's own; a lone .pt file is the checkpoint",
     )
     parser.add_argument("checkpoint", type=Path, nargs="?", help="default: the newest best.pt")
-    parser.add_argument("--fp16", action="store_true", help="run in float16 (meant for a GPU)")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="run in float16 (meant for a GPU)")
+    precision.add_argument("--bf16", action="store_true", help="run in bfloat16")
+    parser.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="memory format; default: channels_last on a GPU",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="time the forms compiled by torch.compile as well"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["torch", "onnxruntime", "all"],
+        default="torch",
+        help="what runs the checkpoint, default torch",
+    )
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="other checkpoints (timed folded) and ONNX files, timed in the same run",
+    )
     parser.add_argument("--images", type=int, default=2000, help="images to time, default 2000")
     parser.add_argument("--batch-size", type=int, default=1, help="images in a batch, default 1")
     parser.add_argument(
@@ -33,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--time-limit", type=float, default=60.0, help="seconds, default 60; 0 for no limit"
     )
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     add_overrides(parser)
     return parser
 
@@ -61,10 +86,15 @@ def main(args: argparse.Namespace) -> None:
         images=args.images,
         batch_size=args.batch_size,
         size=tuple(args.size) if args.size else None,
-        fp16=args.fp16,
+        precision="float16" if args.fp16 else "bfloat16" if args.bf16 else "float32",
+        channels_last=args.channels_last,
+        compile=args.compile,
+        backend=args.backend,
+        others=tuple(args.beside),
         fuse=not args.no_fuse,
         device=args.device,
         time_limit=args.time_limit,
+        out=args.out,
     )
     print(f"checkpoint  {checkpoint}", flush=True)
     for line in time_checkpoint(checkpoint, experiment, options):

@@ -15,6 +15,16 @@ _MODEL = Model(
     candidates=200,
     max_detections=50,
 )
+# Exported in a moment.
+_SMALL = Model(
+    backbone="test_resnet",
+    weights="random",
+    encoder_channels=16,
+    encoder_mid_channels=8,
+    dilations=(2,),
+    cls_convs=1,
+    reg_convs=1,
+)
 _CLASSES = ("circle", "square", "triangle")
 
 
@@ -44,6 +54,12 @@ def make_detector():
 def detector():
     """Treat it as read-only."""
     return _detector()
+
+
+@pytest.fixture(scope="session")
+def small_detector():
+    """Treat it as read-only."""
+    return _detector(_SMALL)
 
 
 @pytest.fixture

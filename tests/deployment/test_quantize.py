@@ -7,7 +7,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from tinydet.config import Data, Model  # noqa: E402
+from tinydet.config import Data  # noqa: E402
 from tinydet.data.shapes import render_shapes  # noqa: E402
 from tinydet.deployment.images import random_images  # noqa: E402
 from tinydet.deployment.onnx import export_detector  # noqa: E402
@@ -18,15 +18,6 @@ from tinydet.deployment.reparameterize import fold_detector  # noqa: E402
 from tinydet.deployment.runtime import OnnxNetwork  # noqa: E402
 
 _SIZE = (64, 96)
-_SMALL = Model(
-    backbone="test_resnet",
-    weights="random",
-    encoder_channels=16,
-    encoder_mid_channels=8,
-    dilations=(2,),
-    cls_convs=1,
-    reg_convs=1,
-)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +80,9 @@ def test_nodes_to_keep_stay_in_float_and_alone_leaves_all_others(model, images):
     assert set(alone) == {convs[5].node.input[1]}
 
 
-def test_sensitivity_finds_the_layer_that_int8_destroys(make_detector, images):
+def test_sensitivity_finds_the_layer_that_int8_destroys(small_detector, images):
     """One weight of each channel is made huge; what it reads is made zero: float stays the same."""
-    model = export_detector(fold_detector(make_detector(_SMALL))[0], Data(), _SIZE)
+    model = export_detector(fold_detector(small_detector)[0], Data(), _SIZE)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     convs = list(find_convs(copy).values())
@@ -129,10 +120,10 @@ def test_quantizable_ends_at_the_last_convolutions(model):
 
 
 @pytest.fixture
-def checkpoint(make_detector, make_checkpoint, tmp_path):
+def checkpoint(small_detector, make_checkpoint, tmp_path):
     root = tmp_path / "shapes"
     render_shapes(root, 4, 3, 96)
-    return make_checkpoint(make_detector(_SMALL), Data(root=str(root), image_size=96))
+    return make_checkpoint(small_detector, Data(root=str(root), image_size=96))
 
 
 def test_quantize_checkpoint(checkpoint):

@@ -106,8 +106,12 @@ def test_measure__refuses_nothing():
 
 
 def test_table():
-    lines = table({"folded": Timing(2, [10.0, 30.0], [8.0, 20.0])})
-    assert lines[1].split() == ["folded", "50.0", "20.00", "30.00", "14.00", "6.00"]
+    timing = Timing(3, [10.0, 30.0, 20.0], [8.0, 20.0, 14.0])
+    first, second = table({"folded": timing, "other": timing}, {"folded": 2e9}, 1e12)[1:]
+    # 50 images a second of 2 G operations are 100 G, a tenth of the peak; quartiles are 15 and 25.
+    times = ["50.0", "20.00", "30.00", "10.00", "14.00", "6.00"]
+    assert first.split() == ["folded", *times, "100.0", "10%"]
+    assert second.split() == ["other", *times, "-", "-"]
 
 
 def test_wall_clock():

@@ -20,7 +20,21 @@ from tinydet.yolof.detector import Detector
 
 _CHUNK = 10  # most batches a form runs before it is the next one's turn
 _WARM_UP = 3  # most batches of each form that are not timed
+_COLUMNS = (
+    *("   img/s", "median ms", "  p95 ms", "spread ms", "forward ms", "  post ms"),
+    *(" GFLOP/s", "of peak"),
+)
 _TURN_SECONDS = 1.0  # a form that is slow has shorter turns and less warm-up
+
+
+class Form(Protocol):
+    """What is timed: a `Detector`, compiled or not, or an `OnnxForm`."""
+
+    def __call__(self, images: Tensor) -> tuple[Any, Any]:
+        """Run the network on (B, 3, H, W) uint8 images."""
+
+    def select(self, logits: Any, deltas: Any, image_size: tuple[int, int]) -> Any:
+        """Select detections from what the network returned."""
 
 
 class Clock(Protocol):
@@ -115,6 +129,14 @@ class Timing:
         return sorted(self.latencies)[rank - 1]
 
     @property
+    def spread(self) -> float:
+        """Interquartile range of a batch's milliseconds; 0 of a single one."""
+        if len(self.latencies) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.latencies, n=4, method="inclusive")
+        return high - low
+
+    @property
     def forward(self) -> float:
         """Median milliseconds of a batch's forward pass."""
         return statistics.median(self.forwards)
@@ -128,7 +150,7 @@ class Timing:
 
 @torch.inference_mode()
 def measure(
-    forms: Mapping[str, Detector],
+    forms: Mapping[str, Form],
     batches: Sequence[Tensor],
     images: int,
     clock: Clock,
@@ -138,7 +160,7 @@ def measure(
     """Time forms of a detector in turns, on the same batches.
 
     Args:
-        forms: detectors in eval mode on their device, by name.
+        forms: in eval mode on their device, by name.
         batches: (B, 3, H, W) uint8 on that device; used again from the start when all are through.
         images: to be timed with each form; the last batch may go beyond it.
         clock: what measures.
@@ -175,7 +197,7 @@ def measure(
 
 
 def _warm_up(
-    form: Detector, batches: Sequence[Tensor], clock: Clock, now: Callable[[], float]
+    form: Form, batches: Sequence[Tensor], clock: Clock, now: Callable[[], float]
 ) -> float:
     """Run a form untimed, for a turn at most, and return the seconds its last batch took."""
     begin = now()
@@ -189,7 +211,7 @@ def _warm_up(
     return end - start
 
 
-def _run(form: Detector, images: Tensor, clock: Clock) -> tuple[Any, Any, Any]:
+def _run(form: Form, images: Tensor, clock: Clock) -> tuple[Any, Any, Any]:
     start = clock.mark()
     logits, deltas = form(images)
     middle = clock.mark()
@@ -197,20 +219,28 @@ def _run(form: Detector, images: Tensor, clock: Clock) -> tuple[Any, Any, Any]:
     return start, middle, clock.mark()
 
 
-def table(timings: Mapping[str, Timing]) -> list[str]:
-    """Return the times as lines of text."""
+def table(timings: Mapping[str, Timing], operations: Mapping[str, float], peak: float) -> list[str]:
+    """Return the times as lines of text.
+
+    Args:
+        timings: by the name of the form.
+        operations: of an image, where they are known.
+        peak: operations a second that the machine is capable of.
+    """
     width = max(len(name) for name in timings)
-    lines = [f"{'':{width}}    img/s   median ms   p95 ms   forward ms   post ms"]
-    lines += [
-        f"{name:{width}} {t.images_per_second:8.1f} {t.median:11.2f} {t.p95:8.2f} "
-        f"{t.forward:12.2f} {t.postprocessing:9.2f}"
-        for name, t in timings.items()
-    ]
+    lines = [f"{'':{width}}" + "".join(f"{title:>{len(title) + 2}}" for title in _COLUMNS)]
+    for name, t in timings.items():
+        reached = operations.get(name, 0) * t.images_per_second
+        milliseconds = (t.median, t.p95, t.spread, t.forward, t.postprocessing)
+        figures = [f"{t.images_per_second:.1f}", *(f"{ms:.2f}" for ms in milliseconds)]
+        figures += [f"{reached / 1e9:.1f}", f"{reached / peak:.0%}"] if reached else ["-", "-"]
+        cells = zip(_COLUMNS, figures, strict=True)
+        lines.append(f"{name:{width}}" + "".join(f"{x:>{len(title) + 2}}" for title, x in cells))
     return lines
 
 
-def half_precision_problem(detector: Detector, images: Tensor) -> str | None:
-    """Return why a float16 detector cannot run on its device, or None if it can."""
+def precision_problem(detector: Detector, images: Tensor) -> str | None:
+    """Return why a detector in half precision cannot run on its device, or None if it can."""
     try:
         with torch.inference_mode():
             detector(images)

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tinydet.config import Experiment
+from tinydet.deployment.flops import check_size, count
+from tinydet.deployment.gemm import gemm_peak
 from tinydet.deployment.images import random_images, sample_images
 from tinydet.deployment.reparameterize import fold_detector
-from tinydet.deployment.speed import clock_for, half_precision_problem, measure, table
+from tinydet.deployment.speed import (
+    Form,
+    Timing,
+    clock_for,
+    measure,
+    precision_problem,
+    table,
+)
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.training.device import pick_device
+from tinydet.training.results import write_json
 from tinydet.yolof.detector import Detector
 
 _KEPT_IMAGES = 64  # held on the device and used again and again
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,19 +43,29 @@ class SpeedOptions:
         images: images for each form.
         batch_size: images in a batch.
         size: (H, W) of the input, multiples of 32; None takes the experiment's.
-        fp16: run in float16.
+        precision: what torch computes in; ONNX files compute in what they were written in.
+        channels_last: torch's memory format; None is channels_last on a GPU alone.
+        compile: time the compiled form beside the other.
+        backend: what runs the checkpoint.
+        others: checkpoints, folded for it, and ONNX files to time beside it.
         fuse: time the folded form beside the other.
         device: "auto", "cpu", "cuda", "cuda:N".
         time_limit: seconds for the whole measurement; 0 is no limit.
+        out: JSON file for the figures; None writes none.
     """
 
     images: int = 2000
     batch_size: int = 1
     size: tuple[int, int] | None = None
-    fp16: bool = False
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    channels_last: bool | None = None
+    compile: bool = False
+    backend: Literal["torch", "onnxruntime", "all"] = "torch"
+    others: tuple[Path, ...] = ()
     fuse: bool = True
     device: str = "auto"
     time_limit: float = 60.0
+    out: Path | None = None
 
 
 def time_checkpoint(
@@ -59,30 +81,47 @@ def time_checkpoint(
     content = read_checkpoint(checkpoint)
     detector = load_detector(checkpoint, experiment)
     experiment = experiment or experiment_from_dict(content["experiment"])
-    yield _where(device)
+    where = _where(device)
+    yield f"device      {where}"
     batches, source = _batches(experiment, options)
     shapes = sorted({(b.shape[-2], b.shape[-1]) for b in batches})
     sizes = " ".join(f"{h}x{w}" for h, w in shapes[:4]) + (" ..." if len(shapes) > 4 else "")
     yield f"input       batches of {options.batch_size}, {sizes}; {source}"
-    forms = {}
+
+    detectors = {}
     if content["form"] == "deploy":
         yield "forms       the checkpoint is folded already: there is no other form to time"
-        forms["folded"] = detector
+        detectors["folded"] = detector
     else:
         if options.fuse:
-            forms["folded"] = fold_detector(detector)[0]
-        forms["unfolded"] = detector
-    batches = [batch.to(device) for batch in batches]
-    forms = {name: _placed(form, device) for name, form in forms.items()}
-    if options.fp16:
-        forms, told = _halved(forms, batches[0])
-        yield told
+            detectors["folded"] = fold_detector(detector)[0]
+        detectors["unfolded"] = detector
+    for path in options.others:
+        if path.suffix != ".onnx":
+            detectors[str(path)] = _folded(path)
+    operations = {name: _operations(form, batches) for name, form in detectors.items()}
+    forms: dict[str, Form] = {}
+    if options.backend != "onnxruntime":
+        placed, told = _placed(detectors, batches[0], device, options)
+        forms.update(placed)
+        yield f"precision   {told}"
+    if options.backend != "torch" or any(path.suffix == ".onnx" for path in options.others):
+        exported, told = _onnx_forms(detectors, experiment, device, options)
+        forms.update(exported)
+        yield f"onnxruntime {told}"
+    counted = {name: operations.get(_origin(name, operations), 0.0) for name in forms}
+
+    peak_dtype = _DTYPES.get(options.precision, torch.float32)
+    peak = gemm_peak(device, peak_dtype)
+    yield f"peak        {peak / 1e9:.0f} GFLOP/s in a large {options.precision} matrix product"
     clock = clock_for(device)
     yield f"timed       forward and post-processing, no data loading; {clock.name}"
+    batches = [batch.to(device) for batch in batches]
+    _see_all_shapes(forms, batches)
     limit = options.time_limit or None
     timings = measure(forms, batches, options.images, clock, limit)
     timed = min(timing.images for timing in timings.values())
-    yield from table(timings)
+    yield from table(timings, counted, peak)
     if timed < options.images:
         yield (
             f"time limit of {options.time_limit:g} s: {timed} of {options.images} images timed "
@@ -90,6 +129,19 @@ def time_checkpoint(
         )
     else:
         yield f"{timed} images timed with each form"
+    if options.out:
+        figures = {
+            "checkpoint": str(checkpoint),
+            "device": where,
+            "images": source,
+            "sizes": shapes,
+            "batch_size": options.batch_size,
+            "precision": options.precision,
+            "peak_gflops": peak / 1e9,
+            "forms": {name: _figures(timings[name], counted[name]) for name in timings},
+        }
+        write_json(options.out, figures)
+        yield f"wrote       {options.out}"
 
 
 def _check_options(options: SpeedOptions) -> None:
@@ -97,17 +149,17 @@ def _check_options(options: SpeedOptions) -> None:
         raise ValueError("--images and --batch-size must be at least 1")
     if options.time_limit < 0:
         raise ValueError(f"--time-limit {options.time_limit:g}: give seconds, or 0 for no limit")
-    if options.size and (min(options.size) < 32 or any(side % 32 for side in options.size)):
-        raise ValueError(
-            f"--size {options.size[0]} {options.size[1]}: both must be multiples of 32"
-        )
+    if options.size:
+        check_size("--size", options.size)
+    if options.out and not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
 
 
 def _where(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"device      {torch.cuda.get_device_name(device)}"
+        return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"device      CPU, {threads} threads: a wall clock times it (CUDA events need a GPU)"
+    return f"CPU, {threads} threads: a wall clock times it (CUDA events need a GPU)"
 
 
 def _batches(experiment: Experiment, options: SpeedOptions) -> tuple[list[Tensor], str]:
@@ -130,24 +182,107 @@ def _resized(batch: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def _placed(form: Detector, device: torch.device) -> Detector:
-    form = form.to(device)
-    # What tensor cores want, and what training uses on a GPU.
-    return form.to(memory_format=torch.channels_last) if device.type == "cuda" else form
+def _folded(path: Path) -> Detector:
+    detector = load_detector(path)
+    if read_checkpoint(path)["form"] == "deploy":
+        return detector
+    return fold_detector(detector)[0]
 
 
-def _halved(forms: dict[str, Detector], images: Tensor) -> tuple[dict[str, Detector], str]:
-    halved = {f"{name} float16": copy.deepcopy(form).half() for name, form in forms.items()}
-    on_cpu = images.device.type == "cpu"
-    for form in halved.values():
-        problem = half_precision_problem(form, images)
+def _operations(detector: Detector, batches: Sequence[Tensor]) -> float:
+    """Return the operations of an image, on average: two for each multiply-add."""
+    shapes = [tuple(batch.shape) for batch in batches]
+    adds = {shape: count(detector, batches[shapes.index(shape)]).multiply_adds for shape in shapes}
+    return 2 * sum(adds[shape] for shape in shapes) / sum(shape[0] for shape in shapes)
+
+
+def _origin(name: str, operations: Mapping[str, float]) -> str:
+    """Return the detector that a form's name begins with."""
+    return next((origin for origin in operations if name.split(" (")[0] == origin), "")
+
+
+def _placed(
+    detectors: Mapping[str, Detector], images: Tensor, device: torch.device, options: SpeedOptions
+) -> tuple[dict[str, Form], str]:
+    """Return the detectors as torch is to run them, and what that is in words."""
+    last = device.type == "cuda" if options.channels_last is None else options.channels_last
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    placed = {
+        name: copy.deepcopy(detector).to(device).to(memory_format=memory_format)
+        for name, detector in detectors.items()
+    }
+    layout = ", channels_last" if last else ""
+    precision, told = options.precision, options.precision
+    if precision != "float32":
+        halved = {name: copy.deepcopy(f).to(_DTYPES[precision]) for name, f in placed.items()}
+        problems = [precision_problem(form, images.to(device)) for form in halved.values()]
+        problem = next(filter(None, problems), None)
         if problem:
-            device = "this CPU" if on_cpu else str(images.device)
-            told = f"precision   float16 cannot run on {device} ({problem}): float32 was timed"
-            return {f"{name} float32": form for name, form in forms.items()}, told
-    if on_cpu:
-        return halved, (
-            "precision   float16, on a CPU: it runs, but few CPUs compute in it, and it is mostly "
-            "slower than float32; --fp16 is meant for a GPU"
-        )
-    return halved, "precision   float16"
+            where = "this CPU" if device.type == "cpu" else str(device)
+            told = f"{precision} cannot run on {where} ({problem}): float32 was timed"
+            precision = "float32"
+        else:
+            placed = halved
+            if device.type == "cpu":
+                told += (
+                    ", on a CPU: it runs, but few CPUs compute in it, and it can be slower than "
+                    "float32"
+                )
+    forms: dict[str, Form] = {
+        f"{name} ({precision}{layout})": form for name, form in placed.items()
+    }
+    if options.compile:
+        for name, form in placed.items():
+            compiled = copy.deepcopy(form)
+            compiled.compile()
+            forms[f"{name} ({precision}{layout}, compiled)"] = compiled
+    return forms, told + layout
+
+
+def _onnx_forms(
+    detectors: Mapping[str, Detector],
+    experiment: Experiment,
+    device: torch.device,
+    options: SpeedOptions,
+) -> tuple[dict[str, Form], str]:
+    """Return the folded detectors exported, and the ONNX files, and what they run in."""
+    # Here alone: without them torch is timed without onnxruntime being installed.
+    from tinydet.deployment.onnx import export_detector
+    from tinydet.deployment.onnx_form import OnnxForm
+
+    if device.type != "cpu":
+        raise ValueError("ONNX files are timed on a CPU: --device cpu, or --backend torch")
+    threads = torch.get_num_threads()
+    forms: dict[str, Form] = {}
+    if options.backend != "torch":
+        for name, detector in detectors.items():
+            if name == "unfolded" and len(detectors) > 1:
+                continue  # Nobody would ship it.
+            model = export_detector(detector, experiment.data, options.size)
+            forms[f"{name} (ONNX)"] = OnnxForm(model, threads)
+    for path in options.others:
+        if path.suffix == ".onnx":
+            forms[str(path)] = OnnxForm(path, threads)
+    return forms, f"CPU, {threads} threads; a file computes in what it was written in"
+
+
+def _see_all_shapes(forms: Mapping[str, Form], batches: Sequence[Tensor]) -> None:
+    """Run each form on each shape: compiling and planning memory are no part of the time."""
+    shapes = {tuple(batch.shape): batch for batch in batches}
+    with torch.inference_mode():
+        for form in forms.values():
+            for batch in shapes.values():
+                form.select(*form(batch), (batch.shape[-2], batch.shape[-1]))
+
+
+def _figures(timing: Timing, operations: float) -> dict[str, float]:
+    return {
+        "images": timing.images,
+        "images_per_second": timing.images_per_second,
+        "median_ms": timing.median,
+        "p95_ms": timing.p95,
+        "spread_ms": timing.spread,
+        "forward_ms": timing.forward,
+        "postprocessing_ms": timing.postprocessing,
+        "gflops": operations * timing.images_per_second / 1e9,
+    }
