@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="other checkpoints (timed folded) and ONNX files, timed in the same run",
+        help="other checkpoints (timed folded) and ONNX files, timed in the same run; also "
+        "ssdlite320_mobilenet_v3_large, torchvision's with random weights",
     )
     parser.add_argument("--images", type=int, default=2000, help="images to time, default 2000")
     parser.add_argument("--batch-size", type=int, default=1, help="images in a batch, default 1")

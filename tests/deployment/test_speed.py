@@ -110,8 +110,8 @@ def test_table():
     first, second = table({"folded": timing, "other": timing}, {"folded": 2e9}, 1e12)[1:]
     # 50 images a second of 2 G operations are 100 G, a tenth of the peak; quartiles are 15 and 25.
     times = ["50.0", "20.00", "30.00", "10.00", "14.00", "6.00"]
-    assert first.split() == ["folded", *times, "100.0", "10%"]
-    assert second.split() == ["other", *times, "-", "-"]
+    assert first.split() == ["folded", *times, "1.00", "100.0", "10%"]
+    assert second.split() == ["other", *times, "-", "-", "-"]
 
 
 def test_wall_clock():

@@ -30,7 +30,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from tinydet import __version__
-from tinydet.config import Data
+from tinydet.config import Data, Model
 from tinydet.data.transforms import PAD_VALUE, STRIDE
 from tinydet.deployment.activations import with_outputs
 from tinydet.deployment.agreement import Agreement, compare_detections
@@ -49,7 +49,7 @@ from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.yolof.detector import Detector
 
-_RAW = ("pair_scores", "anchor_boxes")  # what goes into the selection
+RAW = ("pair_scores", "anchor_boxes")  # what goes into the selection
 _WITHOUT_NMS = ("scores", "boxes")
 
 
@@ -159,11 +159,9 @@ def export_detector(
     """
     if size and (min(size) < 32 or any(side % 32 for side in size)):
         raise ValueError(f"--size {size[0]} {size[1]}: both must be multiples of 32")
-    model = _network_graph(detector, size, _RAW if nms else _WITHOUT_NMS)
+    model = _network_graph(detector, size, RAW if nms else _WITHOUT_NMS)
     if nms:
-        selection = selection_graph(detector.config, len(detector.classes))
-        model = onnx.compose.merge_models(model, selection, [(name, name) for name in _RAW])
-        del model.opset_import[1:]  # Both parts' own, one and the same.
+        model = with_selection(model, detector.config, len(detector.classes))
     model.producer_name, model.producer_version = "tinydet", __version__
     model.doc_string = str(__doc__)
     onnx.helper.set_model_props(model, _metadata(detector, data, size))
@@ -207,7 +205,7 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
     nothing would agree whatever they compute.
     """
     nms = len(model.graph.output) > len(_WITHOUT_NMS)
-    session = open_session(with_outputs(model, _RAW) if nms else model)
+    session = open_session(with_outputs(model, RAW) if nms else model)
     names = [output.name for output in session.get_outputs()]
     check = Check()
     for images in batches:
@@ -215,7 +213,7 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
         told = dict(zip(names, map(torch.from_numpy, outputs), strict=True))
         with torch.inference_mode():
             expected = scores_and_boxes(detector, images)
-        scores, boxes = (told[name] for name in (_RAW if nms else _WITHOUT_NMS))
+        scores, boxes = (told[name] for name in (RAW if nms else _WITHOUT_NMS))
         max_score, max_box = largest_differences(
             expected, (scores.reshape(expected[0].shape), boxes)
         )
@@ -242,22 +240,26 @@ class _ScoresAndBoxes(nn.Module):
         return scores.flatten(1) if self.pairs else scores, boxes
 
 
-def _network_graph(
-    detector: Detector, size: tuple[int, int] | None, outputs: tuple[str, str]
+def export_network(
+    network: nn.Module, images: Tensor, dynamic: dict[int, Any], outputs: Sequence[str]
 ) -> ModelProto:
-    images = random_images(2, size or (128, 160))
-    other = random_images(1, size or (64, 96))
-    dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if size is None:
-        dynamic[2] = 32 * torch.export.Dim("rows", min=1)
-        dynamic[3] = 32 * torch.export.Dim("columns", min=1)
+    """Export a network of one input, `images`, by torch.
+
+    Args:
+        network: in eval mode.
+        images: an example.
+        dynamic: dimensions of the images that vary, as torch.export has them.
+        outputs: names of what it returns.
+
+    Raises:
+        ValueError: torch cannot export it.
+    """
     try:
         # The exporter reports its steps on stdout, and its own deprecations as warnings.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            padded = with_fixed_padding(detector, [images, other])
             program = torch.onnx.export(
-                _ScoresAndBoxes(padded, pairs=outputs == _RAW).eval(),
+                network,
                 (images,),
                 input_names=["images"],
                 output_names=list(outputs),
@@ -269,17 +271,101 @@ def _network_graph(
             )
     except Exception as error:
         # The exporter raises errors of many kinds, over many lines.
-        hint = "" if size else "; it may work for one size: --size H W"
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ValueError(
-            f"{detector.config.backbone}: torch cannot export this network ({reason}){hint}"
-        ) from error
+        raise ValueError(f"torch cannot export this network ({reason})") from error
     model = program.model_proto
     model.ir_version = IR_VERSION
     # Older stages of the exporter leave other domains declared though none of their nodes is used.
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
     return model
+
+
+def with_selection(network: ModelProto, config: Model, classes: int) -> ModelProto:
+    """Return a network that returns `RAW` with the selection of detections behind it.
+
+    Args:
+        network: of `export_network`.
+        config: thresholds of the selection.
+        classes: their number.
+    """
+    selection = selection_graph(config, classes)
+    model = onnx.compose.merge_models(network, selection, [(name, name) for name in RAW])
+    del model.opset_import[1:]  # Both parts' own, one and the same.
+    return model
+
+
+def export_network(
+    network: nn.Module, images: Tensor, dynamic: dict[int, Any], outputs: Sequence[str]
+) -> ModelProto:
+    """Export a network of one input, `images`, by torch.
+
+    Args:
+        network: in eval mode.
+        images: an example.
+        dynamic: dimensions of the images that vary, as torch.export has them.
+        outputs: names of what it returns.
+
+    Raises:
+        ValueError: torch cannot export it.
+    """
+    try:
+        # The exporter reports its steps on stdout, and its own deprecations as warnings.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                (images,),
+                input_names=["images"],
+                output_names=list(outputs),
+                dynamic_shapes={"images": dynamic},
+                opset_version=OPSET,
+                external_data=False,
+                dynamo=True,
+                optimize=True,
+            )
+    except Exception as error:
+        # The exporter raises errors of many kinds, over many lines.
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(f"torch cannot export this network ({reason})") from error
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    # Older stages of the exporter leave other domains declared though none of their nodes is used.
+    del model.opset_import[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    return model
+
+
+def with_selection(network: ModelProto, config: Model, classes: int) -> ModelProto:
+    """Return a network that returns `RAW` with the selection of detections behind it.
+
+    Args:
+        network: of `export_network`.
+        config: thresholds of the selection.
+        classes: their number.
+    """
+    selection = selection_graph(config, classes)
+    model = onnx.compose.merge_models(network, selection, [(name, name) for name in RAW])
+    del model.opset_import[1:]  # Both parts' own, one and the same.
+    return model
+
+
+def _network_graph(
+    detector: Detector, size: tuple[int, int] | None, outputs: tuple[str, str]
+) -> ModelProto:
+    images = random_images(2, size or (128, 160))
+    other = random_images(1, size or (64, 96))
+    dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if size is None:
+        dynamic[2] = 32 * torch.export.Dim("rows", min=1)
+        dynamic[3] = 32 * torch.export.Dim("columns", min=1)
+    padded = with_fixed_padding(detector, [images, other])
+    network = _ScoresAndBoxes(padded, pairs=outputs == RAW).eval()
+    try:
+        return export_network(network, images, dynamic, outputs)
+    except ValueError as error:
+        hint = "" if size else "; it may work for one size: --size H W"
+        raise ValueError(f"{detector.config.backbone}: {error}{hint}") from error
 
 
 def _metadata(detector: Detector, data: Data, size: tuple[int, int] | None) -> dict[str, str]:

@@ -11,9 +11,10 @@ from onnx import ModelProto
 from onnx.utils import Extractor
 from torch import Tensor
 
+from tinydet.deployment.onnx import RAW
 from tinydet.deployment.runtime import OUTPUTS, open_session
 
-_BETWEEN = ["pair_scores", "anchor_boxes"]
+_BETWEEN = list(RAW)
 
 
 class OnnxForm:

@@ -14,64 +14,64 @@ OPSET = 18
 IR_VERSION = 10
 
 # Threshold first or candidates first is the same: both take the best scores. Values are named
-# `select_*` so that none meets a name of the network's graph.
+# `tinydet_*` so that none meets a name of the network's graph.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes)
   => (float[batch, {D}, 4] boxes, float[batch, {D}] scores,
       int64[batch, {D}] labels, int64[batch] count)
-  <float select_threshold = {{{threshold}}}, float select_nms_iou = {{{nms_iou}}},
-   int64[1] select_candidates = {{{candidates}}}, int64[1] select_detections = {{{D}}},
-   int64 select_classes = {{{K}}}, int64[1,{K},1] select_class_ids = {{{class_ids}}},
-   int64[1] select_last = {{-1}}, int64[1] select_0 = {{0}}, int64[1] select_1 = {{1}},
-   int64[1] select_2 = {{2}}, int64[1] select_4 = {{4}}, int64[2] select_image_and_rank = {{0, 2}},
-   float select_zero = {{0.0}}, int64 select_no_label = {{-1}}, int64 select_no_index = {{0}},
-   int64[4] select_pad_pairs = {{0, 0, 0, {D}}},
-   int64[6] select_pad_boxes = {{0, 0, 0, 0, {D}, 0}}>
+  <float tinydet_threshold = {{{threshold}}}, float tinydet_nms_iou = {{{nms_iou}}},
+   int64[1] tinydet_candidates = {{{candidates}}}, int64[1] tinydet_detections = {{{D}}},
+   int64 tinydet_classes = {{{K}}}, int64[1,{K},1] tinydet_class_ids = {{{class_ids}}},
+   int64[1] tinydet_last = {{-1}}, int64[1] tinydet_0 = {{0}}, int64[1] tinydet_1 = {{1}},
+   int64[1] tinydet_2 = {{2}}, int64[1] tinydet_4 = {{4}}, int64[2] tinydet_image_and_rank = {{0, 2}},
+   float tinydet_zero = {{0.0}}, int64 tinydet_no_label = {{-1}}, int64 tinydet_no_index = {{0}},
+   int64[4] tinydet_pad_pairs = {{0, 0, 0, {D}}},
+   int64[6] tinydet_pad_boxes = {{0, 0, 0, 0, {D}, 0}}>
 {{
   # The best C (anchor, class) pairs of each image.
-  select_shape = Shape (pair_scores)
-  select_pairs = Gather <axis = 0> (select_shape, select_1)
-  select_c = Min (select_candidates, select_pairs)
-  select_top, select_top_pairs = TopK <axis = 1> (pair_scores, select_c)
-  select_anchors = Div (select_top_pairs, select_classes)
-  select_labels = Mod (select_top_pairs, select_classes)
-  select_anchor_rows = Unsqueeze (select_anchors, select_last)
-  select_boxes = GatherND <batch_dims = 1> (anchor_boxes, select_anchor_rows)
+  tinydet_shape = Shape (pair_scores)
+  tinydet_pairs = Gather <axis = 0> (tinydet_shape, tinydet_1)
+  tinydet_c = Min (tinydet_candidates, tinydet_pairs)
+  tinydet_top, tinydet_top_pairs = TopK <axis = 1> (pair_scores, tinydet_c)
+  tinydet_anchors = Div (tinydet_top_pairs, tinydet_classes)
+  tinydet_labels = Mod (tinydet_top_pairs, tinydet_classes)
+  tinydet_anchor_rows = Unsqueeze (tinydet_anchors, tinydet_last)
+  tinydet_boxes = GatherND <batch_dims = 1> (anchor_boxes, tinydet_anchor_rows)
   # An empty box gets score 0, which no threshold lets through.
-  select_corner1 = Slice (select_boxes, select_0, select_2, select_2)
-  select_corner2 = Slice (select_boxes, select_2, select_4, select_2)
-  select_sides = Sub (select_corner2, select_corner1)
-  select_smallest = ReduceMin <keepdims = 0> (select_sides, select_last)
-  select_solid = Greater (select_smallest, select_zero)
-  select_scores = Where (select_solid, select_top, select_zero)
+  tinydet_corner1 = Slice (tinydet_boxes, tinydet_0, tinydet_2, tinydet_2)
+  tinydet_corner2 = Slice (tinydet_boxes, tinydet_2, tinydet_4, tinydet_2)
+  tinydet_sides = Sub (tinydet_corner2, tinydet_corner1)
+  tinydet_smallest = ReduceMin <keepdims = 0> (tinydet_sides, tinydet_last)
+  tinydet_solid = Greater (tinydet_smallest, tinydet_zero)
+  tinydet_scores = Where (tinydet_solid, tinydet_top, tinydet_zero)
   # NMS class by class: each candidate scores 0 for every class but its own, (B, K, C).
-  select_labels_row = Unsqueeze (select_labels, select_1)
-  select_own_class = Equal (select_labels_row, select_class_ids)
-  select_scores_row = Unsqueeze (select_scores, select_1)
-  select_class_scores = Where (select_own_class, select_scores_row, select_zero)
-  select_kept = NonMaxSuppression (
-    select_boxes, select_class_scores, select_detections, select_nms_iou, select_threshold)
+  tinydet_labels_row = Unsqueeze (tinydet_labels, tinydet_1)
+  tinydet_own_class = Equal (tinydet_labels_row, tinydet_class_ids)
+  tinydet_scores_row = Unsqueeze (tinydet_scores, tinydet_1)
+  tinydet_class_scores = Where (tinydet_own_class, tinydet_scores_row, tinydet_zero)
+  tinydet_kept = NonMaxSuppression (
+    tinydet_boxes, tinydet_class_scores, tinydet_detections, tinydet_nms_iou, tinydet_threshold)
   # (image, class, candidate) rows back into a dense (B, C): kept scores, 0 elsewhere.
-  select_kept_at = Gather <axis = 1> (select_kept, select_image_and_rank)
-  select_kept_scores = GatherND (select_scores, select_kept_at)
-  select_dense_shape = Shape (select_scores)
-  select_nothing = ConstantOfShape <value = float[1] {{0.0}}> (select_dense_shape)
-  select_dense = ScatterND (select_nothing, select_kept_at, select_kept_scores)
+  tinydet_kept_at = Gather <axis = 1> (tinydet_kept, tinydet_image_and_rank)
+  tinydet_kept_scores = GatherND (tinydet_scores, tinydet_kept_at)
+  tinydet_dense_shape = Shape (tinydet_scores)
+  tinydet_nothing = ConstantOfShape <value = float[1] {{0.0}}> (tinydet_dense_shape)
+  tinydet_dense = ScatterND (tinydet_nothing, tinydet_kept_at, tinydet_kept_scores)
   # The best D of them; padded first, since there may be fewer than D candidates.
-  select_padded = Pad (select_dense, select_pad_pairs, select_zero)
-  scores, select_order = TopK <axis = 1> (select_padded, select_detections)
-  select_found = Greater (scores, select_zero)
-  select_padded_labels = Pad (select_labels, select_pad_pairs, select_no_index)
-  select_best_labels = GatherElements <axis = 1> (select_padded_labels, select_order)
-  labels = Where (select_found, select_best_labels, select_no_label)
-  select_padded_boxes = Pad (select_boxes, select_pad_boxes, select_zero)
-  select_order_rows = Unsqueeze (select_order, select_last)
-  select_best_boxes = GatherND <batch_dims = 1> (select_padded_boxes, select_order_rows)
-  select_found_rows = Unsqueeze (select_found, select_last)
-  boxes = Where (select_found_rows, select_best_boxes, select_zero)
-  select_found_int = Cast <to = 7> (select_found)
-  count = ReduceSum <keepdims = 0> (select_found_int, select_1)
+  tinydet_padded = Pad (tinydet_dense, tinydet_pad_pairs, tinydet_zero)
+  scores, tinydet_order = TopK <axis = 1> (tinydet_padded, tinydet_detections)
+  tinydet_found = Greater (scores, tinydet_zero)
+  tinydet_padded_labels = Pad (tinydet_labels, tinydet_pad_pairs, tinydet_no_index)
+  tinydet_best_labels = GatherElements <axis = 1> (tinydet_padded_labels, tinydet_order)
+  labels = Where (tinydet_found, tinydet_best_labels, tinydet_no_label)
+  tinydet_padded_boxes = Pad (tinydet_boxes, tinydet_pad_boxes, tinydet_zero)
+  tinydet_order_rows = Unsqueeze (tinydet_order, tinydet_last)
+  tinydet_best_boxes = GatherND <batch_dims = 1> (tinydet_padded_boxes, tinydet_order_rows)
+  tinydet_found_rows = Unsqueeze (tinydet_found, tinydet_last)
+  boxes = Where (tinydet_found_rows, tinydet_best_boxes, tinydet_zero)
+  tinydet_found_int = Cast <to = 7> (tinydet_found)
+  count = ReduceSum <keepdims = 0> (tinydet_found_int, tinydet_1)
 }}
 """
 

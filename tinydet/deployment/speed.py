@@ -22,7 +22,7 @@ _CHUNK = 10  # most batches a form runs before it is the next one's turn
 _WARM_UP = 3  # most batches of each form that are not timed
 _COLUMNS = (
     *("   img/s", "median ms", "  p95 ms", "spread ms", "forward ms", "  post ms"),
-    *(" GFLOP/s", "of peak"),
+    *("G mult-adds", "GFLOP/s", "of peak"),
 )
 _TURN_SECONDS = 1.0  # a form that is slow has shorter turns and less warm-up
 
@@ -233,7 +233,9 @@ def table(timings: Mapping[str, Timing], operations: Mapping[str, float], peak: 
         reached = operations.get(name, 0) * t.images_per_second
         milliseconds = (t.median, t.p95, t.spread, t.forward, t.postprocessing)
         figures = [f"{t.images_per_second:.1f}", *(f"{ms:.2f}" for ms in milliseconds)]
-        figures += [f"{reached / 1e9:.1f}", f"{reached / peak:.0%}"] if reached else ["-", "-"]
+        adds = operations.get(name, 0) / 2e9
+        share = [f"{adds:.2f}", f"{reached / 1e9:.1f}", f"{reached / peak:.0%}"]
+        figures += share if reached else ["-"] * len(share)
         cells = zip(_COLUMNS, figures, strict=True)
         lines.append(f"{name:{width}}" + "".join(f"{x:>{len(title) + 2}}" for title, x in cells))
     return lines

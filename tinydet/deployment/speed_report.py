@@ -32,6 +32,7 @@ from tinydet.training.results import write_json
 from tinydet.yolof.detector import Detector
 
 _KEPT_IMAGES = 64  # held on the device and used again and again
+_SSDLITE = "ssdlite320_mobilenet_v3_large"  # torchvision's
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,7 +48,8 @@ class SpeedOptions:
         channels_last: torch's memory format; None is channels_last on a GPU alone.
         compile: time the compiled form beside the other.
         backend: what runs the checkpoint.
-        others: checkpoints, folded for it, and ONNX files to time beside it.
+        others: checkpoints, folded for it, ONNX files, and the name of torchvision's SSDLite, to
+            time beside it.
         fuse: time the folded form beside the other.
         device: "auto", "cpu", "cuda", "cuda:N".
         time_limit: seconds for the whole measurement; 0 is no limit.
@@ -97,7 +99,7 @@ def time_checkpoint(
             detectors["folded"] = fold_detector(detector)[0]
         detectors["unfolded"] = detector
     for path in options.others:
-        if path.suffix != ".onnx":
+        if path.suffix == ".pt":
             detectors[str(path)] = _folded(path)
     operations = {name: _operations(form, batches) for name, form in detectors.items()}
     forms: dict[str, Form] = {}
@@ -105,11 +107,11 @@ def time_checkpoint(
         placed, told = _placed(detectors, batches[0], device, options)
         forms.update(placed)
         yield f"precision   {told}"
-    if options.backend != "torch" or any(path.suffix == ".onnx" for path in options.others):
-        exported, told = _onnx_forms(detectors, experiment, device, options)
+    if options.backend != "torch" or any(path.suffix != ".pt" for path in options.others):
+        exported, told = _onnx_forms(detectors, experiment, device, options, operations)
         forms.update(exported)
         yield f"onnxruntime {told}"
-    counted = {name: operations.get(_origin(name, operations), 0.0) for name in forms}
+    counted = {name: operations.get(name.split(" (")[0], 0.0) for name in forms}
 
     peak_dtype = _DTYPES.get(options.precision, torch.float32)
     peak = gemm_peak(device, peak_dtype)
@@ -151,6 +153,9 @@ def _check_options(options: SpeedOptions) -> None:
         raise ValueError(f"--time-limit {options.time_limit:g}: give seconds, or 0 for no limit")
     if options.size:
         check_size("--size", options.size)
+    for path in options.others:
+        if path.suffix not in (".pt", ".onnx") and str(path) != _SSDLITE:
+            raise ValueError(f"--beside {path}: give a .pt or .onnx file, or {_SSDLITE}")
     if options.out and not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
 
@@ -196,11 +201,6 @@ def _operations(detector: Detector, batches: Sequence[Tensor]) -> float:
     return 2 * sum(adds[shape] for shape in shapes) / sum(shape[0] for shape in shapes)
 
 
-def _origin(name: str, operations: Mapping[str, float]) -> str:
-    """Return the detector that a form's name begins with."""
-    return next((origin for origin in operations if name.split(" (")[0] == origin), "")
-
-
 def _placed(
     detectors: Mapping[str, Detector], images: Tensor, device: torch.device, options: SpeedOptions
 ) -> tuple[dict[str, Form], str]:
@@ -244,11 +244,16 @@ def _onnx_forms(
     experiment: Experiment,
     device: torch.device,
     options: SpeedOptions,
+    operations: dict[str, float],
 ) -> tuple[dict[str, Form], str]:
-    """Return the folded detectors exported, and the ONNX files, and what they run in."""
+    """Return the folded detectors exported, and the ONNX files, and what they run in.
+
+    The operations of a peer are added to `operations`.
+    """
     # Here alone: without them torch is timed without onnxruntime being installed.
     from tinydet.deployment.onnx import export_detector
     from tinydet.deployment.onnx_form import OnnxForm
+    from tinydet.deployment.peers import ssdlite
 
     if device.type != "cpu":
         raise ValueError("ONNX files are timed on a CPU: --device cpu, or --backend torch")
@@ -256,13 +261,19 @@ def _onnx_forms(
     forms: dict[str, Form] = {}
     if options.backend != "torch":
         for name, detector in detectors.items():
-            if name == "unfolded" and len(detectors) > 1:
+            if name == "unfolded" and "folded" in detectors:
                 continue  # Nobody would ship it.
             model = export_detector(detector, experiment.data, options.size)
             forms[f"{name} (ONNX)"] = OnnxForm(model, threads)
     for path in options.others:
         if path.suffix == ".onnx":
             forms[str(path)] = OnnxForm(path, threads)
+        elif str(path) == _SSDLITE:
+            if options.size is None:
+                raise ValueError(f"{_SSDLITE} needs --size H W: its boxes are made for one size")
+            model, network = ssdlite(options.size, experiment.model)
+            operations[_SSDLITE] = 2 * count(network, random_images(1, options.size)).multiply_adds
+            forms[f"{_SSDLITE} (ONNX)"] = OnnxForm(model, threads)
     return forms, f"CPU, {threads} threads; a file computes in what it was written in"
 
 
