@@ -295,61 +295,6 @@ def with_selection(network: ModelProto, config: Model, classes: int) -> ModelPro
     return model
 
 
-def export_network(
-    network: nn.Module, images: Tensor, dynamic: dict[int, Any], outputs: Sequence[str]
-) -> ModelProto:
-    """Export a network of one input, `images`, by torch.
-
-    Args:
-        network: in eval mode.
-        images: an example.
-        dynamic: dimensions of the images that vary, as torch.export has them.
-        outputs: names of what it returns.
-
-    Raises:
-        ValueError: torch cannot export it.
-    """
-    try:
-        # The exporter reports its steps on stdout, and its own deprecations as warnings.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                network,
-                (images,),
-                input_names=["images"],
-                output_names=list(outputs),
-                dynamic_shapes={"images": dynamic},
-                opset_version=OPSET,
-                external_data=False,
-                dynamo=True,
-                optimize=True,
-            )
-    except Exception as error:
-        # The exporter raises errors of many kinds, over many lines.
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ValueError(f"torch cannot export this network ({reason})") from error
-    model = program.model_proto
-    model.ir_version = IR_VERSION
-    # Older stages of the exporter leave other domains declared though none of their nodes is used.
-    del model.opset_import[:]
-    model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
-    return model
-
-
-def with_selection(network: ModelProto, config: Model, classes: int) -> ModelProto:
-    """Return a network that returns `RAW` with the selection of detections behind it.
-
-    Args:
-        network: of `export_network`.
-        config: thresholds of the selection.
-        classes: their number.
-    """
-    selection = selection_graph(config, classes)
-    model = onnx.compose.merge_models(network, selection, [(name, name) for name in RAW])
-    del model.opset_import[1:]  # Both parts' own, one and the same.
-    return model
-
-
 def _network_graph(
     detector: Detector, size: tuple[int, int] | None, outputs: tuple[str, str]
 ) -> ModelProto:

@@ -24,7 +24,8 @@ selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes)
    int64[1] tinydet_candidates = {{{candidates}}}, int64[1] tinydet_detections = {{{D}}},
    int64 tinydet_classes = {{{K}}}, int64[1,{K},1] tinydet_class_ids = {{{class_ids}}},
    int64[1] tinydet_last = {{-1}}, int64[1] tinydet_0 = {{0}}, int64[1] tinydet_1 = {{1}},
-   int64[1] tinydet_2 = {{2}}, int64[1] tinydet_4 = {{4}}, int64[2] tinydet_image_and_rank = {{0, 2}},
+   int64[1] tinydet_2 = {{2}}, int64[1] tinydet_4 = {{4}},
+   int64[2] tinydet_image_and_rank = {{0, 2}},
    float tinydet_zero = {{0.0}}, int64 tinydet_no_label = {{-1}}, int64 tinydet_no_index = {{0}},
    int64[4] tinydet_pad_pairs = {{0, 0, 0, {D}}},
    int64[6] tinydet_pad_boxes = {{0, 0, 0, 0, {D}, 0}}>
