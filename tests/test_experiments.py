@@ -1,21 +1,26 @@
 """Every experiment file: the quick check here, all of it with `python tests/test_experiments.py`.
 
 Run as a script it trains each experiment for 20 steps on the synthetic set, folds it, exports it to
-ONNX, and compares each form with the one before. Names of experiments may follow.
+ONNX, and compares each form with the one before. Names of experiments may follow, and `--images
+FOLDER` compares the ONNX file on 50 photographs, in batches of 1, 3 and 8 and in two sizes.
 """
 
+import argparse
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import resize
 
 from tinydet.config import Data
 from tinydet.data.dataset import load_split
+from tinydet.data.image import read_image
 from tinydet.data.loader import make_train_loader
 from tinydet.data.shapes import render_shapes
 from tinydet.data.voc import VocDataset
@@ -90,7 +95,29 @@ def _train(detector, experiment, batches):
     return losses
 
 
-def _check_whole(path, batches, classes):
+def _photographs(folder):
+    """Return 50 images of a folder as batches of 8, 3 and 1, half of them in either size."""
+    files = sorted(folder.glob("*.jpg"))[:50]
+    assert len(files) == 50, f"{folder}: 50 JPEG files are needed"
+    images = iter(read_image(file, orientation=True) for file in files)
+    return [
+        torch.stack([resize(next(images), size, antialias=True) for _ in range(number)])
+        for size in ([128, 160], [192, 256])
+        for number in (8, 8, 3, 3, 1, 1, 1)
+    ]
+
+
+def _export(folded, experiment, images):
+    """Export for any size, or where torch cannot do that for the first; return what it takes."""
+    try:
+        return export_detector(folded, experiment.data), images, "any size"
+    except ValueError:
+        size = tuple(images[0].shape[-2:])
+        fitting = [batch for batch in images if tuple(batch.shape[-2:]) == size]
+        return export_detector(folded, experiment.data, size), fitting, f"{size[0]}x{size[1]} alone"
+
+
+def _check_whole(path, batches, classes, photographs):
     torch.manual_seed(0)
     experiment = load_experiment(path, ["model.weights=random"])
     detector = build_detector(experiment.model, classes)
@@ -108,17 +135,21 @@ def _check_whole(path, batches, classes):
     assert score <= 1e-4, f"folded scores differ by {score:.1e}"
     assert box <= 0.05, f"folded boxes differ by {box:.1e} px"
     assert (report.norms_after, report.branches_after) == (0, 0)
-    check = check_against_torch(
-        export_detector(folded, experiment.data, (128, 160)), folded, [images]
-    )
+    model, seen, sizes = _export(folded, experiment, photographs or [images])
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert not operators["BatchNormalization"]
+    check = check_against_torch(model, folded, seen)
     assert check.same, check.line()
+    assert max(check.max_box, check.agreement.max_box) <= 0.01, check.line()
     return (
         f"loss {first:.2f} -> {last:.2f}; norms {report.norms_before} -> 0; folded scores within "
-        f"{score:.1e}, boxes {box:.1e} px; ONNX: {check.line()}"
+        f"{score:.1e}, boxes {box:.1e} px; ONNX ({sizes}, {sum(map(len, seen))} images): "
+        f"{check.line()}"
     )
 
 
-def _run_all(names):
+def _run_all(names, folder_of_images):
+    photographs = _photographs(folder_of_images) if folder_of_images else []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "shapes"
         render_shapes(root, num_train=160, num_test=1)
@@ -132,7 +163,7 @@ def _run_all(names):
             continue
         start = time.perf_counter()
         try:
-            outcome = _check_whole(path, batches, index.classes)
+            outcome = _check_whole(path, batches, index.classes, photographs)
         except Exception as error:
             # Whatever is wrong with one experiment, the others are still tried.
             outcome = f"FAILED {type(error).__name__} {str(error).splitlines()[:1]}"
@@ -141,4 +172,8 @@ def _run_all(names):
 
 
 if __name__ == "__main__":
-    _run_all(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="experiments; default: all")
+    parser.add_argument("--images", type=Path, help="a folder of JPEG files")
+    asked = parser.parse_args()
+    _run_all(asked.names, asked.images)
