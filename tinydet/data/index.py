@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinydet.atomic import replacing
 from tinydet.data.problems import Problems
 
 logger = logging.getLogger(__name__)
@@ -147,17 +147,11 @@ def save_index(index: Index, path: Path, mark: str) -> None:
     if index.coco is not None:
         arrays |= {f"coco_{name}": values for name, values in index.coco._asdict().items()}
     text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            np.savez(file, header=text, **arrays)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            np.savez(temporary, header=text, **arrays)
     except OSError as error:
         logger.info("the index is not cached: %s", error)
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def load_index(path: Path, mark: str, root: Path, split: str) -> Index | None:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from tinydet import __version__
+from tinydet.atomic import replacing
 from tinydet.config import Data, Model
 from tinydet.data.transforms import PAD_VALUE, STRIDE
 from tinydet.deployment.activations import with_outputs
@@ -186,15 +185,8 @@ def write_checked(
     check = check_against_torch(model, detector, batches)
     if not check.same:
         raise ValueError(f"{path}: not written, ONNX differs from torch: {check.line()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
     return check
 
 

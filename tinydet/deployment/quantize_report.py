@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
+from tinydet.atomic import replacing
 from tinydet.config import Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
@@ -102,7 +102,8 @@ def quantize_checkpoint(source: Path, options: QuantizeOptions) -> Iterator[str]
             "nothing written"
         )
     path = options.out or source.with_suffix(".int8.onnx")
-    _write(best, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(best.SerializeToString())
     yield f"wrote       {path} ({path.stat().st_size / 1e6:.1f} MB), {len(kept)} layers in float"
 
 
@@ -150,13 +151,3 @@ def _time(networks: Mapping[str, OnnxNetwork], images: Sequence[Tensor]) -> dict
                 if turn:  # The first is to warm up.
                     seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
-
-
-def _write(model: ModelProto, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

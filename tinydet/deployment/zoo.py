@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import tinydet
+from tinydet.atomic import write_text
 from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, compare_counters, count
 from tinydet.deployment.forms import assumed_classes, both_forms
@@ -25,7 +26,6 @@ from tinydet.deployment.measured import newest_measured, train_command
 from tinydet.deployment.speed import clock_for, measure
 from tinydet.deployment.zoo_table import ZooRow, percent, write_zoo
 from tinydet.experiment_file import load_experiment
-from tinydet.reparam.zoo_table import write_atomically
 from tinydet.training.device import pick_device
 from tinydet.training.runs import RUNS
 from tinydet.yolof.detector import Detector
@@ -92,7 +92,7 @@ def run_experiment_zoo(files: Sequence[Path], options: ExperimentZooOptions) -> 
     path = options.folder / _RECORDS
     records = [] if options.fresh else _read(path)
     # Also without the half line that a killed run may have left.
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     yield f"timed on    {where}"
     rows, entries = [], []
     for file in files:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-from tinydet.reparam.zoo_table import write_atomically
+from tinydet.atomic import write_text
 from tinydet.report.scatter import Point, draw_scatter, save_figure
 from tinydet.training.results import write_json
 
@@ -76,7 +76,7 @@ def write_zoo(rows: Sequence[ZooRow], where: str, folder: Path) -> list[Path]:
     text, numbers, plot = (
         folder / f for f in ("experiments.md", "experiments.json", "accuracy.png")
     )
-    write_atomically(text, markdown(rows, where) + "\n")
+    write_text(text, markdown(rows, where) + "\n")
     write_json(numbers, {"where": where, "rows": [asdict(row) for row in rows]})
     points = accuracy_points(rows)
     if not points:

@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tinydet.atomic import write_text
 from tinydet.reparam.zoo import ZooRow, fold_one
 from tinydet.reparam.zoo_models import choose_models, family_of
-from tinydet.reparam.zoo_table import row_line, summary, write_atomically, write_tables
+from tinydet.reparam.zoo_table import row_line, summary, write_tables
 
 _ROWS = "rows.jsonl"
 _FAREWELL = 10.0  # seconds a process has to tidy up behind its result
@@ -200,7 +201,7 @@ def _context() -> Any:
 
 def _forget(path: Path, names: Sequence[str]) -> None:
     kept = [row for name, row in read_rows(path).items() if name not in set(names)]
-    write_atomically(path, "".join(json.dumps(asdict(row)) + "\n" for row in kept))
+    write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in kept))
 
 
 def _progress(console: Console) -> Progress:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from tinydet.atomic import write_text
 from tinydet.reparam.zoo import ZooRow
 
 _COUNTS = ("norms", "branches", "scales")
@@ -17,16 +17,9 @@ _COUNTS = ("norms", "branches", "scales")
 
 def write_tables(rows: Sequence[ZooRow], folder: Path) -> None:
     """Write `table.md` (a line a model), `summary.md` (a line a family) and `table.csv`."""
-    write_atomically(folder / "table.md", _model_table(rows) + "\n")
-    write_atomically(folder / "summary.md", summary(rows) + "\n")
-    write_atomically(folder / "table.csv", _csv(rows))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content, or leave it as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_text(folder / "table.md", _model_table(rows) + "\n")
+    write_text(folder / "summary.md", summary(rows) + "\n")
+    write_text(folder / "table.csv", _csv(rows))
 
 
 def row_line(row: ZooRow) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from tinydet.atomic import replacing
 
 Color = tuple[int, int, int]
 
@@ -124,10 +125,5 @@ def save_image(image: Tensor, path: str | Path) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
         raise ValueError(f"{path}: not the name of an image file; end it in .jpg or .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         _to_pil(image).save(temporary, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tinydet.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,10 +119,5 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     kind = path.suffix.lower().lstrip(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"{path}: not the name of a picture; end it in .png, .svg or .pdf")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format=kind)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,9 +13,7 @@ A checkpoint is a dict:
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 
 from tinydet import __version__
+from tinydet.atomic import replacing
 from tinydet.config import Experiment, Model
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.reparam.fold import fold
@@ -36,17 +35,8 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that `path` always holds a whole one, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"version": __version__, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        torch.save({"version": __version__, **content}, temporary)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from tinydet.atomic import write_text
 from tinydet.config import Experiment
 from tinydet.data.index import Index
 from tinydet.evaluation import Metrics
@@ -50,7 +50,7 @@ def write_results(
     }
     write_json(path, results)
     if is_best:
-        _write(
+        write_text(
             run_dir / "report.md",
             _report(state, metrics, [train_index, test_index]),
         )
@@ -81,10 +81,4 @@ def _report(state: TrainingState, metrics: Metrics, indexes: list[Index]) -> str
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON; NaN is refused, since many readers do."""
-    _write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,34 @@
+"""Files that are whole or not there, whenever the process dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write; at the end it takes the place of `path`.
+
+    After an error `path` is as it was. Its folder is made.
+
+    Args:
+        path: the file; the one to write is in the same folder and has the same ending.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # Else a power cut could leave the new name without content.
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
