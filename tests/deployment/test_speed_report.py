@@ -115,5 +115,19 @@ def test_wrong_options(checkpoint, options, message):
         _told(checkpoint, **options)
 
 
+def test_operations_are_counted_once_for_each_shape(small_detector, monkeypatch):
+    counted = []
+
+    def count_once(detector, batch):
+        counted.append(tuple(batch.shape))
+        return count(detector, batch)
+
+    monkeypatch.setattr(speed_report, "count", count_once)
+    batches = [random_images(1, size) for size in [(64, 64), (64, 128)] * 3]
+    one, two = (2 * count(small_detector, batch).multiply_adds for batch in batches[:2])
+    assert speed_report._operations(small_detector, batches) == pytest.approx((one + two) / 2)
+    assert sorted(counted) == [(1, 3, 64, 64), (1, 3, 64, 128)]
+
+
 def test_batches_are_full_and_of_the_size(checkpoint):
     assert "batches of 3, 64x96" in _told(checkpoint, batch_size=3, size=(64, 96))

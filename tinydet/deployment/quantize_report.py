@@ -19,10 +19,10 @@ from tinydet.data.index import Index
 from tinydet.deployment.images import sample_images
 from tinydet.deployment.onnx import export_detector
 from tinydet.deployment.quantize import Quantizer, improve, sensitivity
-from tinydet.deployment.reparameterize import fold_detector
-from tinydet.deployment.runtime import OnnxNetwork
+from tinydet.deployment.reparameterize import load_folded
+from tinydet.deployment.runtime import OnnxNetwork, pad_to_size
 from tinydet.experiment_file import experiment_from_dict, override
-from tinydet.training.checkpoint import load_detector, read_checkpoint
+from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.evaluate import evaluate_detector
 
 _FEW = 8  # images that the layers' sensitivity is measured on
@@ -61,17 +61,17 @@ def quantize_checkpoint(source: Path, options: QuantizeOptions) -> Iterator[str]
     """
     if options.images < 1 or options.budget < 0:
         raise ValueError("--images must be at least 1 and --budget at least 0")
-    content = read_checkpoint(source)
-    experiment = override(experiment_from_dict(content["experiment"]), list(options.overrides))
-    detector = load_detector(source)
+    stored = experiment_from_dict(read_checkpoint(source)["experiment"])
+    experiment = override(stored, list(options.overrides))
+    detector = load_folded(source)
     data = replace(experiment.data, classes=detector.classes)
     experiment = replace(experiment, data=data)
     index = load_split(data, data.test_split)
-    if content["form"] == "training":
-        detector, _ = fold_detector(detector)
     calibration = sample_images(experiment, options.images, 1, data.train_split)
+    if not calibration.real:
+        raise ValueError(f"no training images to measure ranges on: {calibration.source}")
     yield f"calibration {calibration.source}"
-    images = [_filled(batch, options.size) for batch in calibration.batches]
+    images = [pad_to_size(batch, options.size) for batch in calibration.batches]
 
     plain = export_detector(detector, data, options.size)
     forms = {"float32": plain, "int8, naive": Quantizer(plain, images).quantize()}
@@ -105,18 +105,6 @@ def quantize_checkpoint(source: Path, options: QuantizeOptions) -> Iterator[str]
     with replacing(path) as temporary:
         temporary.write_bytes(best.SerializeToString())
     yield f"wrote       {path} ({path.stat().st_size / 1e6:.1f} MB), {len(kept)} layers in float"
-
-
-def _filled(batch: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Return a batch in the fixed size, for which it may be too small but not too large."""
-    if size is None:
-        return batch
-    down, right = size[0] - batch.shape[-2], size[1] - batch.shape[-1]
-    if min(down, right) < 0:
-        raise ValueError(
-            f"--size {size[0]} {size[1]}: an image is {batch.shape[-2]}x{batch.shape[-1]}"
-        )
-    return torch.nn.functional.pad(batch, (0, right, 0, down), value=114)
 
 
 def _ap50(model: ModelProto, index: Index, experiment: Experiment) -> float:

@@ -128,3 +128,16 @@ def check_same(
             f"{agreement.line()}; nothing was written"
         )
     return max_score, max_box, agreement
+
+
+def load_folded(source: Path) -> Detector:
+    """Rebuild the detector of a checkpoint of either form, and fold it if it is not.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ValueError: the detector cannot be folded.
+    """
+    detector = load_detector(source)
+    if read_checkpoint(source)["form"] == "deploy":
+        return detector
+    return fold_detector(detector)[0]

@@ -95,21 +95,9 @@ class OnnxNetwork:
         Raises:
             ValueError: the images are larger than the file's fixed size.
         """
-        inputs = self._fitted(images).cpu().contiguous().numpy()
+        inputs = pad_to_size(images, self.size).cpu().contiguous().numpy()
         outputs = self.session.run(OUTPUTS, {"images": inputs})
         return place_in_images(unpack(*map(torch.from_numpy, outputs)), sizes, scales)
-
-    def _fitted(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if self.size in (None, (height, width)):
-            return images
-        down, right = self.size[0] - height, self.size[1] - width
-        if min(down, right) < 0:
-            raise ValueError(
-                f"an input of {height}x{width} for a file of {self.size[0]}x{self.size[1]}: export "
-                "one for any size (without --size), or for both sides that long"
-            )
-        return F.pad(images, (0, right, 0, down), value=PAD_VALUE)
 
 
 @dataclass(frozen=True)
@@ -225,6 +213,24 @@ class Detector:
         return Detections(
             found.boxes[kept].cpu(), found.scores[kept].cpu(), found.labels[kept].cpu()
         )
+
+
+def pad_to_size(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Pad a batch (B, 3, H, W) uint8 at the right and bottom to a fixed size; None leaves it.
+
+    Raises:
+        ValueError: it is larger.
+    """
+    height, width = images.shape[-2:]
+    if size in (None, (height, width)):
+        return images
+    down, right = size[0] - height, size[1] - width
+    if min(down, right) < 0:
+        raise ValueError(
+            f"an input of {height}x{width} for a file of {size[0]}x{size[1]}: export one for any "
+            "size (without --size), or for both sides that long"
+        )
+    return F.pad(images, (0, right, 0, down), value=PAD_VALUE)
 
 
 def unpack(boxes: Tensor, scores: Tensor, labels: Tensor, count: Tensor) -> list[Detections]:

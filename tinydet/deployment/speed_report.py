@@ -16,7 +16,7 @@ from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, count
 from tinydet.deployment.gemm import gemm_peak
 from tinydet.deployment.images import random_images, sample_images
-from tinydet.deployment.reparameterize import fold_detector
+from tinydet.deployment.reparameterize import fold_detector, load_folded
 from tinydet.deployment.speed import (
     Form,
     Timing,
@@ -100,7 +100,7 @@ def time_checkpoint(
         detectors["unfolded"] = detector
     for path in options.others:
         if path.suffix == ".pt":
-            detectors[str(path)] = _folded(path)
+            detectors[str(path)] = load_folded(path)
     operations = {name: _operations(form, batches) for name, form in detectors.items()}
     forms: dict[str, Form] = {}
     if options.backend != "onnxruntime":
@@ -187,18 +187,11 @@ def _resized(batch: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def _folded(path: Path) -> Detector:
-    detector = load_detector(path)
-    if read_checkpoint(path)["form"] == "deploy":
-        return detector
-    return fold_detector(detector)[0]
-
-
 def _operations(detector: Detector, batches: Sequence[Tensor]) -> float:
     """Return the operations of an image, on average: two for each multiply-add."""
-    shapes = [tuple(batch.shape) for batch in batches]
-    adds = {shape: count(detector, batches[shapes.index(shape)]).multiply_adds for shape in shapes}
-    return 2 * sum(adds[shape] for shape in shapes) / sum(shape[0] for shape in shapes)
+    of_shape = {tuple(batch.shape): batch for batch in batches}
+    adds = {shape: count(detector, batch).multiply_adds for shape, batch in of_shape.items()}
+    return 2 * sum(adds[tuple(batch.shape)] for batch in batches) / sum(map(len, batches))
 
 
 def _placed(
