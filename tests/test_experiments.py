@@ -133,7 +133,7 @@ def _check_whole(path, batches, classes, photographs):
         forms = [scores_and_boxes(form, images) for form in (detector, folded)]
     score, box = largest_differences(*forms)
     assert score <= 1e-4, f"folded scores differ by {score:.1e}"
-    assert box <= 0.05, f"folded boxes differ by {box:.1e} px"
+    assert box <= 0.01, f"folded boxes differ by {box:.1e} px"
     assert (report.norms_after, report.branches_after) == (0, 0)
     model, seen, sizes = _export(folded, experiment, photographs or [images])
     operators = Counter(node.op_type for node in model.graph.node)

@@ -14,7 +14,7 @@ from tinydet.yolof.detector import Detector
 # Largest differences allowed in float32: of any score, and of the box coordinates, in pixels and
 # clipped to the image, of each image's best-scored anchors.
 MAX_SCORE = 1e-4
-MAX_BOX = 0.05
+MAX_BOX = 0.01
 _BEST_ANCHORS = 100
 
 
