@@ -96,10 +96,12 @@ def time_checkpoint(
         detectors["folded"] = detector
     else:
         if options.fuse:
+            yield f"folding     {checkpoint}"
             detectors["folded"] = fold_detector(detector)[0]
         detectors["unfolded"] = detector
     for path in options.others:
         if path.suffix == ".pt":
+            yield f"folding     {path}"
             detectors[str(path)] = load_folded(path)
     operations = {name: _operations(form, batches) for name, form in detectors.items()}
     forms: dict[str, Form] = {}
