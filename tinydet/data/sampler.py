@@ -34,6 +34,8 @@ class TrainBatches(Sampler[list[SampleKey]]):
     both would be padded to a square, a quarter of it empty. What is left of the two kinds makes
     up the last batches. An incomplete batch is dropped, unless it is the only one.
 
+    Several processes share each batch: two with 8 images each see the batches of one with 16.
+
     Args:
         sizes: (I, 2) heights and widths of all images.
         batch_size: images in a batch of one process.
@@ -41,8 +43,8 @@ class TrainBatches(Sampler[list[SampleKey]]):
         image_size: longer side of the network's input in pixels.
         multiscale: range of factors on `image_size`, drawn for each batch; (1, 1) is off.
         rank: this process.
-        world_size: number of processes. Where the images do not divide evenly, the first of the
-            epoch's order are used twice.
+        world_size: number of processes. Where there is only one batch, and its images do not
+            divide evenly, the first of them are used twice.
     """
 
     def __init__(
@@ -74,8 +76,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        images = -(-len(self.upright) // self.world_size)
-        return max(1, images // self.batch_size)
+        return max(1, len(self.upright) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         # All at once: a later set_epoch must not change what has begun.
@@ -88,20 +89,23 @@ class TrainBatches(Sampler[list[SampleKey]]):
     def _batches(self) -> list[list[int]]:
         generator = seeded_generator("order", self.seed, self.epoch)
         order = torch.randperm(len(self.upright), generator=generator).tolist()
-        while len(order) % self.world_size:
-            order += order[: self.world_size - len(order) % self.world_size]
+        total = self.batch_size * self.world_size
         batches: list[list[int]] = []
         waiting: dict[bool, list[int]] = {False: [], True: []}
-        for index in order[self.rank :: self.world_size]:
+        for index in order:
             same = waiting[self.upright[index]]
             same.append(index)
-            if len(same) == self.batch_size:
+            if len(same) == total:
                 batches.append(same.copy())
                 same.clear()
         rest = waiting[False] + waiting[True]
-        return batches + [
-            rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)
-        ]
+        batches += [rest[i : i + total] for i in range(0, len(rest), total)]
+        return [self._share(batch) for batch in batches]
+
+    def _share(self, batch: list[int]) -> list[int]:
+        """Return this process's part of a batch, as large as the others'."""
+        missing = -len(batch) % self.world_size
+        return (batch + (batch * missing)[:missing])[self.rank :: self.world_size]
 
     def _draw_size(self, number: int) -> int | None:
         """Draw a batch's image size; without the rank, so that processes take equally long."""
