@@ -199,6 +199,11 @@ class Train:
             faster steps. Needs a C++ compiler.
         ema_decay: decay of the averaged weights, the ones evaluated and shipped; 0 is off.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
+        save_minutes: minutes between writes of last.pt within an epoch, beside the one at its end;
+            0 writes after every step.
+        keep_every: epochs between checkpoints that stay, `epoch_0010.pt` and so on; 0 keeps none.
+        max_bad_steps: the run stops after this many steps in a row whose loss or gradient is NaN or
+            infinite; each such step is skipped.
         eval_batch_size: images a step of evaluation.
         seed: seeds weights, order of images and augmentation.
         device: "auto" is the first GPU, else the CPU.
@@ -212,6 +217,9 @@ class Train:
     compile: bool = False
     ema_decay: float = 0.0
     eval_every: int = 1
+    save_minutes: float = 5.0
+    keep_every: int = 0
+    max_bad_steps: int = 5
     eval_batch_size: int = 16
     seed: int = 0
     device: str = "auto"

@@ -69,6 +69,9 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         "accumulate": (1, _ANY),
         "ema_decay": (0, 0.999999),
         "eval_every": (1, _ANY),
+        "save_minutes": (0, _ANY),
+        "keep_every": (0, _ANY),
+        "max_bad_steps": (1, _ANY),
         "eval_batch_size": (1, _ANY),
     },
 }

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
 
     from tinydet.data.dataset import fetch, is_missing
     from tinydet.training.loop import train
-    from tinydet.training.runs import newest_checkpoint
+    from tinydet.training.runs import newest_to_resume
 
     data = experiment.data
     if data.source == "voc07" and is_missing(data):
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     if args.resume and args.work_dir:
         resume_from = args.work_dir / "last.pt"
     elif args.resume:
-        resume_from = newest_checkpoint(file_name="last.pt", name=experiment.name)
+        resume_from = newest_to_resume(experiment.name)
     train(experiment, args.work_dir or (resume_from and resume_from.parent), resume_from)
 
 

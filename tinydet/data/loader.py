@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,9 +36,15 @@ class DetectionLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self._reported: set[str] = set()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration has."""
-        self.batch_sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order and augmentation the next iteration has.
+
+        Args:
+            epoch: number from 0.
+            start: batches of the epoch to leave out; they are not even read. `len` stays the
+                whole epoch's.
+        """
+        self.batch_sampler.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
@@ -44,6 +53,31 @@ class DetectionLoader(DataLoader):
                     self._reported.add(image_id)
                     logger.warning("image %s cannot be decoded any more: replaced", image_id)
             yield batch
+
+
+class WorkerDiedError(ValueError):
+    """A loader process was killed; the message says which, why and what to do."""
+
+
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Turn the error that torch raises, anywhere in the main process, for a dead loader process.
+
+    Raises:
+        WorkerDiedError: one of the processes of a loader used within has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if not found:
+            raise
+        signalled = re.search(r"killed by signal: ([\w ]+)", str(error))
+        how = f"was killed ({signalled[1]})" if signalled else "died"
+        raise WorkerDiedError(
+            f"loader process {found[1]} {how}: most likely memory ran out; take fewer loader "
+            "processes (--set data.workers=N, 0 loads in the main process) or smaller images"
+        ) from error
 
 
 def make_train_loader(
@@ -246,6 +280,8 @@ def _loader(
         persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=_start_worker,
+        # Its own: each iteration draws a number, which must not shift what the model draws.
+        generator=torch.Generator(),
     )
 
 
@@ -253,3 +289,8 @@ def _start_worker(worker: int) -> None:
     del worker
     # Each worker is one process of many: threads of its own would only compete.
     torch.set_num_threads(1)
+    # Ctrl-C, `timeout` and batch systems signal all processes of a job: the workers leave it to the
+    # main process, which still needs batches to finish its step. It ends them itself, by closing
+    # their queue, or else by SIGTERM, of which the second one is obeyed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))

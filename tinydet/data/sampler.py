@@ -70,10 +70,12 @@ class TrainBatches(Sampler[list[SampleKey]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration gives."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose batches, from number `start` on, the next iteration gives."""
         self.epoch = epoch
+        self.start = start
 
     def __len__(self) -> int:
         return max(1, len(self.upright) // (self.batch_size * self.world_size))
@@ -84,7 +86,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         for number, batch in enumerate(self._batches()[: len(self)]):
             image_size = self._draw_size(number)
             batches.append([SampleKey(index, self.epoch, image_size) for index in batch])
-        return iter(batches)
+        return iter(batches[self.start :])
 
     def _batches(self) -> list[list[int]]:
         generator = seeded_generator("order", self.seed, self.epoch)
@@ -148,7 +150,7 @@ class TestBatches(Sampler[list[int]]):
             for start in range(0, len(group), batch_size)
         ]
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Do nothing: every epoch is the same."""
 
     def __len__(self) -> int:

@@ -37,10 +37,13 @@ class TrainingState:
         scaler: scales the loss in float16, else does nothing.
         plan: iterations and learning rate after scaling.
         precision: dtype and memory format of a step.
-        epoch: epochs done.
+        batches_an_epoch: length of the loader.
+        epoch: epochs done and evaluated.
+        step: batches done of the epoch after those; all of them where its evaluation is to come.
         best_ap50: highest so far.
         train_seconds: spent in training steps, without evaluation.
         images_seen: trained on so far.
+        bad_in_a_row: steps since the last one whose loss and gradient were numbers.
     """
 
     experiment: Experiment
@@ -51,10 +54,29 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     plan: Plan
     precision: Precision
+    batches_an_epoch: int
     epoch: int = 0
+    step: int = 0
     best_ap50: float = -1.0
     train_seconds: float = 0.0
     images_seen: int = 0
+    bad_in_a_row: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Batches trained on since the run began."""
+        return self.epoch * self.batches_an_epoch + self.step
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next optimiser step, outside the backbone."""
+        return self.optimizer.param_groups[-1]["lr"]
+
+    @property
+    def at_optimizer_step(self) -> bool:
+        """Whether no gradients wait for the rest of their optimiser step."""
+        whole = self.step == self.batches_an_epoch
+        return whole or self.step % self.experiment.train.accumulate == 0
 
     @property
     def shipped(self) -> Detector:
@@ -75,7 +97,9 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "dtype": self.precision.dtype,
             "memory_format": self.precision.memory_format,
+            "batches_an_epoch": self.batches_an_epoch,
             "epoch": self.epoch,
+            "step": self.step,
             "best_ap50": self.best_ap50,
             "train_seconds": self.train_seconds,
             "images_seen": self.images_seen,
@@ -105,7 +129,7 @@ class TrainingState:
                 self.ema.module.load_state_dict(content["model"])
                 self.ema.n_averaged.fill_(content["ema_updates"])
             self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{path}: not a run of this experiment's model and optimiser"
             ) from error
@@ -120,6 +144,13 @@ class TrainingState:
         ):
             group["lr"] = base * factor(content["iteration"])
         self.epoch = content["epoch"]
+        self.step = content.get("step", 0)
+        if self.step and content["batches_an_epoch"] != self.batches_an_epoch:
+            logger.warning(
+                "%s: an epoch had %d batches, now it has %d: epoch %d starts anew",
+                *(path, content["batches_an_epoch"], self.batches_an_epoch, self.epoch + 1),
+            )
+            self.step = 0
         self.best_ap50 = content["best_ap50"]
         self.train_seconds = content["train_seconds"]
         self.images_seen = content["images_seen"]
@@ -176,4 +207,5 @@ def start_training(
         scaler=torch.amp.GradScaler(device.type, enabled=precision.dtype == "float16"),
         plan=plan,
         precision=precision,
+        batches_an_epoch=batches_an_epoch,
     )
