@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Parse `sys.argv` and call `main`; a user's mistake is one line on stderr and exit 2."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StdoutHandler()])
+    # Of processes that train together, the first one speaks for all.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_StdoutHandler()])
     # Other libraries' news would drown ours.
     for name in ("timm", "torch", "httpx", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

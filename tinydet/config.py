@@ -197,6 +197,7 @@ class Train:
         memory_format: "auto" times both on a CPU, and is channels_last on a GPU.
         compile: generate code for the network with torch.compile: about a minute at the start, then
             faster steps. Needs a C++ compiler.
+        sync_norms: batch norms use the statistics of all processes' images; for GPUs alone.
         ema_decay: decay of the averaged weights, the ones evaluated and shipped; 0 is off.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_minutes: minutes between writes of last.pt within an epoch, beside the one at its end;
@@ -215,6 +216,7 @@ class Train:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool = False
+    sync_norms: bool = False
     ema_decay: float = 0.0
     eval_every: int = 1
     save_minutes: float = 5.0

@@ -2,19 +2,24 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
+from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from tinydet.config import Model
 from tinydet.data.dataset import load_split
 from tinydet.experiment_file import load_experiment
+from tinydet.training import loop
 from tinydet.training.distributed import (
     alike,
-    any_process,
+    all_agree,
     from_first,
     gathered,
+    in_any_process,
     mean_over_processes,
     parallel,
     process_group,
@@ -79,6 +84,17 @@ def score(data):
     return evaluate_detector(detector, index, data, 2, torch.device("cpu")).as_dict()
 
 
+def whole_run(experiment, folder):
+    """Run the training loop with frozen norms, which see no batch, on batches of 6 images."""
+    settings = replace(experiment.train, batch_size=6 // world_size(), ema_decay=0.9)
+
+    def frozen(*args):
+        return freeze_batch_norm_2d(build_detector(*args))
+
+    with mock.patch.object(loop, "build_detector", frozen):
+        loop.train(replace(experiment, train=settings), folder)
+
+
 def _raise():
     raise ValueError("the first process failed")
 
@@ -95,7 +111,10 @@ def _small_parts():
         "failed": failed,
         "gathered": gathered({f"of {rank()}": rank()}),
         "mean": mean_over_processes(torch.tensor([rank(), 4.0])).tolist(),
-        "any": [any_process(rank() == n, torch.device("cpu")) for n in (0, 1, 9)],
+        "any": [in_any_process(torch.tensor(rank() == n)).item() for n in (0, 1, 9)],
+        "agreed": [
+            all_agree([rank() == 1, False], step, torch.device("cpu")) for step in (9, 10, 11)
+        ],
     }
 
 
@@ -107,6 +126,7 @@ def main(experiment, folder):
         told = {"losses": losses, "metrics": score(experiment.data), **_small_parts()}
         (folder / f"{rank()}.json").write_text(json.dumps(told))
         torch.save(weights, folder / f"{rank()}.pt")
+        whole_run(experiment, folder / "run")
 
 
 if __name__ == "__main__":

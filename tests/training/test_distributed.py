@@ -9,6 +9,7 @@ import torch
 
 from tinydet.config import ConfigError
 from tinydet.training import distributed
+from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.results import write_experiment
 
 SCRIPT = Path(__file__).with_name("run_in_processes.py")
@@ -23,9 +24,13 @@ def _script():
 
 
 @pytest.fixture(scope="module")
-def told(tiny_experiment, tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def told(tiny_experiment, folder):
     """What each process wrote."""
-    folder = tmp_path_factory.mktemp("processes")
     write_experiment(folder, tiny_experiment)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(PROCESSES), str(SCRIPT)]
@@ -60,6 +65,33 @@ def test_a_split_evaluated_in_three_processes_has_the_numbers_of_one(told, tiny_
         assert said["metrics"] == expected
 
 
+def test_a_run_of_three_processes_is_that_of_one(folder, told, tiny_experiment, tmp_path):
+    del told  # The run is there once it is.
+    run = folder / "run"
+    _script().whole_run(tiny_experiment, tmp_path / "run")
+    records = [
+        [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+        for path in (tmp_path / "run", run)
+    ]
+    assert len(records[0]) == len(records[1])
+    for one, three in zip(*records, strict=True):
+        assert [one[key] for key in ("mode", "epoch", "step")] == [
+            three[key] for key in ("mode", "epoch", "step")
+        ]
+        for name in ("loss_cls", "loss_box", "lr") if one["mode"] == "train" else ("AP50",):
+            assert three[name] == pytest.approx(one[name], rel=1e-5), name
+    one, three = (read_checkpoint(path / "last.pt") for path in (tmp_path / "run", run))
+    for key in ("model", "raw_model"):
+        for name, weight in one[key].items():
+            torch.testing.assert_close(three[key][name], weight, rtol=1e-3, atol=1e-5)
+    assert three["images_seen"] == one["images_seen"] == 48
+    # The first process alone writes.
+    assert {path.name.partition(".")[0] for path in run.iterdir()} == {
+        path.name.partition(".")[0] for path in (tmp_path / "run").iterdir()
+    }
+    assert len(list(run.glob("events.*"))) == 1
+
+
 def test_what_processes_tell_one_another(told):
     for n, (said, _) in enumerate(told):
         assert said["rank"] == n
@@ -68,6 +100,8 @@ def test_what_processes_tell_one_another(told):
         assert said["gathered"] == {"of 0": 0, "of 1": 1, "of 2": 2}
         assert said["mean"] == [1.0, 4.0]
         assert said["any"] == [True, True, False]
+        # All learn what one of them wants, at every tenth step.
+        assert said["agreed"] == [[False, False], [True, False], [False, False]]
 
 
 def test_a_single_process_needs_no_group():
@@ -76,7 +110,7 @@ def test_a_single_process_needs_no_group():
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.from_first(lambda: 3) == 3
     assert distributed.gathered({"a": 1}) == {"a": 1}
-    assert not distributed.any_process(False, torch.device("cpu"))
+    assert distributed.all_agree([True, False], 3, torch.device("cpu")) == [True, False]
     model = torch.nn.Linear(1, 1)
     assert distributed.parallel(model, torch.device("cpu")) is model
 

@@ -115,7 +115,7 @@ def make_train_loader(
         world_size=world_size,
     )
     source = _TrainSource(dataset, dataset.transform or train_transform(data), seed)
-    return _loader(source, batches, _collate_train, data.workers, device)
+    return _loader(source, batches, _collate_train, data.workers, device, world_size)
 
 
 def make_test_loader(
@@ -152,15 +152,18 @@ def make_test_loader(
     ]
     batches = TestBatches(shapes, batch_size, rank=rank, world_size=world_size)
     source = _TestSource(dataset, dataset.transform or test_transform(data))
-    return _loader(source, batches, _collate_test, data.workers, device)
+    return _loader(source, batches, _collate_test, data.workers, device, world_size)
 
 
-def choose_workers(workers: int, device: torch.device | str) -> int:
-    """Return the number of loader processes; -1 chooses from the cores this process may use."""
+def choose_workers(workers: int, device: torch.device | str, world_size: int = 1) -> int:
+    """Return the number of loader processes; -1 chooses from the cores this process may use.
+
+    Several processes that train together share the cores, as if all were on one machine.
+    """
     if workers >= 0:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
+    cores = max(1, (cores or 1) // world_size)
     if torch.device(device).type == "cpu":
         # The model needs the cores itself, and a worker prepares far more images than it consumes.
         return 1 if cores < 8 else 2
@@ -270,8 +273,9 @@ def _loader(
     collate_batch: Callable[[Sequence[Sample]], Batch],
     workers: int,
     device: torch.device | str,
+    world_size: int,
 ) -> DetectionLoader:
-    workers = choose_workers(workers, device)
+    workers = choose_workers(workers, device, world_size)
     return DetectionLoader(
         source,
         batch_sampler=batches,

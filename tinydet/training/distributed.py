@@ -6,7 +6,7 @@ Without torchrun everything here is that of a single process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -19,10 +19,12 @@ from tinydet.config import ConfigError
 
 T = TypeVar("T")
 
+_STEPS_BETWEEN_QUESTIONS = 10
+
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started, and leave them at the end.
+    """Join the processes that torchrun started, and leave them at the end; within another, nothing.
 
     Args:
         device: as `train.device` has it.
@@ -34,7 +36,7 @@ def process_group(device: str) -> Iterator[str]:
         ConfigError: torchrun started more processes on a machine than it has GPUs, or one GPU is
             named for all of them.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ or _joined():
         yield device
         return
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -111,13 +113,27 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set in any process: all must act on it at the same step."""
+def in_any_process(flag: Tensor) -> Tensor:
+    """Return a bool scalar that is True where it is in any process; the host waits for nothing."""
+    if _joined():
+        flag = flag.float()
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        flag = flag.bool()
+    return flag
+
+
+def all_agree(flags: Sequence[bool], step: int, device: torch.device) -> list[bool]:
+    """Return which flags are set in any process: what all must do at the same step, or none.
+
+    Asking makes the host wait for the device, so several processes ask at every tenth step only.
+    """
     if not _joined():
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-    return bool(flags)
+        return list(flags)
+    if step % _STEPS_BETWEEN_QUESTIONS:
+        return [False] * len(flags)
+    asked = torch.tensor(flags, dtype=torch.float32, device=device)
+    distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+    return asked.bool().tolist()
 
 
 def alike(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinydet.atomic import replacing
 from tinydet.data.sample import Batch
+from tinydet.training.distributed import gathered, in_any_process, rank, world_size
 from tinydet.training.saving import going_on
 from tinydet.training.state import TrainingState
 
@@ -95,7 +96,7 @@ class BadSteps:
         values = [loss for losses in self._losses for loss in losses.values()]
         if not state.scaler.is_enabled():
             values.append(gradient_norm)
-        bad = ~torch.stack(values).isfinite().all()
+        bad = in_any_process(~torch.stack(values).isfinite().all())
         step = _Step(
             epoch=state.epoch + 1,
             number=state.steps_done,
@@ -148,7 +149,9 @@ class BadSteps:
         }
         values = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
         finite = torch.tensor(list(means.values())).isfinite().all()
-        path = self._run_dir / f"bad_step_{step.number:06d}.pt"
+        process = f".process{rank()}" if world_size() > 1 else ""
+        path = self._run_dir / f"bad_step_{step.number:06d}{process}.pt"
+        image_ids = gathered({name: None for batch in step.batches for name in batch.image_ids})
         where = ""
         if len(list(self._run_dir.glob("bad_step_*.pt"))) < _MOST_FILES:
             with going_on(path):
@@ -160,7 +163,7 @@ class BadSteps:
             step.number,
             "gradient" if finite else "loss",
             values,
-            ", ".join(image_id for batch in step.batches for image_id in batch.image_ids),
+            ", ".join(image_ids),
             where,
         )
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tinydet.atomic import write_text
+from tinydet.training.distributed import mean_over_processes, rank
 from tinydet.training.saving import going_on
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,13 @@ class RunLog:
         self, run_dir: Path, total_steps: int, done_steps: int = 0, done_epochs: int = 0
     ) -> None:
         self._path = run_dir / "log.jsonl"
-        if self._path.is_file():
-            _drop_later(self._path, done_epochs, done_steps)
-        self._path.touch()
         self._is_written = True
-        self._events = _event_writer(run_dir, done_steps)
+        self._events = None
+        if rank() == 0:
+            if self._path.is_file():
+                _drop_later(self._path, done_epochs, done_steps)
+            self._path.touch()
+            self._events = _event_writer(run_dir, done_steps)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -53,6 +56,7 @@ class RunLog:
             TextColumn("{task.fields[status]}"),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
+            disable=rank() > 0,
         )
         self._task = self._progress.add_task(
             "training", total=total_steps, completed=done_steps, status=""
@@ -100,7 +104,9 @@ class RunLog:
         if not self._losses:
             return
         epoch, step, lr = self._noted
-        means = {name: _finite_mean([n[name] for n in self._losses]) for name in self._losses[0]}
+        names = list(self._losses[0])
+        local = torch.stack([_finite_mean([n[name] for n in self._losses]) for name in names])
+        means = dict(zip(names, mean_over_processes(local).tolist(), strict=True))
         total = sum(means.values())
         if not math.isfinite(total):
             self.start_epoch()
@@ -121,6 +127,8 @@ class RunLog:
         self._write({"mode": "val", "epoch": epoch, "step": step, **metrics})
 
     def _write(self, record: dict[str, Any]) -> None:
+        if rank() > 0:
+            return
         record = {k: _round(v) for k, v in record.items()}
         self._write_line(json.dumps(record, allow_nan=False) + "\n")
         if self._events is None:
@@ -150,9 +158,9 @@ class RunLog:
         self._is_written = False
 
 
-def _finite_mean(losses: list[Tensor]) -> float:
+def _finite_mean(losses: list[Tensor]) -> Tensor:
     values = torch.stack(losses)
-    return values[values.isfinite()].mean().item()
+    return values[values.isfinite()].mean()
 
 
 def _drop_later(path: Path, epochs: int, steps: int) -> None:

@@ -22,6 +22,14 @@ from tinydet.data.seeding import seed_globally
 from tinydet.data.voc import VocDataset
 from tinydet.training.checkpoint import build_unloaded, previous_of, read_last
 from tinydet.training.device import pick_device
+from tinydet.training.distributed import (
+    alike,
+    all_agree,
+    from_first,
+    process_group,
+    rank,
+    world_size,
+)
 from tinydet.training.divergence import BadSteps
 from tinydet.training.evaluate import evaluate_detector
 from tinydet.training.interrupt import Interrupts
@@ -40,6 +48,8 @@ def train(
 ) -> None:
     """Train, evaluate and save; everything the run makes is in one folder.
 
+    Processes that torchrun started train together; the first one writes.
+
     Args:
         experiment: what to train.
         run_dir: the folder; None makes a new one in `runs/`, once all is found to be in order.
@@ -53,26 +63,41 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; last.pt has been written.
         OSError: the first or the last checkpoint cannot be written.
     """
-    resumed = read_last(resume_from) if resume_from is not None else None
+    with process_group(experiment.train.device) as device:
+        _train(experiment, run_dir, resume_from, pick_device(device))
+
+
+def _train(
+    experiment: Experiment, run_dir: Path | None, resume_from: Path | None, device: torch.device
+) -> None:
+    resumed = from_first(lambda: read_last(resume_from)) if resume_from is not None else None
     if resumed is not None:
         experiment = keep_precision(experiment, resumed)
     if run_dir is not None and (resumed is None or not _same(run_dir, resume_from.parent)):
         _check_unused(run_dir)
     data, settings = experiment.data, experiment.train
-    device = pick_device(settings.device)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(settings.seed)
-    train_index, test_index = load_split(data, data.train_split), load_split(data, data.test_split)
+    train_index, test_index = from_first(
+        lambda: (load_split(data, data.train_split), load_split(data, data.test_split))
+    )
     loader = make_train_loader(
-        VocDataset(train_index), data, settings.batch_size, settings.seed, device=device
+        VocDataset(train_index),
+        data,
+        settings.batch_size,
+        settings.seed,
+        rank=rank(),
+        world_size=world_size(),
+        device=device,
     )
     build = build_detector if resumed is None else build_unloaded
     detector = build(experiment.model, train_index.classes).to(device)
     state = start_training(experiment, detector, len(loader), next(iter(loader)).to(device))
     if resumed is not None:
         state.resume(resumed, resume_from)
-    run_dir = run_dir or new_run_dir(experiment.name)
-    write_experiment(run_dir, experiment)
+    run_dir = from_first(lambda: run_dir or new_run_dir(experiment.name))
+    if rank() == 0:
+        write_experiment(run_dir, experiment)
     logger.info(
         f"{experiment.name}: {experiment.model.backbone} from {experiment.model.weights} weights, "
         f"{len(train_index)} images to train on, {len(test_index)} to test on, "
@@ -127,27 +152,30 @@ def _train_epoch(
     """Train to the end of the epoch, or to the end of the step in which a signal came."""
     settings = state.experiment.train
     loader.set_epoch(state.epoch, state.step)
-    state.detector.train()
+    state.network.train()
     log.start_epoch()
     since = time.perf_counter()
     for batch in loader:
         batch = batch.to(device, non_blocking=True)
         images = batch.images.contiguous(memory_format=state.precision.torch_format)
-        seed_globally(device, "step", settings.seed, state.epoch, state.step)
+        seed_globally(device, "step", settings.seed, state.epoch, state.step, rank())
         bad_steps.begin(batch)
         with state.precision.autocast(device):
-            losses = state.detector(images, batch.targets)
+            losses = state.network(images, batch.targets)
         bad_steps.end(losses)
         state.scaler.scale(sum(losses.values()) / settings.accumulate).backward()
         state.step += 1
-        state.images_seen += len(batch)
-        log.step(state.epoch + 1, state.steps_done, losses, state.lr, len(batch))
+        images_seen = len(batch) * world_size()
+        state.images_seen += images_seen
+        log.step(state.epoch + 1, state.steps_done, losses, state.lr, images_seen)
         if state.at_optimizer_step:
             _update_weights(state, bad_steps)
             state.train_seconds += time.perf_counter() - since
-            if interrupts.received:
+            asked = (interrupts.received is not None, saver.is_due)
+            stops, saves = all_agree(asked, state.step, device)
+            if stops:
                 break
-            if saver.is_due:
+            if saves:
                 bad_steps.settle()
                 log.flush()
                 saver.try_last()
@@ -181,6 +209,7 @@ def _evaluate(
     saver: Saver,
 ) -> None:
     data, settings = state.experiment.data, state.experiment.train
+    alike(state.shipped)
     metrics = evaluate_detector(state.shipped, indexes[1], data, settings.eval_batch_size, device)
     log.evaluation(state.epoch, state.steps_done, metrics.as_dict())
     best_before = state.best_ap50
@@ -188,8 +217,9 @@ def _evaluate(
     state.best_ap50 = max(best_before, metrics.ap50)
     if is_best and not saver.save_best():
         is_best, state.best_ap50 = False, best_before
-    with going_on(run_dir / "metrics.json"):
-        write_results(run_dir, state, metrics, is_best, *indexes)
+    if rank() == 0:
+        with going_on(run_dir / "metrics.json"):
+            write_results(run_dir, state, metrics, is_best, *indexes)
     logger.info(
         f"epoch {state.epoch}/{settings.epochs}: AP50 {metrics.ap50:.4f}, "
         f"AP {metrics.ap:.4f}, best AP50 {state.best_ap50:.4f}, "

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinydet.training.checkpoint import previous_of, save_checkpoint, save_last
+from tinydet.training.distributed import rank
 from tinydet.training.results import write_experiment
 from tinydet.training.state import TrainingState
 
@@ -30,7 +31,7 @@ def going_on(path: Path) -> Iterator[None]:
 
 
 class Saver:
-    """Writes the checkpoints of one run.
+    """Writes the checkpoints of one run; of several processes, the first does.
 
     Args:
         run_dir: the run's folder, there already.
@@ -43,8 +44,9 @@ class Saver:
         self._last = run_dir / "last.pt"
         self._written = time.monotonic()
         self._is_written = True
-        for left in run_dir.glob(".*.tmp.*"):  # Half a file of a process that was killed.
-            left.unlink(missing_ok=True)
+        if rank() == 0:
+            for left in run_dir.glob(".*.tmp.*"):  # Half a file of a process that was killed.
+                left.unlink(missing_ok=True)
 
     @property
     def is_due(self) -> bool:
@@ -59,6 +61,8 @@ class Saver:
         Raises:
             OSError: it cannot be written; the one before is still there.
         """
+        if rank() > 0:
+            return
         self._written = time.monotonic()  # Also after a failure, which is not to come every step.
         if not self._run_dir.is_dir():
             logger.warning("%s: the run's folder is gone; it is made anew", self._run_dir)
@@ -86,6 +90,8 @@ class Saver:
 
     def save_best(self) -> bool:
         """Write best.pt, or warn; returns whether it was written."""
+        if rank() > 0:
+            return True
         path = self._run_dir / "best.pt"
         with going_on(path):
             save_checkpoint(path, self._state.checkpoint())
@@ -95,7 +101,7 @@ class Saver:
     def keep_epoch(self) -> None:
         """Write `epoch_<number>.pt` after every `train.keep_every`-th epoch, or warn."""
         every, epoch = self._state.experiment.train.keep_every, self._state.epoch
-        if every and epoch % every == 0:
+        if rank() == 0 and every and epoch % every == 0:
             path = self._run_dir / f"epoch_{epoch:04d}.pt"
             with going_on(path):
                 save_checkpoint(path, self._state.checkpoint())

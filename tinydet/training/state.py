@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -16,6 +17,12 @@ from tinydet.config import Experiment
 from tinydet.data.sample import Batch
 from tinydet.experiment_file import experiment_to_dict
 from tinydet.training.checkpoint import CheckpointError
+from tinydet.training.distributed import (
+    from_first,
+    parallel,
+    with_synced_norms,
+    world_size,
+)
 from tinydet.training.ema import averaged
 from tinydet.training.optim import Plan, make_optimizer, make_plan
 from tinydet.training.precision import Precision, choose_precision
@@ -31,6 +38,7 @@ class TrainingState:
     Attributes:
         experiment: what is trained.
         detector: the network being trained.
+        network: the same, averaging gradients where several processes train it.
         ema: its averaged weights, if there are any.
         optimizer: steps the detector's weights.
         schedule: steps the learning rate, once an optimiser step.
@@ -48,6 +56,7 @@ class TrainingState:
 
     experiment: Experiment
     detector: Detector
+    network: nn.Module
     ema: AveragedModel | None
     optimizer: Optimizer
     schedule: LambdaLR
@@ -183,17 +192,21 @@ def start_training(
     steps_an_epoch = -(-batches_an_epoch // settings.accumulate)
     plan = make_plan(
         experiment.optim,
-        settings.batch_size * settings.accumulate,
+        settings.batch_size * settings.accumulate * world_size(),
         steps_an_epoch * settings.epochs,
     )
-    precision = choose_precision(
-        settings, device, detector, first_batch.images, first_batch.targets
+    precision = from_first(
+        lambda: choose_precision(
+            settings, device, detector, first_batch.images, first_batch.targets
+        )
     )
     logger.info("%s, %s: %s", precision.dtype, precision.memory_format, precision.reason)
     for line in plan.lines:
         logger.info(line)
     ema = averaged(detector, settings.ema_decay) if settings.ema_decay else None
     precision.prepare(detector)
+    if settings.sync_norms and world_size() > 1:
+        detector = with_synced_norms(detector, device)
     if settings.compile:
         for part in (detector.backbone, detector.encoder, detector.head):
             part.compile()
@@ -201,6 +214,7 @@ def start_training(
     return TrainingState(
         experiment=experiment,
         detector=detector,
+        network=parallel(detector, device),
         ema=ema,
         optimizer=optimizer,
         schedule=schedule,
