@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -19,7 +20,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     # Of processes that train together, the first one speaks for all.
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    speaks = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if speaks else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[_StdoutHandler()])
     # Other libraries' news would drown ours.
     for name in ("timm", "torch", "httpx", "onnxscript", "onnx_ir", "huggingface_hub"):
@@ -29,6 +31,9 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except (ValueError, OSError) as error:
         if args.debug:
             raise
+        if not speaks:
+            # The first process most likely makes the same mistake, and ends this one meanwhile.
+            time.sleep(3)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt as error:

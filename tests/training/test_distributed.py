@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ import torch
 from tinydet.config import ConfigError
 from tinydet.training import distributed
 from tinydet.training.checkpoint import read_checkpoint
+from tinydet.training.launch import free_port
 from tinydet.training.results import write_experiment
 
 SCRIPT = Path(__file__).with_name("run_in_processes.py")
+ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 3  # which do not divide the 8 images of the split
 
 
@@ -132,3 +136,23 @@ def test_norms_are_synced_on_gpus_alone():
         distributed.with_synced_norms(torch.nn.BatchNorm2d(3), torch.device("cpu"))
     synced = distributed.with_synced_norms(torch.nn.BatchNorm2d(3), torch.device("cuda"))
     assert isinstance(synced, torch.nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize(("options", "status"), [(["2"], 2), (["no number"], 2), ([], 2)])
+def test_a_mistake_on_the_command_line_is_one_line(options, status, tmp_path):
+    command = ["bash", str(ROOT / "tools" / "dist_train.sh"), "nosuch.py", *options]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == status
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_taken_port_is_replaced():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert free_port(port) != port
+    assert free_port(port) == port
