@@ -22,6 +22,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from the newest last.pt of --work-dir, or of this experiment",
     )
+    resume.add_argument(
+        "--profile", action="store_true", help="tell where a step's time goes, and train nothing"
+    )
     parser.add_argument("--download", action="store_true", help="fetch missing data without asking")
     add_overrides(parser)
     return parser
@@ -53,6 +56,15 @@ def main(args: argparse.Namespace) -> None:
         )
         if wanted:
             fetch(data)
+
+    if args.profile:
+        if args.work_dir:
+            raise ValueError("--profile leaves no run: take --work-dir away")
+        from tinydet.training.profile import profile_training
+
+        for line in profile_training(experiment):
+            print(line, flush=True)
+        return
 
     resume_from = args.resume_from
     if args.resume and args.work_dir:

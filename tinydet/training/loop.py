@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -75,6 +76,41 @@ def _train(
         experiment = keep_precision(experiment, resumed)
     if run_dir is not None and (resumed is None or not _same(run_dir, resume_from.parent)):
         _check_unused(run_dir)
+    state, loader, train_index, test_index = prepare(experiment, device, resumed)
+    if resumed is not None:
+        state.resume(resumed, resume_from)
+    run_dir = from_first(lambda: run_dir or new_run_dir(experiment.name))
+    if rank() == 0:
+        write_experiment(run_dir, experiment)
+    logger.info(
+        f"{experiment.name}: {experiment.model.backbone} from {experiment.model.weights} weights, "
+        f"{len(train_index)} images to train on, {len(test_index)} to test on, "
+        f"{len(state.detector.classes)} classes, {state.plan.iterations} iterations, into {run_dir}"
+    )
+    saver = Saver(run_dir, state)
+    if resumed is None:
+        saver.save_last()  # A folder that cannot be written to is found out now, not in an hour.
+    try:
+        with dead_workers_named():
+            _run_epochs(state, loader, (train_index, test_index), run_dir, device, saver)
+    except (KeyboardInterrupt, WorkerDiedError, OSError):
+        logger.info(saver.how_to_go_on())
+        raise
+
+
+def prepare(
+    experiment: Experiment, device: torch.device, resumed: dict[str, Any] | None = None
+) -> tuple[TrainingState, DetectionLoader, Index, Index]:
+    """Return a run about to begin, its batches, and the splits to train and to evaluate on.
+
+    Args:
+        experiment: what to train.
+        device: where.
+        resumed: a checkpoint whose weights are about to take the place of the detector's own.
+
+    Raises:
+        ConfigError: a field of the experiment cannot be met.
+    """
     data, settings = experiment.data, experiment.train
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(settings.seed)
@@ -93,25 +129,7 @@ def _train(
     build = build_detector if resumed is None else build_unloaded
     detector = build(experiment.model, train_index.classes).to(device)
     state = start_training(experiment, detector, len(loader), next(iter(loader)).to(device))
-    if resumed is not None:
-        state.resume(resumed, resume_from)
-    run_dir = from_first(lambda: run_dir or new_run_dir(experiment.name))
-    if rank() == 0:
-        write_experiment(run_dir, experiment)
-    logger.info(
-        f"{experiment.name}: {experiment.model.backbone} from {experiment.model.weights} weights, "
-        f"{len(train_index)} images to train on, {len(test_index)} to test on, "
-        f"{len(detector.classes)} classes, {state.plan.iterations} iterations, into {run_dir}"
-    )
-    saver = Saver(run_dir, state)
-    if resumed is None:
-        saver.save_last()  # A folder that cannot be written to is found out now, not in an hour.
-    try:
-        with dead_workers_named():
-            _run_epochs(state, loader, (train_index, test_index), run_dir, device, saver)
-    except (KeyboardInterrupt, WorkerDiedError, OSError):
-        logger.info(saver.how_to_go_on())
-        raise
+    return state, loader, train_index, test_index
 
 
 def _run_epochs(
@@ -129,7 +147,7 @@ def _run_epochs(
     ):
         while state.epoch < epochs:
             with interrupts.held_back():
-                _train_epoch(state, loader, device, log, bad_steps, saver, interrupts)
+                train_epoch(state, loader, device, log, bad_steps, saver, interrupts)
                 saver.try_last()
             state.epoch, state.step = state.epoch + 1, 0
             if state.epoch % state.experiment.train.eval_every == 0 or state.epoch == epochs:
@@ -140,7 +158,7 @@ def _run_epochs(
     saver.finish()
 
 
-def _train_epoch(
+def train_epoch(
     state: TrainingState,
     loader: DetectionLoader,
     device: torch.device,
