@@ -60,10 +60,8 @@ class Saver:
             OSError: it cannot be written; the one before is still there.
         """
         self._written = time.monotonic()  # Also after a failure, which is not to come every step.
-        if not self._run_dir.is_dir():
-            logger.warning("%s: the run's folder is gone; it is made anew", self._run_dir)
-            write_experiment(self._run_dir, self._state.experiment)
         self._is_written = False
+        self._renew_folder()
         save_last(self._last, self._state.checkpoint())
         self._is_written = True
 
@@ -88,6 +86,7 @@ class Saver:
         """Write best.pt, or warn; returns whether it was written."""
         path = self._run_dir / "best.pt"
         with going_on(path):
+            self._renew_folder()
             save_checkpoint(path, self._state.checkpoint())
             return True
         return False
@@ -99,6 +98,11 @@ class Saver:
             path = self._run_dir / f"epoch_{epoch:04d}.pt"
             with going_on(path):
                 save_checkpoint(path, self._state.checkpoint())
+
+    def _renew_folder(self) -> None:
+        if not self._run_dir.is_dir():
+            logger.warning("%s: the run's folder is gone; it is made anew", self._run_dir)
+            write_experiment(self._run_dir, self._state.experiment)
 
     def how_to_go_on(self) -> str:
         """Return the command that resumes this run, or why there is none."""
