@@ -1,11 +1,20 @@
 import dataclasses
 import logging
+import os
+import signal
 
 import pytest
 import torch
 
 from tinydet.config import Augment, Data
-from tinydet.data.loader import choose_workers, collate, make_test_loader, make_train_loader
+from tinydet.data.loader import (
+    WorkerDiedError,
+    choose_workers,
+    collate,
+    dead_workers_named,
+    make_test_loader,
+    make_train_loader,
+)
 from tinydet.data.sample import Sample
 from tinydet.data.transforms import PAD_VALUE
 from tinydet.data.voc import VocDataset, read_index
@@ -54,6 +63,60 @@ def test_make_train_loader__an_epoch_broken_off_leaves_no_trace(dataset, workers
     for one, two in zip(batches, fresh, strict=True):
         assert one.image_ids == two.image_ids
         assert torch.equal(one.images, two.images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_make_train_loader__an_epoch_begun_in_the_middle_is_the_rest_of_it(dataset, workers):
+    loader = make_train_loader(dataset, DATA, batch_size=2, seed=5)
+    loader.set_epoch(3)
+    whole = list(loader)
+    data = dataclasses.replace(DATA, workers=workers)
+    late = make_train_loader(dataset, data, batch_size=2, seed=5)
+    late.set_epoch(3, start=3)
+    rest = list(late)
+    assert len(late) == len(whole) == 5
+    assert len(rest) == 2
+    for one, two in zip(whole[3:], rest, strict=True):
+        assert one.image_ids == two.image_ids
+        assert torch.equal(one.images, two.images)
+    late.set_epoch(3, start=5)
+    assert list(late) == []
+    late.set_epoch(4)
+    assert len(list(late)) == 5
+
+
+def test_make_train_loader__what_is_left_out_is_not_read(dataset, monkeypatch):
+    read = []
+    original = VocDataset.read
+    monkeypatch.setattr(VocDataset, "read", lambda self, i: read.append(i) or original(self, i))
+    loader = make_train_loader(dataset, DATA, batch_size=2)
+    loader.set_epoch(0, start=4)
+    list(loader)
+    assert len(read) == 2
+
+
+def test_make_train_loader__draws_nothing_that_the_model_draws_from(dataset):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(make_train_loader(dataset, DATA, batch_size=2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class _Dies:
+    """A transform that ends its loader process as the kernel does when memory runs out."""
+
+    def __call__(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_dead_workers_named__says_in_one_line_what_to_do(dataset):
+    dataset.transform = _Dies()
+    data = dataclasses.replace(DATA, workers=1)
+    with pytest.raises(WorkerDiedError, match=r"data\.workers") as caught, dead_workers_named():
+        list(make_train_loader(dataset, data, batch_size=2))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="another"), dead_workers_named():
+        raise RuntimeError("another")
 
 
 def test_make_train_loader__epochs_and_seeds_differ(dataset):

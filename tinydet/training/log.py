@@ -130,8 +130,9 @@ class RunLog:
         if rank() > 0:
             return
         record = {k: _round(v) for k, v in record.items()}
-        self._write_line(json.dumps(record, allow_nan=False) + "\n")
-        if self._events is None:
+        is_written = self._write_line(json.dumps(record, allow_nan=False) + "\n")
+        # TensorBoard writes in a thread, which would fail there with a traceback on screen.
+        if self._events is None or not is_written:
             return
         try:
             for name, value in record.items():
@@ -141,8 +142,8 @@ class RunLog:
             logger.warning("no more TensorBoard events: %s", error)
             self._events = None
 
-    def _write_line(self, line: str) -> None:
-        """Append a line; where that fails, say so once until it works again."""
+    def _write_line(self, line: str) -> bool:
+        """Append a line; where that fails, say so once until it works again, and return False."""
         size = self._path.stat().st_size if self._path.is_file() else 0
         try:
             with self._path.open("a") as file:
@@ -152,10 +153,10 @@ class RunLog:
                 os.truncate(self._path, size)
             if self._is_written:
                 logger.warning("%s: lines are lost: %s", self._path, error.strerror)
+            self._is_written = False
         else:
             self._is_written = True
-            return
-        self._is_written = False
+        return self._is_written
 
 
 def _finite_mean(losses: list[Tensor]) -> Tensor:

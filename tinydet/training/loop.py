@@ -227,8 +227,9 @@ def _evaluate(
     saver: Saver,
 ) -> None:
     data, settings = state.experiment.data, state.experiment.train
-    alike(state.shipped)
-    metrics = evaluate_detector(state.shipped, indexes[1], data, settings.eval_batch_size, device)
+    detector = state.shipped.eval()
+    alike(detector)
+    metrics = evaluate_detector(detector, indexes[1], data, settings.eval_batch_size, device)
     log.evaluation(state.epoch, state.steps_done, metrics.as_dict())
     best_before = state.best_ap50
     is_best = not metrics.ap50 <= best_before

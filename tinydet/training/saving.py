@@ -64,10 +64,8 @@ class Saver:
         if rank() > 0:
             return
         self._written = time.monotonic()  # Also after a failure, which is not to come every step.
-        if not self._run_dir.is_dir():
-            logger.warning("%s: the run's folder is gone; it is made anew", self._run_dir)
-            write_experiment(self._run_dir, self._state.experiment)
         self._is_written = False
+        self._renew_folder()
         save_last(self._last, self._state.checkpoint())
         self._is_written = True
 
@@ -94,6 +92,7 @@ class Saver:
             return True
         path = self._run_dir / "best.pt"
         with going_on(path):
+            self._renew_folder()
             save_checkpoint(path, self._state.checkpoint())
             return True
         return False
@@ -105,6 +104,11 @@ class Saver:
             path = self._run_dir / f"epoch_{epoch:04d}.pt"
             with going_on(path):
                 save_checkpoint(path, self._state.checkpoint())
+
+    def _renew_folder(self) -> None:
+        if not self._run_dir.is_dir():
+            logger.warning("%s: the run's folder is gone; it is made anew", self._run_dir)
+            write_experiment(self._run_dir, self._state.experiment)
 
     def how_to_go_on(self) -> str:
         """Return the command that resumes this run, or why there is none."""

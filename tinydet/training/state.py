@@ -89,8 +89,8 @@ class TrainingState:
 
     @property
     def shipped(self) -> Detector:
-        """The weights to evaluate and ship, in evaluation mode."""
-        return (self.ema.module if self.ema is not None else self.detector).eval()
+        """The network to evaluate and ship; its mode is the caller's affair."""
+        return self.ema.module if self.ema is not None else self.detector
 
     def checkpoint(self) -> dict[str, Any]:
         """Return what `save_checkpoint` writes."""
