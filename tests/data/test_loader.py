@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tinydet.config import Augment, Data
+from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.loader import choose_workers, collate, make_test_loader, make_train_loader
 from tinydet.data.sample import Sample
-from tinydet.data.transforms import PAD_VALUE
 from tinydet.data.voc import VocDataset, read_index
 
 DATA = Data(image_size=64, workers=0, augment=Augment(0.3, 0.1, (0.5, 1.5), multiscale=(0.5, 1.5)))

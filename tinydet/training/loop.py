@@ -52,7 +52,12 @@ def train(
     torch.manual_seed(settings.seed)
     train_index, test_index = load_split(data, data.train_split), load_split(data, data.test_split)
     loader = make_train_loader(
-        VocDataset(train_index), data, settings.batch_size, settings.seed, device=device
+        VocDataset(train_index),
+        data,
+        settings.batch_size,
+        settings.seed,
+        epochs=settings.epochs,
+        device=device,
     )
     build = build_detector if resumed is None else build_unloaded
     detector = build(experiment.model, train_index.classes).to(device)
