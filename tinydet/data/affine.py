@@ -43,7 +43,11 @@ def warped(sample: Sample, augment: Augment, generator: torch.Generator) -> Samp
         "scale": math.exp(uniform(generator, math.log(low), math.log(high))),
         "shear": [uniform(generator, -augment.shear, augment.shear) for _ in range(2)],
     }
-    image = F.affine(sample.image, **warp, interpolation=InterpolationMode.BILINEAR, fill=PAD_VALUE)
+    # Zero outside, so that the edge blends with grey: torchvision's own `fill` leaves a dark line.
+    offset = F.affine(
+        sample.image.float() - PAD_VALUE, **warp, interpolation=InterpolationMode.BILINEAR
+    )
+    image = offset.add_(PAD_VALUE).round_().byte()
     # Not clamped, so that it is known how much of each box is left.
     boxes = as_boxes(sample.boxes, (height, width))
     boxes.clamping_mode = None
