@@ -159,9 +159,9 @@ class Data:
             800 beside an `image_size` of 1333 is the usual rule on COCO.
         augment: random changes of training images.
         workers: loader processes; -1 chooses from the machine's cores.
-        reduced_jpeg: JPEG files that are at least twice as large as training ever needs them are
-            decoded at a half, quarter or eighth of their size, which is much faster and a little
-            sharper. Evaluation always decodes whole images.
+        reduced_jpeg: JPEG files much larger than training ever needs them (8/3 of it and more) are
+            decoded at a half, quarter or eighth of their size, which is several times faster.
+            Evaluation always decodes whole images.
         cache_mb: megabytes (2**20 bytes) of memory, of each training process and shared by its
             loader processes, for decoded training images; 0 is off.
     """

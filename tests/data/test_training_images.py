@@ -58,11 +58,12 @@ def decodes(tmp_path, monkeypatch):
     st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
     st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
 )
-def test_largest_reduction__never_below_what_is_needed(size, needed):
+def test_largest_reduction__never_below_four_thirds_of_what_is_needed(size, needed):
     r = largest_reduction(size, needed)
     assert r in (1, 2, 4, 8)
-    fits = [size[0] >= needed[0] * n and size[1] >= needed[1] * n for n in (2, 4, 8)]
-    assert r == 2 ** sum(fits)
+    for n in (2, 4, 8):
+        fits = all(3 * (size[axis] // n) >= 4 * needed[axis] for axis in (0, 1))
+        assert fits == (n <= r)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (641, 483), (647, 470), (333, 501)])
@@ -81,7 +82,7 @@ def test_read__boxes_are_exact_at_reduced_scale(tree, size):
     assert sample.boxes.tolist() == [seen] == [[c / reduction for c in (96, 160, 256, 320)]]
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(scale=(0.5, 1.5), mosaic=0.5)])
+@pytest.mark.parametrize("augment", [Augment(), Augment(scale=(0.5, 1.4), mosaic=0.5)])
 def test_transform__after_reduced_decoding_boxes_and_pixels_agree(tree, augment):
     paint(tree, "a", (643, 485), (100, 150, 300, 330), quality=95)
     dataset = VocDataset(read_index(tree.split("a"), "train"))
@@ -89,7 +90,7 @@ def test_transform__after_reduced_decoding_boxes_and_pixels_agree(tree, augment)
     images = TrainingImages(dataset, lambda size: transform.largest_size(size, 160), 0)
     whole = dataset.read(0)
     reduced = images.read(0)
-    assert reduced.image.shape[-1] in (322, 161)
+    assert reduced.image.shape[-1] == 322
     for seed in range(20):
         one, two = (
             transform(s, torch.Generator().manual_seed(seed), another=lambda s=s: s)
@@ -99,7 +100,7 @@ def test_transform__after_reduced_decoding_boxes_and_pixels_agree(tree, augment)
         torch.testing.assert_close(one.boxes, two.boxes, atol=0.6, rtol=0)
         assert (one.image.float() - two.image.float()).abs().mean() < 1.5
         assert one.labels.tolist() == two.labels.tolist()
-        assert two.scale == pytest.approx(one.scale, rel=0.007)  # 122 rows stand for 121.25
+        assert two.scale == pytest.approx(one.scale, rel=0.003)  # 243 rows stand for 242.5
 
 
 def test_reductions__jpeg_alone_and_nothing_turned(tree, decodes, caplog):
@@ -194,7 +195,7 @@ def test_loader__decodes_whole_images_where_asked_or_for_an_own_transform(tree, 
     list(make_train_loader(VocDataset(index), dataclasses.replace(data, reduced_jpeg=False), 1))
     list(make_train_loader(VocDataset(index, lambda sample, _: sample), data, 1))
     assert decodes() == ["a 1", "a 1"]
-    # The largest that the random scale and the batch's own size can ask for: 64 * 1.5 * 2.
-    large = dataclasses.replace(data.augment, scale=(0.5, 1.5), multiscale=(0.5, 2.0))
+    # Random scale and the batch's own size can ask for 64 * 1.5 * 1.5 pixels.
+    large = dataclasses.replace(data.augment, scale=(0.5, 1.5), multiscale=(0.5, 1.5))
     list(make_train_loader(VocDataset(index), dataclasses.replace(data, augment=large), 1))
     assert decodes() == ["a 2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg")
 _REDUCTIONS = (8, 4, 2)  # what libjpeg offers and pillow can ask for
+# A reduced image is at least this much larger than what is made of it. libjpeg's reduction is
+# sharper than that of `resized`, by which evaluated images are made: measured by their gradients up
+# to 58 % at a margin of 1, under 3 % from 4/3 on, where the resizing that follows decides.
+_MARGIN = Fraction(4, 3)
 
 
 class TrainingImages:
@@ -66,9 +71,14 @@ class TrainingImages:
 
 
 def largest_reduction(size: tuple[int, int], needed: tuple[int, int]) -> int:
-    """Return the strongest of 8, 4, 2, 1 that leaves an image of `size` at least as large."""
-    fitting = (r for r in _REDUCTIONS if size[0] // r >= needed[0] and size[1] // r >= needed[1])
-    return next(fitting, 1)
+    """Return the strongest of 8, 4, 2, 1 that leaves an image of `size` large enough.
+
+    That is 4/3 of what is needed, along both sides.
+    """
+    for r in _REDUCTIONS:
+        if all(side // r >= _MARGIN * least for side, least in zip(size, needed, strict=True)):
+            return r
+    return 1
 
 
 def _reductions(
