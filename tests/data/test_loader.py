@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tinydet.config import Augment, Data
+from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.loader import (
     WorkerDiedError,
     choose_workers,
@@ -16,7 +17,7 @@ from tinydet.data.loader import (
     make_train_loader,
 )
 from tinydet.data.sample import Sample
-from tinydet.data.transforms import PAD_VALUE
+from tinydet.data.sampler import SampleKey
 from tinydet.data.voc import VocDataset, read_index
 
 DATA = Data(image_size=64, workers=0, augment=Augment(0.3, 0.1, (0.5, 1.5), multiscale=(0.5, 1.5)))
@@ -49,6 +50,109 @@ def test_make_train_loader__same_batches_whatever_number_of_workers(dataset):
         for target, other in zip(one.targets, two.targets, strict=True):
             assert torch.equal(target["boxes"], other["boxes"])
             assert torch.equal(target["labels"], other["labels"])
+
+
+STRONG = Augment(
+    scale=(0.5, 1.5),
+    multiscale=(0.5, 1.5),
+    hsv=(0.015, 0.7, 0.4),
+    mosaic=0.5,
+    mixup=0.5,
+    rotate=10.0,
+    shear=3.0,
+    translate=0.1,
+    zoom=(0.8, 1.25),
+)
+
+
+def batches_of(dataset, augment, which=(0,), workers=0, **kwargs):
+    data = dataclasses.replace(DATA, augment=augment, workers=workers)
+    loader = make_train_loader(dataset, data, batch_size=2, seed=3, **kwargs)
+    for epoch in which:
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def assert_same(batches, others):
+    for one, two in zip(batches, others, strict=True):
+        assert one.image_ids == two.image_ids
+        assert torch.equal(one.images, two.images)
+        for target, other in zip(one.targets, two.targets, strict=True):
+            for name in ("boxes", "labels", "difficult"):
+                assert torch.equal(target[name], other[name])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_make_train_loader__mosaics_and_mixes_depend_on_seed_epoch_and_index_only(dataset, workers):
+    torch.manual_seed(workers)
+    expected = batches_of(dataset, STRONG, (0, 1))
+    assert_same(expected, batches_of(dataset, STRONG, (0, 1), workers=workers))
+    # Nor on how many processes train: a sample is the same in whatever batch of one size.
+    fixed = dataclasses.replace(STRONG, multiscale=(1.0, 1.0))
+    alone = {
+        name: target["boxes"]
+        for batch in batches_of(dataset, fixed)
+        for name, target in zip(batch.image_ids, batch.targets, strict=True)
+    }
+    both = {
+        name: target["boxes"]
+        for rank in range(2)
+        for batch in batches_of(dataset, fixed, rank=rank, world_size=2)
+        for name, target in zip(batch.image_ids, batch.targets, strict=True)
+    }
+    assert len(alone.keys() & both.keys()) > 5
+    assert all(torch.equal(alone[name], both[name]) for name in alone.keys() & both.keys())
+
+
+def test_make_train_loader__mosaics_draw_from_the_whole_split(dataset):
+    read = set()
+    source = make_train_loader(
+        dataset, dataclasses.replace(DATA, augment=Augment(mosaic=1.0)), batch_size=11
+    ).dataset
+    decode = source.images.read
+    source.images.read = lambda i: read.add(i) or decode(i)
+    for epoch in range(8):
+        source[SampleKey(0, epoch, None)]
+    assert len(read) > 7
+    # And two epochs differ in what they draw.
+    one, two = source[SampleKey(0, 0, None)], source[SampleKey(0, 1, None)]
+    assert not torch.equal(one.image, two.image)
+
+
+def test_make_train_loader__last_epochs_are_plain(dataset):
+    strong = dataclasses.replace(STRONG, plain_epochs=2)
+    weak = Augment(scale=STRONG.scale, multiscale=STRONG.multiscale)
+    same = []
+    for epoch in range(5):
+        pairs = zip(
+            batches_of(dataset, strong, [epoch], epochs=5),
+            batches_of(dataset, weak, [epoch], epochs=5),
+            strict=True,
+        )
+        same.append(all(torch.equal(one.images, two.images) for one, two in pairs))
+    assert same == [False, False, False, True, True]
+    # Without the length of the run no epoch is the last.
+    assert_same(batches_of(dataset, strong, [4]), batches_of(dataset, STRONG, [4], epochs=5))
+
+
+def test_make_train_loader__unreadable_parts_of_a_mosaic_are_replaced_and_reported(dataset, caplog):
+    dataset.index.image_path(4).write_text("no image any more")
+    with caplog.at_level(logging.WARNING):
+        batches = list(batches_of(dataset, Augment(mosaic=1.0, mixup=1.0), range(2)))
+    assert len(batches) == 10
+    assert ["image 04 " in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_make_train_loader__no_difficult_objects_of_any_part(dataset):
+    augment = Augment(mosaic=1.0, mixup=1.0)
+    labels = [
+        label
+        for batch in batches_of(dataset, augment)
+        for target in batch.targets
+        for label in target["labels"].tolist()
+    ]
+    assert set(labels) == {0}  # every dog is difficult
+    assert len(labels) > 30
 
 
 @pytest.mark.parametrize("workers", [0, 2])

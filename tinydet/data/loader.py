@@ -8,19 +8,23 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tinydet.config import Data
+from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.sample import Batch, Sample
-from tinydet.data.sampler import SampleKey, TestBatches, TrainBatches
-from tinydet.data.seeding import seeded_generator
+from tinydet.data.sampler import SampleKey, TestBatches, TrainBatches, largest_image_size
+from tinydet.data.seeding import integer, seeded_generator
+from tinydet.data.training_images import TrainingImages
 from tinydet.data.transforms import (
-    PAD_VALUE,
     network_size,
     padded_size,
+    plain,
     test_transform,
     train_transform,
 )
@@ -86,6 +90,7 @@ def make_train_loader(
     batch_size: int,
     seed: int = 0,
     *,
+    epochs: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
@@ -94,16 +99,19 @@ def make_train_loader(
 
     Args:
         dataset: what is trained on; its own transform, where it has one, takes the place of
-            `train_transform(data)`.
-        data: image size, augmentation and number of workers.
+            `train_transform(data)`, and is called with whole images.
+        data: image size, augmentation, number of workers, memory for decoded images.
         batch_size: images in a batch of this process.
         seed: seeds order and augmentation.
+        epochs: epochs of the whole run, the last of which are `data.augment.plain_epochs`; None
+            has none of these.
         rank: this process among `world_size`.
         world_size: processes training together; each gets as many images as the others.
         device: where the model trains; decides on pinned memory and on the number of workers.
 
     Raises:
         ValueError: the data set is empty, or batch_size is not positive.
+        ConfigError: `data.cache_mb` is more than the machine's memory.
     """
     batches = TrainBatches(
         dataset.index.sizes,
@@ -114,7 +122,7 @@ def make_train_loader(
         rank=rank,
         world_size=world_size,
     )
-    source = _TrainSource(dataset, dataset.transform or train_transform(data), seed)
+    source = _TrainSource(dataset, data, seed, epochs)
     return _loader(source, batches, _collate_train, data.workers, device, world_size)
 
 
@@ -180,10 +188,13 @@ def collate(samples: Sequence[Sample], keep_difficult: bool) -> Batch:
     height, width = padded_size(
         (max(s.image.shape[-2] for s in samples), max(s.image.shape[-1] for s in samples))
     )
-    images = torch.full((len(samples), 3, height, width), PAD_VALUE, dtype=torch.uint8)
+    images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
     targets = []
     for image, sample in zip(images, samples, strict=True):
-        image[:, : sample.image.shape[-2], : sample.image.shape[-1]] = sample.image
+        bottom, right = sample.image.shape[-2:]
+        image[:, :bottom, :right] = sample.image
+        image[:, bottom:] = PAD_VALUE
+        image[:, :bottom, right:] = PAD_VALUE
         kept = torch.ones_like(sample.difficult) if keep_difficult else ~sample.difficult
         targets.append(
             {
@@ -213,24 +224,40 @@ def _collate_test(samples: Sequence[Sample]) -> Batch:
 class _TrainSource(Dataset[Sample]):
     """Reads and augments the sample that a key stands for; steps over unreadable images."""
 
-    def __init__(self, dataset: VocDataset, transform: Callable[..., Sample], seed: int) -> None:
+    def __init__(self, dataset: VocDataset, data: Data, seed: int, epochs: int | None) -> None:
         self.dataset = dataset
-        self.transform = transform
         self.seed = seed
+        self.transform = train_transform(data)
+        self.plain_transform = train_transform(replace(data, augment=plain(data.augment)))
+        self.first_plain = None if epochs is None else epochs - data.augment.plain_epochs
+        image_size = largest_image_size(data.image_size, data.augment.multiscale)
+        reduced = data.reduced_jpeg and dataset.transform is None
+        self.images = TrainingImages(
+            dataset,
+            partial(self.transform.largest_size, image_size=image_size) if reduced else None,
+            data.cache_mb,
+        )
 
     def __getitem__(self, key: SampleKey) -> Sample:
         sample = self._read(key.index)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
-        if key.image_size is None:
-            return self.transform(sample, generator)
-        return self.transform(sample, generator, key.image_size)
+        if self.dataset.transform is not None:
+            sizes = () if key.image_size is None else (key.image_size,)
+            return self.dataset.transform(sample, generator, *sizes)
+        is_plain = self.first_plain is not None and key.epoch >= self.first_plain
+        transform = self.plain_transform if is_plain else self.transform
+
+        def another() -> Sample:
+            return self._read(integer(generator, 0, len(self.dataset) - 1))
+
+        return transform(sample, generator, key.image_size, another)
 
     def _read(self, index: int) -> Sample:
         unreadable: list[str] = []
         for step in range(len(self.dataset)):
             i = (index + step) % len(self.dataset)
             try:
-                sample = self.dataset.read(i)
+                sample = self.images.read(i)
             except (ValueError, OSError):
                 unreadable.append(self.dataset.index.image_ids[i])
                 continue

@@ -115,8 +115,18 @@ class TrainBatches(Sampler[list[SampleKey]]):
         if low == high == 1.0:
             return None
         generator = seeded_generator("size", self.seed, self.epoch, number)
-        size = self.image_size * uniform(generator, low, high)
-        return max(STRIDE, round(size / STRIDE) * STRIDE)
+        return _whole_strides(self.image_size * uniform(generator, low, high))
+
+
+def largest_image_size(image_size: int, multiscale: tuple[float, float]) -> int:
+    """Return the largest longer side that `TrainBatches` gives a batch, in pixels."""
+    if multiscale == (1.0, 1.0):
+        return image_size
+    return _whole_strides(image_size * multiscale[1])
+
+
+def _whole_strides(size: float) -> int:
+    return max(STRIDE, round(size / STRIDE) * STRIDE)
 
 
 class TestBatches(Sampler[list[int]]):

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from tinydet import __version__
 from tinydet.atomic import replacing
 from tinydet.config import Data, Model
-from tinydet.data.transforms import PAD_VALUE, STRIDE
+from tinydet.data.canvas import PAD_VALUE
+from tinydet.data.transforms import STRIDE
 from tinydet.deployment.activations import with_outputs
 from tinydet.deployment.agreement import Agreement, compare_detections
 from tinydet.deployment.decoding import (

@@ -122,6 +122,7 @@ def prepare(
         data,
         settings.batch_size,
         settings.seed,
+        epochs=settings.epochs,
         rank=rank(),
         world_size=world_size(),
         device=device,
