@@ -25,7 +25,7 @@ class VocResult:
         ap_11pt: (K,) mean of 11 interpolated precisions (VOC 2007).
         num_boxes: (K,) boxes that count, i.e. not difficult.
         true_positives: K arrays; how many of the class's first 1..N detections, by descending
-            score, are right. `precision_recall` makes the curve of it.
+            score, are right. `interpolated_precision` makes a curve of it.
     """
 
     ap_area: np.ndarray
@@ -145,14 +145,6 @@ def _best_boxes(
     return np.concatenate(ious), np.concatenate(boxes), np.concatenate(difficult)
 
 
-def precision_recall(true_positives: np.ndarray, num_boxes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (N,) precisions and (N,) recalls after the first 1..N detections.
-
-    Arguments as in `area_ap`.
-    """
-    return true_positives / np.arange(1, len(true_positives) + 1), true_positives / num_boxes
-
-
 def area_ap(true_positives: np.ndarray, num_boxes: int) -> float:
     """Return the area under the precision-recall curve made monotone (VOC 2010 devkit's VOCap.m).
 
@@ -160,18 +152,30 @@ def area_ap(true_positives: np.ndarray, num_boxes: int) -> float:
         true_positives: (N,) how many of the first 1..N detections, by descending score, are right.
         num_boxes: boxes to find, at least 1.
     """
-    precision, _ = precision_recall(true_positives, num_boxes)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
     steps = np.diff(true_positives, prepend=0)  # recall rises by 1 / num_boxes at each 1
-    return float((envelope * steps).sum() / num_boxes)
+    return float((_monotone_precision(true_positives) * steps).sum() / num_boxes)
 
 
 def eleven_point_ap(true_positives: np.ndarray, num_boxes: int) -> float:
     """Return the mean over recalls 0, 0.1, ... 1 of the best precision at that recall or beyond.
 
-    Recalls are compared as whole numbers (10 tp >= k boxes): 3 of 10 boxes are a recall of 0.3,
+    Arguments as in `area_ap`.
+    """
+    return float(interpolated_precision(true_positives, num_boxes)[::10].mean())
+
+
+def interpolated_precision(true_positives: np.ndarray, num_boxes: int) -> np.ndarray:
+    """Return the precision-recall curve made monotone, as (101,) precisions.
+
+    They are the best at recalls 0, 0.01, ... 1 or beyond, and 0 where a recall is never reached.
+    Recalls are compared as whole numbers (100 tp >= k boxes): 3 of 10 boxes are a recall of 0.3,
     whatever 0.3 is in floating point. Arguments as in `area_ap`.
     """
-    precision, _ = precision_recall(true_positives, num_boxes)
-    best = [precision[10 * true_positives >= k * num_boxes].max(initial=0.0) for k in range(11)]
-    return float(np.mean(best))
+    precision = np.append(_monotone_precision(true_positives), 0.0)
+    return precision[np.searchsorted(100 * true_positives, np.arange(101) * num_boxes)]
+
+
+def _monotone_precision(true_positives: np.ndarray) -> np.ndarray:
+    """Return the (N,) best precisions of the first n detections or more, n in 1..N."""
+    precision = true_positives / np.arange(1, len(true_positives) + 1)
+    return np.maximum.accumulate(precision[::-1])[::-1]

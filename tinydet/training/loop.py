@@ -18,6 +18,7 @@ from tinydet.training.checkpoint import build_unloaded, read_checkpoint, save_ch
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import evaluate_detector
 from tinydet.training.log import RunLog
+from tinydet.training.pictures import sample_images
 from tinydet.training.results import write_experiment, write_results
 from tinydet.training.runs import new_run_dir
 from tinydet.training.state import TrainingState, keep_precision, start_training
@@ -97,6 +98,7 @@ def _run_epochs(
                 is_best = not metrics.ap50 <= state.best_ap50
                 state.best_ap50 = max(state.best_ap50, metrics.ap50)
                 log.evaluation(state.epoch, state.epoch * len(loader), metrics.as_dict())
+                log.images(state.epoch * len(loader), sample_images(metrics, test_index))
                 if is_best:
                     save_checkpoint(run_dir / "best.pt", state.checkpoint())
                 write_results(run_dir, state, metrics, is_best, train_index, test_index)
