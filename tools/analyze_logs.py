@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     logs = [read_log(path) for path in args.logs]
     for path, log in zip(args.logs, logs, strict=True):
         if log.skipped:
-            print(f"{path}: {log.skipped} lines cannot be read: left out")
+            print(f"{path}: {log.skipped} line{'s'[: log.skipped > 1]} cannot be read: left out")
     if args.task == "summary":
         seconds = [train_seconds(path.parent) for path in args.logs]
         print("\n".join(summarize(list(zip(map(str, args.logs), logs, seconds, strict=True)))))

@@ -16,6 +16,7 @@ from tinydet.report.draw import Color, draw_name, to_pil
 TRUTH_COLOR: Color = (86, 180, 233)
 DETECTION_COLOR: Color = (230, 159, 0)
 _LONGEST_NAME = 24  # characters
+_MOST_NAMES = 8  # of each kind; more would hide the image
 
 
 def draw_errors(
@@ -32,10 +33,10 @@ def draw_errors(
     Args:
         image: (3, H, W) uint8 RGB, or a PIL image.
         truth: (M, 4) xyxy pixels of annotated boxes.
-        truth_names: a name for each, written if it was missed.
+        truth_names: a name for each; those of the first few that were missed are written.
         missed: (M,) bool.
-        found: (N, 4) xyxy pixels of detections.
-        found_names: a name for each, written if it is wrong.
+        found: (N, 4) xyxy pixels of detections, by descending score.
+        found_names: a name for each; those of the first few that are wrong are written.
         wrong: (N,) bool.
 
     Returns:
@@ -44,7 +45,7 @@ def draw_errors(
     canvas = to_pil(image)
     draw = ImageDraw.Draw(canvas)
     longest = max(canvas.size)
-    thin, thick = max(1, round(longest / 500)), max(2, round(longest / 180))
+    thin, thick = max(1, round(longest / 400)), max(2, round(longest / 160))
     font = ImageFont.load_default(size=max(11, round(longest / 42)))
     # Right ones below, and all names above all boxes.
     for is_error in (False, True):
@@ -53,41 +54,40 @@ def draw_errors(
             _draw_box(draw, box.tolist(), DETECTION_COLOR, width, dash=0)
         for box in np.asarray(truth)[np.asarray(missed, bool) == is_error]:
             _draw_box(draw, box.tolist(), TRUTH_COLOR, width, dash=max(4, longest // 70))
-    named = [
-        *zip(truth, truth_names, missed, [TRUTH_COLOR] * len(truth), strict=True),
-        *zip(found, found_names, wrong, [DETECTION_COLOR] * len(found), strict=True),
-    ]
-    for box, name, is_error, color in named:
-        if is_error:
-            draw_name(draw, canvas.size, list(box), _one_line(name), color, font)
+    for boxes, names, is_error, color in (
+        (found, found_names, wrong, DETECTION_COLOR),
+        (truth, truth_names, missed, TRUTH_COLOR),
+    ):
+        # The last are drawn on top.
+        for i in np.flatnonzero(is_error)[:_MOST_NAMES][::-1]:
+            draw_name(draw, canvas.size, list(boxes[i]), _one_line(names[i]), color, font)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def _draw_box(
     draw: ImageDraw.ImageDraw, box: Sequence[float], color: Color, width: int, dash: int
 ) -> None:
-    """Draw a box with a dark rim, in dashes of that many pixels; 0 is a solid line."""
+    """Draw a box, in dashes of that many pixels; 0 is a solid line."""
     left, top = box[0], box[1]
     right, bottom = max(left, box[2] - 1), max(top, box[3] - 1)  # PIL includes the last
-    for line, ink in ((width + 2, (0, 0, 0)), (width, color)):
-        if not dash:
-            draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], outline=ink, width=line)
-            continue
-        for x1, y1, x2, y2 in (
-            (left, top, right, top),
-            (right, top, right, bottom),
-            (right, bottom, left, bottom),
-            (left, bottom, left, top),
-        ):
-            length = abs(x2 - x1) + abs(y2 - y1)
-            count = max(1, round((length / dash + 1) / 2))  # whole dashes: corners are closed
-            unit = length / (2 * count - 1)
-            for k in range(count):
-                a, b = (2 * k * unit / (length or 1), (2 * k + 1) * unit / (length or 1))
-                ends = [
-                    (x1 + (x2 - x1) * share, y1 + (y2 - y1) * share) for share in (a, min(b, 1.0))
-                ]
-                draw.line(ends, fill=ink, width=line)
+    if not dash:
+        draw.rectangle([left, top, right, bottom], outline=color, width=width)
+        return
+    for x1, y1, x2, y2 in (
+        (left, top, right, top),
+        (left, bottom, right, bottom),
+        (left, top, left, bottom),
+        (right, top, right, bottom),
+    ):
+        # Whole dashes, n of them and n - 1 gaps as long: the corners are closed.
+        count = max(1, round(((x2 - x1 + y2 - y1) / dash + 1) / 2))
+        for k in range(count):
+            ends = [2 * k / (2 * count - 1), (2 * k + 1) / (2 * count - 1)]
+            draw.line(
+                [(x1 + (x2 - x1) * share, y1 + (y2 - y1) * share) for share in ends],
+                fill=color,
+                width=width,
+            )
 
 
 def _one_line(name: str) -> str:

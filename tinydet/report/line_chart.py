@@ -48,7 +48,7 @@ def line_chart(
     x: Axis,
     y: Axis,
     description: str,
-    size: tuple[int, int] = (400, 240),
+    size: tuple[int, int] = (360, 230),
     filled: bool = False,
 ) -> Markup:
     """Return a chart that scales with its place.
@@ -58,11 +58,11 @@ def line_chart(
         x: the horizontal axis.
         y: the vertical axis.
         description: what a reader who cannot see the chart is told.
-        size: width and height in units of the chart; letters have 12.
+        size: width and height in units of the chart; letters have 13.
         filled: shade the area below the curves.
     """
     width, height = size
-    left, right, top, bottom = 42.0, width - 14.0, 30.0, height - 40.0
+    left, right, top, bottom = 44.0, width - 14.0, 32.0, height - 42.0
     x_ticks = _ticks([v for s in series for v in s.x], x, max(2, width // 90))
     y_ticks = _ticks([v for s in series for v in s.y], y, 4)
 
@@ -81,7 +81,7 @@ def line_chart(
     for tick in x_ticks:
         at = place_x(tick)
         parts.append(_line(at, bottom, at, bottom + 4, "axis"))
-        parts.append(_text(at, bottom + 17, _number(tick), "middle"))
+        parts.append(_text(at, bottom + 18, _number(tick), "middle"))
     parts.append(_text(2, 12, y.label, "start", "label"))
     parts.append(_text(right, height - 5, x.label, "end", "label"))
     for i, curve in enumerate(series):
@@ -130,17 +130,20 @@ def _ticks(values: Sequence[float], axis: Axis, about: int) -> list[float]:
     high = axis.high if axis.high is not None else max(values, default=1.0)
     # Numbers that no run has would leave the range of floats.
     low, high = max(-1e100, min(low, 1e100)), max(-1e100, min(high, 1e100))
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-12):
-        low, high = (0.0, high) if high > 0 else (low, low + 1.0)
+    size = max(abs(low), abs(high))
+    if size < 1e-100:
+        low, high = 0.0, 1.0
+    elif high - low <= 1e-9 * size:  # values that are all the same are seen beside zero
+        low, high = min(low, high, 0.0), max(low, high, 0.0)
     step = _round_up((high - low) / about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
 
 
 def _round_up(step: float) -> float:
-    """Return the next of 1, 2, 5, 10, 20, ..."""
+    """Return the next of 1, 2, 2.5, 5, 10, 20, ..."""
     power = 10.0 ** math.floor(math.log10(step))
-    return next(power * n for n in (1, 2, 5, 10, 20) if power * n >= step * (1 - 1e-9))
+    return next(power * n for n in (1, 2, 2.5, 5, 10, 20) if power * n >= step * (1 - 1e-9))
 
 
 def _share(value: float, ticks: Sequence[float]) -> float:
@@ -150,6 +153,9 @@ def _share(value: float, ticks: Sequence[float]) -> float:
 def _number(value: float) -> str:
     if 1000 <= abs(value) < 1e6:
         return f"{value / 1000:g}k"
+    if 0 < abs(value) < 0.01:
+        digits, _, power = f"{value:.1e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.4g}"
 
 

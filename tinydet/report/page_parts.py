@@ -10,13 +10,14 @@ from tinydet.report.line_chart import PATTERNS, Axis, Series, line_chart, swatch
 from tinydet.report.run_files import BadImage, ClassResult, RunRecord
 from tinydet.report.run_log import LogRecords, number
 
-_SMALL = (200, 180)  # a chart of many
+_WIDE, _SMALL = (360, 230), (200, 180)  # charts, and those of many
+_FEW = 6
 _NAME = 60  # characters shown of a name
 _TEXT = 2000  # characters shown of a line
 
 WORST = (
     "Missed objects, plus the scores of false detections: the images with the highest sums, at "
-    "IoU 0.5. Detections below a score of 0.3 are left out. Thick boxes are errors."
+    "IoU 0.5. Detections below a score of 0.3 are left out."
 )
 
 
@@ -60,12 +61,20 @@ def training_curves(run: RunRecord) -> Markup | None:
     charts = [
         _log_chart(log, losses, "Losses", "loss", low=0.0),
         _log_chart(log, ["lr"], "Learning rate", "learning rate", low=0.0),
-        _log_chart(log, ["AP50", "AP50_11pt", "AP"], "Average precision", "%", 0.0, 100.0),
+        _log_chart(
+            log,
+            ["AP50", "AP50_11pt", "AP"],
+            "Average precision",
+            "average precision, %",
+            0.0,
+            100.0,
+        ),
     ]
     shown = [chart for chart in charts if chart]
     if not shown:
         return None
-    skipped = f"{log.skipped} lines of log.jsonl cannot be read and are left out."
+    lines = "line" if log.skipped == 1 else "lines"
+    skipped = f"{log.skipped} {lines} of log.jsonl cannot be read: left out."
     return join(
         [
             element("div", *shown, class_="charts"),
@@ -78,11 +87,11 @@ def _log_chart(
     log: LogRecords,
     keys: Sequence[str],
     title: str,
-    unit: str,
+    label: str,
     low: float | None = None,
     high: float | None = None,
 ) -> Markup | None:
-    scale = 100 if unit == "%" else 1
+    scale = 100 if label.endswith("%") else 1
     series = []
     for key in keys:
         steps, values = log.series(key)
@@ -94,10 +103,10 @@ def _log_chart(
     chart = line_chart(
         series,
         Axis("step", low=0.0),
-        Axis(f"{title} ({unit})" if unit == "%" else unit, low, high),
+        Axis(label, low, high),
         f"{title} over the training step: {ends}.",
     )
-    legend = [element("li", swatch(i), s.name) for i, s in enumerate(series)]
+    legend = [element("li", swatch(i), s.name) for i, s in enumerate(series) if len(series) > 1]
     return element(
         "figure",
         element("h3", title),
@@ -113,7 +122,7 @@ def class_table(run: RunRecord) -> Markup | None:
     titles = ("Class", "Objects", "AP50, %", "11-point, %", "AP, %")
     rows = [_row(c.name, c.boxes, c.ap50, c.ap50_11pt, c.ap) for c in run.classes]
     m = run.metrics
-    mean = _row("Mean", m.get("boxes"), m.get("AP50"), m.get("AP50_11pt"), m.get("AP"))
+    mean = _row("All classes", m.get("boxes"), m.get("AP50"), m.get("AP50_11pt"), m.get("AP"))
     table = element(
         "table",
         element("thead", element("tr", *(element("th", t, scope="col") for t in titles))),
@@ -147,12 +156,12 @@ def precision_recall_curves(classes: Sequence[ClassResult]) -> Markup | None:
             Axis("recall, %", 0.0, 100.0),
             Axis("precision, %", 0.0, 100.0),
             f"Precision over recall of {name}: {figure}.",
-            _SMALL,
+            _SMALL if len(known) > _FEW else _WIDE,
             filled=True,
         )
         caption = element("figcaption", element("b", name), figure)
         charts.append(element("figure", caption, chart))
-    return element("div", *charts, class_="charts small")
+    return element("div", *charts, class_="charts small" if len(known) > _FEW else "charts")
 
 
 def worst_images(images: Sequence[BadImage]) -> Markup | None:
@@ -160,8 +169,16 @@ def worst_images(images: Sequence[BadImage]) -> Markup | None:
     if not images:
         return None
     legend = [
-        element("li", element("span", class_="key truth"), "ground truth, dashed"),
-        element("li", element("span", class_="key found"), "detection, solid"),
+        element(
+            "li",
+            element("span", class_="key truth"),
+            "ground truth, dashed; thick if missed",
+        ),
+        element(
+            "li",
+            element("span", class_="key found"),
+            "detection, solid; thick if false",
+        ),
     ]
     figures = []
     for image in images:

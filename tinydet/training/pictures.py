@@ -91,17 +91,15 @@ def _draw(index: Index, i: int, errors: ImageErrors) -> Tensor | None:
         return None
     image, factor = resize_between(image, _SMALLEST, _LARGEST)
     names, found = index.classes, errors.detections
+    order = np.argsort(-found.scores, kind="stable")
     return draw_errors(
         image,
         factor * errors.truth.boxes,
-        [f"missed {names[label]}" for label in errors.truth.labels],
+        [names[label] for label in errors.truth.labels],
         errors.missed,
-        factor * found.boxes,
-        [
-            f"{names[label]} {score:.2f}"
-            for label, score in zip(found.labels, found.scores, strict=True)
-        ],
-        errors.wrong,
+        factor * found.boxes[order],
+        [f"{names[found.labels[i]]} {found.scores[i]:.2f}" for i in order],
+        errors.wrong[order],
     )
 
 

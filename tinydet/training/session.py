@@ -46,7 +46,9 @@ def git_state(folder: Path) -> str:
     if changes is None:
         return f"commit {commit}, changes unknown"
     count = len(changes.splitlines())
-    return f"commit {commit}, " + (f"{count} files changed or new" if count else "clean")
+    return f"commit {commit}, " + (
+        f"{count} file{'s'[: count > 1]} changed or new" if count else "clean"
+    )
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
