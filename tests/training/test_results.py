@@ -134,5 +134,14 @@ def test_tensorboard_has_curves_classes_and_pictures(run):
         pictures = events.Images(tag)
         assert [p.step for p in pictures] == [3, 6]
         for picture in pictures:
-            assert max(picture.width, picture.height) <= 640
+            assert max(picture.width, picture.height) == 320
             assert Image.open(io.BytesIO(picture.encoded_image_string)).format == "PNG"
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_run(tiny_experiment, tmp_path, caplog):
+    folder = tmp_path / "1"
+    (folder / "report.html").mkdir(parents=True)
+    once = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=1))
+    train(once, folder)
+    assert (folder / "last.pt").is_file()
+    assert "report.html is not written" in caplog.text

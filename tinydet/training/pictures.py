@@ -18,8 +18,9 @@ from tinydet.training.evaluate import ground_truth
 
 logger = logging.getLogger(__name__)
 
-# Pixels of a drawing's longer side: names can be read, and a page of six stays below a megabyte.
-_SMALLEST, _LARGEST = 384, 640
+# Pixels of a longer side, at least and at most: names can be read, and a page of six drawings stays
+# below a megabyte; TensorBoard's are PNGs, and there are some at each evaluation.
+_ON_PAGE, _IN_EVENTS = (384, 640), (320, 320)
 
 
 def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[str, Any]]:
@@ -41,7 +42,7 @@ def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[st
     for i in order[:count]:
         if not errors[i].badness:
             break
-        drawing = _draw(index, i, errors[i])
+        drawing = _draw(index, i, errors[i], _ON_PAGE)
         if drawing is None:
             continue
         missed, wrong = int(errors[i].missed.sum()), errors[i].detections.scores[errors[i].wrong]
@@ -76,20 +77,20 @@ def sample_images(metrics: Metrics, index: Index, count: int = 4) -> dict[str, T
         [metrics.detections[i] for i in chosen], [truth[i] for i in chosen], len(index.classes)
     )
     drawn = {
-        index.image_ids[i]: _draw(index, i, of_image)
+        index.image_ids[i]: _draw(index, i, of_image, _IN_EVENTS)
         for i, of_image in zip(chosen, errors, strict=True)
     }
     return {name: drawing for name, drawing in drawn.items() if drawing is not None}
 
 
-def _draw(index: Index, i: int, errors: ImageErrors) -> Tensor | None:
+def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> Tensor | None:
     """Return an image with its errors; None if its file is not there any more."""
     try:
         image = read_image(index.image_path(i), bool(index.turned[i]))
     except (OSError, ValueError) as error:
         logger.info("%s is not drawn: %s", index.image_ids[i], error)
         return None
-    image, factor = resize_between(image, _SMALLEST, _LARGEST)
+    image, factor = resize_between(image, *sides)
     names, found = index.classes, errors.detections
     order = np.argsort(-found.scores, kind="stable")
     return draw_errors(

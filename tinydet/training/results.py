@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from tinydet.training.evaluate import evaluate_detector
 from tinydet.training.pictures import worst_images
 from tinydet.training.session import this_session
 from tinydet.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
 
 
 def write_experiment(run_dir: Path, experiment: Experiment) -> None:
@@ -65,10 +68,13 @@ def write_results(
         },
     }
     write_json(path, results)
-    if is_best:
-        notes = [f"{state.precision.dtype}: {state.precision.reason}", *state.plan.lines]
-        write_details(run_dir, metrics, train_index, test_index, notes)
-    write_page(run_dir)
+    try:
+        if is_best:
+            notes = [f"{state.precision.dtype}: {state.precision.reason}", *state.plan.lines]
+            write_details(run_dir, metrics, train_index, test_index, notes)
+        write_page(run_dir)
+    except (OSError, ValueError) as error:  # No page is worth the end of a run.
+        logger.warning("report.html is not written: %s", error)
 
 
 def write_details(
