@@ -94,3 +94,19 @@ def test_summary_names_the_best_epoch_and_the_mean_speed(tmp_path):
 def test_a_missing_log_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.jsonl: No such file"):
         read_log(tmp_path / "gone.jsonl")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["train", "val"]), st.integers(0, 6)), max_size=12))
+def test_steps_ascend_and_the_last_written_counts(tmp_path_factory, written):
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    records = [{"mode": mode, "step": s, "loss": i} for i, (mode, s) in enumerate(written)]
+    log = read_log(_write(path, *records))
+    kept = []
+    for mode, step in written:
+        # A step is evaluated after it is trained; whoever trains it again evaluates it again.
+        kept = [
+            (m, s) for m, s in kept if s < step or (s == step and (m, mode) == ("train", "val"))
+        ]
+        kept.append((mode, step))
+    assert [r["step"] for r in log.train] == [s for mode, s in kept if mode == "train"]
+    assert [r["step"] for r in log.val] == [s for mode, s in kept if mode == "val"]

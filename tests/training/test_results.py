@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tinydet.data.dataset import load_split
 from tinydet.evaluation import evaluate
+from tinydet.report.draw_errors import DETECTION_COLOR, TRUTH_COLOR
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.loop import train
 from tinydet.training.pictures import sample_images, worst_images
@@ -145,3 +147,21 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tiny_experiment, tmp
     train(once, folder)
     assert (folder / "last.pt").is_file()
     assert "report.html is not written" in caplog.text
+
+
+def test_boxes_are_drawn_where_the_objects_are(split):
+    metrics = _metrics(split, lambda _, found: found)
+    truth = ground_truth(split)
+    for name, drawing in sample_images(metrics, split).items():
+        boxes = truth[split.image_ids.index(name)].boxes * (320 / 96)
+        color = torch.tensor(DETECTION_COLOR, dtype=torch.uint8)[:, None, None]
+        ys, xs = torch.nonzero((drawing == color).all(0)).numpy().T
+        drawn = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        expected = [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
+        np.testing.assert_allclose(drawn, expected, atol=1.5)
+    nothing = _metrics(split, lambda _, found: _empty(*found))
+    for name, drawing in sample_images(nothing, split).items():
+        color = torch.tensor(TRUTH_COLOR, dtype=torch.uint8)[:, None, None]
+        ys, _ = torch.nonzero((drawing == color).all(0)).numpy().T
+        lowest = truth[split.image_ids.index(name)].boxes[:, 3].max() * (320 / 96)
+        assert ys.max() + 1 == pytest.approx(lowest, abs=2.5)  # a line is two pixels wide
