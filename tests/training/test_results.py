@@ -1,6 +1,7 @@
 """What a run shows of itself, in its folder and in TensorBoard."""
 
 import base64
+import inspect
 import io
 import json
 from dataclasses import replace
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tinydet.data.dataset import load_split
 from tinydet.evaluation import evaluate
+from tinydet.evaluation.errors import image_errors
 from tinydet.report.draw_errors import DETECTION_COLOR, TRUTH_COLOR
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.loop import train
@@ -96,6 +98,8 @@ def test_the_page_is_made_of_what_was_measured(run):
     assert session["torch"] in page
     assert 0 < len(details["worst"]) <= 6
     assert all(image["jpeg"] in page for image in details["worst"])
+    least = inspect.signature(image_errors).parameters["min_score"].default
+    assert f"below a score of {least} are left out" in page
 
 
 def test_a_resumed_run_tells_each_of_its_starts(run, tiny_experiment, tmp_path):
