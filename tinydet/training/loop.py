@@ -97,8 +97,8 @@ def _run_epochs(
                 )
                 is_best = not metrics.ap50 <= state.best_ap50
                 state.best_ap50 = max(state.best_ap50, metrics.ap50)
-                log.evaluation(state.epoch, state.epoch * len(loader), metrics.as_dict())
-                log.images(state.epoch * len(loader), sample_images(metrics, test_index))
+                images = sample_images(metrics, test_index)
+                log.evaluation(state.epoch, state.epoch * len(loader), metrics.as_dict(), images)
                 if is_best:
                     save_checkpoint(run_dir / "best.pt", state.checkpoint())
                 write_results(run_dir, state, metrics, is_best, train_index, test_index)
