@@ -33,7 +33,7 @@ def test_a_run_leaves_what_the_design_names(trained, tiny_experiment):
     assert load_experiment(folder / "experiment.json") == tiny_experiment
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records if r["mode"] == "val"] == [1, 2]
-    assert "Problems found in the data" in (folder / "report.md").read_text()
+    assert "Problems found in the data" in (folder / "report.html").read_text()
     assert list(folder.glob("events.*"))
     assert {p.name for p in folder.glob("*.pt")} == {"best.pt", "last.pt", "last.previous.pt"}
     assert checkpoint["epoch"] == 2

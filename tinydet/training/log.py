@@ -122,9 +122,30 @@ class RunLog:
         self._write({"mode": "train", "epoch": epoch, "step": step, **values})
         self.start_epoch()
 
-    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, Any]) -> None:
-        """Note an evaluation after `epoch`."""
+    def evaluation(
+        self, epoch: int, step: int, metrics: Mapping[str, Any], images: Mapping[str, Tensor]
+    ) -> None:
+        """Note an evaluation after `epoch`.
+
+        Args:
+            epoch: epochs done.
+            step: steps done.
+            metrics: as in `metrics.json`.
+            images: for each name (3, H, W) uint8 RGB, for TensorBoard.
+        """
         self._write({"mode": "val", "epoch": epoch, "step": step, **metrics})
+        if self._events is None:
+            return
+        try:
+            for name, figures in metrics["per_class"].items():
+                for key in ("AP50", "AP"):
+                    if figures[key] is not None:
+                        self._events.add_scalar(f"{key}_per_class/{name}", figures[key], step)
+            for name, image in images.items():
+                self._events.add_image(f"detections/{name}", image, step)
+        except OSError as error:  # A full disk, most likely.
+            logger.warning("no more TensorBoard events: %s", error)
+            self._events = None
 
     def _write(self, record: dict[str, Any]) -> None:
         if rank() > 0:

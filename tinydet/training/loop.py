@@ -35,6 +35,7 @@ from tinydet.training.divergence import BadSteps
 from tinydet.training.evaluate import evaluate_detector
 from tinydet.training.interrupt import Interrupts
 from tinydet.training.log import RunLog
+from tinydet.training.pictures import sample_images
 from tinydet.training.results import write_experiment, write_results
 from tinydet.training.runs import new_run_dir
 from tinydet.training.saving import Saver, going_on
@@ -231,7 +232,8 @@ def _evaluate(
     detector = state.shipped.eval()
     alike(detector)
     metrics = evaluate_detector(detector, indexes[1], data, settings.eval_batch_size, device)
-    log.evaluation(state.epoch, state.steps_done, metrics.as_dict())
+    images = sample_images(metrics, indexes[1])
+    log.evaluation(state.epoch, state.steps_done, metrics.as_dict(), images)
     best_before = state.best_ap50
     is_best = not metrics.ap50 <= best_before
     state.best_ap50 = max(best_before, metrics.ap50)
