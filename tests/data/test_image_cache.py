@@ -40,6 +40,12 @@ def test_image_cache__never_takes_more_than_its_budget(sides, budget):
             np.testing.assert_array_equal(kept, pixels)
 
 
+def test_image_cache__the_whole_budget_is_used():
+    cache = ImageCache(np.array([(1, MB // 3), (1, 1)]), 1)
+    assert 3 * (MB // 3) + 1 == MB
+    assert (cache.count, cache.nbytes) == (1, MB)
+
+
 def test_image_cache__what_it_gives_is_a_copy():
     cache = ImageCache(np.array([(4, 5)]), 1)
     pixels = image(4, 5)

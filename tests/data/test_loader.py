@@ -18,6 +18,7 @@ from tinydet.data.loader import (
 )
 from tinydet.data.sample import Sample
 from tinydet.data.sampler import SampleKey
+from tinydet.data.training_images import TrainingImages
 from tinydet.data.voc import VocDataset, read_index
 
 DATA = Data(image_size=64, workers=0, augment=Augment(0.3, 0.1, (0.5, 1.5), multiscale=(0.5, 1.5)))
@@ -191,8 +192,8 @@ def test_make_train_loader__an_epoch_begun_in_the_middle_is_the_rest_of_it(datas
 
 def test_make_train_loader__what_is_left_out_is_not_read(dataset, monkeypatch):
     read = []
-    original = VocDataset.read
-    monkeypatch.setattr(VocDataset, "read", lambda self, i: read.append(i) or original(self, i))
+    original = TrainingImages.read
+    monkeypatch.setattr(TrainingImages, "read", lambda self, i: read.append(i) or original(self, i))
     loader = make_train_loader(dataset, DATA, batch_size=2)
     loader.set_epoch(0, start=4)
     list(loader)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinydet.data.voc import VocDataset
+from tinydet.data.training_images import TrainingImages
 from tinydet.training.profile import profile_training
 
 
@@ -19,13 +19,13 @@ def test_a_profile_tells_of_every_part_and_leaves_no_run(tiny_experiment, tmp_pa
 
 
 def test_waiting_for_data_is_told_apart(tiny_experiment, monkeypatch):
-    read = VocDataset.read
+    read = TrainingImages.read
 
-    def slowly(dataset, i):
+    def slowly(images, i):
         time.sleep(0.1)
-        return read(dataset, i)
+        return read(images, i)
 
-    monkeypatch.setattr(VocDataset, "read", slowly)
+    monkeypatch.setattr(TrainingImages, "read", slowly)
     settings = replace(tiny_experiment.train, batch_size=3)
     told = "\n".join(profile_training(replace(tiny_experiment, train=settings), steps=2))
     figures = dict(re.findall(r"^\s*(\w+(?: step)?) +([\d.]+) (?:ms|img)", told, re.MULTILINE))

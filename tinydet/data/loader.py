@@ -8,8 +8,6 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from tinydet.config import Data
 from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.sample import Batch, Sample
-from tinydet.data.sampler import SampleKey, TestBatches, TrainBatches, largest_image_size
-from tinydet.data.seeding import integer, seeded_generator
-from tinydet.data.training_images import TrainingImages
-from tinydet.data.transforms import (
-    network_size,
-    padded_size,
-    plain,
-    test_transform,
-    train_transform,
-)
+from tinydet.data.sampler import TestBatches, TrainBatches
+from tinydet.data.sources import TestSource, TrainSource
+from tinydet.data.transforms import network_size, padded_size, test_transform
 from tinydet.data.voc import VocDataset
 
 logger = logging.getLogger(__name__)
@@ -122,7 +113,7 @@ def make_train_loader(
         rank=rank,
         world_size=world_size,
     )
-    source = _TrainSource(dataset, data, seed, epochs)
+    source = TrainSource(dataset, data, seed, epochs)
     return _loader(source, batches, _collate_train, data.workers, device, world_size)
 
 
@@ -159,7 +150,7 @@ def make_test_loader(
         for i in range(len(dataset))
     ]
     batches = TestBatches(shapes, batch_size, rank=rank, world_size=world_size)
-    source = _TestSource(dataset, dataset.transform or test_transform(data))
+    source = TestSource(dataset, dataset.transform or test_transform(data))
     return _loader(source, batches, _collate_test, data.workers, device, world_size)
 
 
@@ -219,79 +210,6 @@ def _collate_train(samples: Sequence[Sample]) -> Batch:
 
 def _collate_test(samples: Sequence[Sample]) -> Batch:
     return collate(samples, keep_difficult=True)
-
-
-class _TrainSource(Dataset[Sample]):
-    """Reads and augments the sample that a key stands for; steps over unreadable images."""
-
-    def __init__(self, dataset: VocDataset, data: Data, seed: int, epochs: int | None) -> None:
-        self.dataset = dataset
-        self.seed = seed
-        self.transform = train_transform(data)
-        self.plain_transform = train_transform(replace(data, augment=plain(data.augment)))
-        self.first_plain = None if epochs is None else epochs - data.augment.plain_epochs
-        image_size = largest_image_size(data.image_size, data.augment.multiscale)
-        reduced = data.reduced_jpeg and dataset.transform is None
-        self.images = TrainingImages(
-            dataset,
-            partial(self.transform.largest_size, image_size=image_size) if reduced else None,
-            data.cache_mb,
-        )
-
-    def __getitem__(self, key: SampleKey) -> Sample:
-        sample = self._read(key.index)
-        generator = seeded_generator("sample", self.seed, key.epoch, key.index)
-        if self.dataset.transform is not None:
-            sizes = () if key.image_size is None else (key.image_size,)
-            return self.dataset.transform(sample, generator, *sizes)
-        is_plain = self.first_plain is not None and key.epoch >= self.first_plain
-        transform = self.plain_transform if is_plain else self.transform
-
-        def another() -> Sample:
-            return self._read(integer(generator, 0, len(self.dataset) - 1))
-
-        return transform(sample, generator, key.image_size, another)
-
-    def _read(self, index: int) -> Sample:
-        unreadable: list[str] = []
-        for step in range(len(self.dataset)):
-            i = (index + step) % len(self.dataset)
-            try:
-                sample = self.images.read(i)
-            except (ValueError, OSError):
-                unreadable.append(self.dataset.index.image_ids[i])
-                continue
-            sample.unreadable = tuple(unreadable)
-            return sample
-        raise ValueError(f"{self.dataset.index.root}: not one of its images can be decoded")
-
-
-class _TestSource(Dataset[Sample]):
-    """Reads and resizes image by image; an unreadable image is a grey one."""
-
-    def __init__(self, dataset: VocDataset, transform: Callable[..., Sample]) -> None:
-        self.dataset = dataset
-        self.transform = transform
-
-    def __getitem__(self, i: int) -> Sample:
-        try:
-            sample = self.dataset.read(i)
-        except (ValueError, OSError):
-            sample = self._grey(i)
-        return self.transform(sample, seeded_generator("test", i))
-
-    def _grey(self, i: int) -> Sample:
-        index = self.dataset.index
-        size, (boxes, labels, difficult) = index.size(i), index.objects(i)
-        return Sample(
-            image=torch.full((3, *size), PAD_VALUE, dtype=torch.uint8),
-            boxes=torch.tensor(boxes),
-            labels=torch.tensor(labels),
-            difficult=torch.tensor(difficult),
-            image_id=index.image_ids[i],
-            size=size,
-            unreadable=(index.image_ids[i],),
-        )
 
 
 def _loader(
