@@ -134,7 +134,7 @@ class Faults:
     def vanished(self) -> None:
         """An image, and the whole work dir, are deleted in the run."""
         run = self.folder / "vanished"
-        image = sorted((self.folder / "shapes" / "JPEGImages").iterdir())[0]
+        image = sorted((self.folder / "shapes" / "JPEGImages").glob("train*"))[0]
         training = self.trained(run)
         kept_image = shutil.move(image, self.folder)
         self.row("vanished data file", f"{image.name} moved away in the run", training, run)

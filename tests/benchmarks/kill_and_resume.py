@@ -80,7 +80,7 @@ def main(kills: int, seed: int) -> bool:
 
         run, done, left_overs = folder / "killed", 0, 0
         while done < kills:
-            resume = ["--resume"] if (run / "last.pt").exists() else []
+            resume = ["--resume"] if any(run.glob("last*.pt")) else []
             training = Training(folder, experiment, "--work-dir", run, *resume)
             kind = kinds[done % len(kinds)]
             if not _kill(training, run, kind, draw):

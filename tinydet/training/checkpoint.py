@@ -80,7 +80,10 @@ def read_last(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         if path.name != "last.pt" or not previous.is_file():
             raise
-        content = read_checkpoint(previous)
+        try:
+            content = read_checkpoint(previous)
+        except CheckpointError as other:
+            raise CheckpointError(f"{error}; and {other}") from None
         logger.warning("%s: going on from %s (epoch %d)", error, previous, content["epoch"])
     if path.is_file():
         # Else the next save would put it in the place of the good one.
