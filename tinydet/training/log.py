@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -123,8 +124,8 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         record = {k: _round(v) for k, v in record.items()}
         is_written = self._write_line(json.dumps(record, allow_nan=False) + "\n")
-        # TensorBoard writes in a thread, which would fail there with a traceback on screen.
-        if self._events is None or not is_written:
+        # TensorBoard writes in a thread, where a full disk would be a traceback on screen.
+        if self._events is None or not is_written or _is_full(self._path.parent):
             return
         try:
             for name, value in record.items():
@@ -149,6 +150,10 @@ class RunLog:
         else:
             self._is_written = True
         return self._is_written
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def _finite_mean(losses: list[Tensor]) -> float:
