@@ -218,14 +218,14 @@ if __name__ == "__main__":
         faults = Faults(Path(temporary))
         print("| fault | how provoked | what the user sees | checkpoints kept |")
         print("| --- | --- | --- | --- |", flush=True)
+        if os.geteuid() == 0:
+            faults.full_disk()
+            faults.read_only()
+        else:
+            print("| full disk, read-only folder | not provoked: mounting needs root | | |")
         faults.killed_worker()
         faults.corrupt()
         faults.vanished()
         faults.signals()
         faults.divergence()
         faults.crafted()
-        if os.geteuid() == 0:
-            faults.full_disk()
-            faults.read_only()
-        else:
-            print("| full disk, read-only folder | not provoked: mounting needs root | | |")

@@ -124,10 +124,12 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         record = {k: _round(v) for k, v in record.items()}
         is_written = self._write_line(json.dumps(record, allow_nan=False) + "\n")
-        # TensorBoard writes in a thread, where a full disk would be a traceback on screen.
-        if self._events is None or not is_written or _is_full(self._path.parent):
+        if self._events is None or not is_written:
             return
         try:
+            # TensorBoard writes in a thread, where a full disk would be a traceback on screen.
+            if shutil.disk_usage(self._path.parent).free < 2**20:
+                return
             for name, value in record.items():
                 if isinstance(value, float):
                     self._events.add_scalar(f"{record['mode']}/{name}", value, record["step"])
@@ -150,10 +152,6 @@ class RunLog:
         else:
             self._is_written = True
         return self._is_written
-
-
-def _is_full(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free < 2**20
 
 
 def _finite_mean(losses: list[Tensor]) -> float:
