@@ -25,6 +25,8 @@ from tinydet.training.checkpoint import CheckpointError, read_checkpoint
 
 SPOKEN = ("warn", "error", "cannot", "gone", "damaged", "go on", "no number", "stopped", "replaced")
 
+NAMES = ("best", "last", "last.previous", "last.damaged")
+
 
 @contextmanager
 def small_disk(megabytes: float) -> Iterator[Path]:
@@ -60,12 +62,14 @@ def steps(run: Path) -> int:
 def kept(run: Path) -> str:
     """Name the checkpoints of a run that can be read, and where they are in it."""
     found = []
-    for path in sorted(run.glob("*.pt")):
+    for path in (run / f"{name}.pt" for name in NAMES if (run / f"{name}.pt").exists()):
         try:
             content = read_checkpoint(path)
             found.append(f"{path.name} (epoch {content['epoch']}, step {content['step']})")
         except CheckpointError:
             found.append(f"{path.name} (not a checkpoint that can be read)")
+    batches = len(list(run.glob("bad_step_*.pt")))
+    found += [f"{batches} batches"] if batches else []
     return ", ".join(found) or "nothing was there"
 
 
@@ -101,7 +105,7 @@ class Faults:
     def full_disk(self) -> None:
         """The disk fills up, and is cleared or not."""
         for cleared in (True, False):
-            with small_disk(16) as disk:
+            with small_disk(40) as disk:
                 run = disk / "run"
                 training = self.trained(run)
                 filler = fill(disk)
@@ -109,7 +113,7 @@ class Faults:
                 if cleared:
                     filler.unlink()
                 after = ", then cleared" if cleared else ", never cleared"
-                self.row("full disk", f"a 16 MB tmpfs filled in the run{after}", training, run)
+                self.row("full disk", f"a 40 MB tmpfs filled in the run{after}", training, run)
         with small_disk(1) as disk:
             fill(disk).open("r+").truncate(200_000)
             self.row(
@@ -118,11 +122,11 @@ class Faults:
 
     def read_only(self) -> None:
         """The folder cannot be written to, from the start or from the middle."""
-        with small_disk(16) as disk:
+        with small_disk(40) as disk:
             subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
             run = disk / "run"
             self.row("read-only work dir", "a tmpfs mounted ro", self.start(run), run)
-        with small_disk(16) as disk:
+        with small_disk(40) as disk:
             run = disk / "run"
             training = self.trained(run)
             subprocess.run(["mount", "--bind", run, run], check=True)
@@ -134,7 +138,7 @@ class Faults:
     def vanished(self) -> None:
         """An image, and the whole work dir, are deleted in the run."""
         run = self.folder / "vanished"
-        image = sorted((self.folder / "shapes" / "JPEGImages").iterdir())[0]
+        image = sorted((self.folder / "shapes" / "JPEGImages").glob("train*"))[0]
         training = self.trained(run)
         kept_image = shutil.move(image, self.folder)
         self.row("vanished data file", f"{image.name} moved away in the run", training, run)
@@ -214,14 +218,14 @@ if __name__ == "__main__":
         faults = Faults(Path(temporary))
         print("| fault | how provoked | what the user sees | checkpoints kept |")
         print("| --- | --- | --- | --- |", flush=True)
+        if os.geteuid() == 0:
+            faults.full_disk()
+            faults.read_only()
+        else:
+            print("| full disk, read-only folder | not provoked: mounting needs root | | |")
         faults.killed_worker()
         faults.corrupt()
         faults.vanished()
         faults.signals()
         faults.divergence()
         faults.crafted()
-        if os.geteuid() == 0:
-            faults.full_disk()
-            faults.read_only()
-        else:
-            print("| full disk, read-only folder | not provoked: mounting needs root | | |")

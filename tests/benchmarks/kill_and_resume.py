@@ -72,7 +72,7 @@ def main(kills: int, seed: int) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # As many steps as the kills leave time for, and some.
-        experiment = small_experiment(folder, epochs=2 * kills)
+        experiment = small_experiment(folder, epochs=3 * kills // 2)
         whole = Training(folder, experiment, "--work-dir", folder / "whole")
         if whole.end():
             sys.exit("\n".join(whole.output()))
@@ -80,7 +80,7 @@ def main(kills: int, seed: int) -> bool:
 
         run, done, left_overs = folder / "killed", 0, 0
         while done < kills:
-            resume = ["--resume"] if (run / "last.pt").exists() else []
+            resume = ["--resume"] if any(run.glob("last*.pt")) else []
             training = Training(folder, experiment, "--work-dir", run, *resume)
             kind = kinds[done % len(kinds)]
             if not _kill(training, run, kind, draw):

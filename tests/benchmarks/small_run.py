@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
 from tinydet.data.shapes import render_shapes
 from tinydet.training.results import write_experiment
 
+_PROGRESS = re.compile(r" left +[-\d:]+\s*$")
 TRAIN = Path(__file__).resolve().parents[2] / "tools" / "train.py"
 
 
@@ -90,7 +92,7 @@ class Training:
         while not condition():
             if not self.is_running or time.monotonic() > until:
                 return False
-            time.sleep(0.0005)
+            time.sleep(0.001)
         return True
 
     def wait_until_said(self, words: str) -> bool:
@@ -108,4 +110,4 @@ class Training:
     def output(self) -> list[str]:
         """Return the lines it has printed so far, without the progress bar."""
         lines = (self._out.read_text() + self._err.read_text()).splitlines()
-        return [line for line in lines if line.strip() and " left " not in line]
+        return [line for line in lines if line.strip() and not _PROGRESS.search(line)]

@@ -19,6 +19,7 @@ from tinydet.training.checkpoint import (
     read_last,
     save_checkpoint,
     save_last,
+    write_tensors,
 )
 from tinydet.yolof.detector import build_detector
 
@@ -97,6 +98,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(path, {"epoch": 2})
     assert torch.load(path, weights_only=True)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, 100_000])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_called_that(size):
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tensors(Path("/dev/full"), {"a": torch.zeros(size), "b": torch.zeros(size)})
 
 
 class _Bomb:

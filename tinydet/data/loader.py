@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -238,8 +237,7 @@ def _start_worker(worker: int) -> None:
     del worker
     # Each worker is one process of many: threads of its own would only compete.
     torch.set_num_threads(1)
-    # Ctrl-C, `timeout` and batch systems signal all processes of a job: the workers leave it to the
-    # main process, which still needs batches to finish its step. It ends them itself, by closing
-    # their queue, or else by SIGTERM, of which the second one is obeyed.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    # Ctrl-C and `timeout` signal a whole group of processes. The main process, which still needs
+    # batches to finish its step, ends its workers itself.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

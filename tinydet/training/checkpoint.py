@@ -61,9 +61,23 @@ def previous_of(last: Path) -> Path:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    # By a Python file: on a full disk torch's own writer says nothing of the disk.
-    with path.open("wb") as file:
-        torch.save({"version": __version__, **content}, file)
+    write_tensors(path, {"version": __version__, **content})
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain data, for `torch.load(path, weights_only=True)`.
+
+    Raises:
+        OSError: the file cannot be written; torch alone would often say something else.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # Closing the archive that the disk has cut short, torch finds it at fault instead.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_last(path: Path) -> dict[str, Any]:
@@ -80,7 +94,10 @@ def read_last(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         if path.name != "last.pt" or not previous.is_file():
             raise
-        content = read_checkpoint(previous)
+        try:
+            content = read_checkpoint(previous)
+        except CheckpointError as other:
+            raise CheckpointError(f"{error}; and {other}") from None
         logger.warning("%s: going on from %s (epoch %d)", error, previous, content["epoch"])
     if path.is_file():
         # Else the next save would put it in the place of the good one.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinydet.atomic import replacing
 from tinydet.data.sample import Batch
+from tinydet.training.checkpoint import write_tensors
 from tinydet.training.distributed import gathered, in_any_process, rank, world_size
 from tinydet.training.saving import going_on
 from tinydet.training.state import TrainingState
@@ -184,5 +185,5 @@ def _save_batches(path: Path, step: _Step) -> None:
             for batch, losses in zip(batches, step.losses, strict=True)
         ],
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    with replacing(path) as temporary:
+        write_tensors(temporary, content)

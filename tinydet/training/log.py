@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -152,10 +153,12 @@ class RunLog:
             return
         record = {k: _round(v) for k, v in record.items()}
         is_written = self._write_line(json.dumps(record, allow_nan=False) + "\n")
-        # TensorBoard writes in a thread, which would fail there with a traceback on screen.
         if self._events is None or not is_written:
             return
         try:
+            # TensorBoard writes in a thread, where a full disk would be a traceback on screen.
+            if shutil.disk_usage(self._path.parent).free < 2**20:
+                return
             for name, value in record.items():
                 if isinstance(value, float):
                     self._events.add_scalar(f"{record['mode']}/{name}", value, record["step"])

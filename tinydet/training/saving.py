@@ -66,7 +66,11 @@ class Saver:
         self._written = time.monotonic()  # Also after a failure, which is not to come every step.
         self._is_written = False
         self._renew_folder()
-        save_last(self._last, self._state.checkpoint())
+        try:
+            save_last(self._last, self._state.checkpoint())
+        except OSError as error:
+            error.filename = error.filename or str(self._last)  # A failed write names no file.
+            raise
         self._is_written = True
 
     def try_last(self) -> None:
