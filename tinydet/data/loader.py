@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -230,6 +231,9 @@ def _loader(
         worker_init_fn=_start_worker,
         # Its own: each iteration draws a number, which must not shift what the model draws.
         generator=torch.Generator(),
+        # Forked processes share the index. Python 3.14 would start each afresh: a copy of its own,
+        # and half a minute on a busy machine.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
 
