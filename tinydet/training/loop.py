@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,8 @@ def train_epoch(
             asked = (interrupts.received is not None, saver.is_due)
             stops, saves = all_agree(asked, state.step, device)
             if stops:
+                # Perhaps another process was told, and this one is about to be.
+                interrupts.received = interrupts.received or signal.SIGTERM
                 break
             if saves:
                 bad_steps.settle()
