@@ -1,4 +1,5 @@
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,9 +51,10 @@ def test_without_git_it_says_so(tmp_path, monkeypatch):
     assert git_state(tmp_path) == "not a git checkout"
 
 
-def test_a_session_names_command_device_and_versions():
+def test_a_session_names_command_device_and_versions(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "tools/train.py", "a file.py"])
     session = this_session(torch.device("cpu"))
-    assert "pytest" in session["command"]
+    assert session["command"] == "python tools/train.py 'a file.py'"
     assert session["tinydet"] == __version__
     assert session["torch"] == torch.__version__
     assert "thread" in session["device"]
