@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -17,7 +19,10 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Parse `sys.argv` and call `main`; a user's mistake is one line on stderr and exit 2."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StdoutHandler()])
+    # Of processes that train together, the first one speaks for all.
+    speaks = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if speaks else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_StdoutHandler()])
     # Other libraries' news would drown ours.
     for name in ("timm", "torch", "httpx", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -26,11 +31,15 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except (ValueError, OSError) as error:
         if args.debug:
             raise
+        if not speaks:
+            # The first process most likely makes the same mistake, and ends this one meanwhile.
+            time.sleep(3)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
+        # That of a signal, where it is not Ctrl-C's own.
+        sys.exit(getattr(error, "exit_status", 130))
 
 
 class _StdoutHandler(logging.StreamHandler):

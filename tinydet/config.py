@@ -87,7 +87,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a training image: resize, flips, shift with crop or padding, colours.
+    """Random changes of a training image.
+
+    An image is resized, flipped, placed (shifted, cropped, padded) and recoloured; with `mosaic`
+    four such images share a canvas. The canvas is warped by `rotate`, `shear`, `translate` and
+    `zoom`, and with `mixup` blended with another made the same way.
 
     Attributes:
         color_jitter: brightness, contrast and saturation vary by up to this fraction; 0 is off.
@@ -100,6 +104,19 @@ class Augment:
         max_shift: furthest shift in pixels, along each axis.
         multiscale: each batch's image size is drawn from this range of factors and rounded to
             whole strides of 32; (1, 1) is off.
+        hsv: the hue varies by up to the first fraction of the colour circle, saturation and value
+            by up to the other two fractions of themselves; YOLO's are (0.015, 0.7, 0.4).
+        mosaic: probability of four images side by side, at half to full size each, in place of one.
+        mixup: probability that a picture is blended with another, in shares of 0.4 to 0.6, objects
+            and all.
+        rotate: largest rotation in degrees, either way. Boxes are those around the turned corners,
+            and so looser the larger the angle.
+        shear: largest shear in degrees, along each axis.
+        translate: largest translation, as a fraction of the picture's sides.
+        zoom: the picture is scaled about its middle by a factor drawn from this range (in log
+            space), after all else has been placed; (1, 1) is off.
+        plain_epochs: this many epochs at the end are without mosaic, mixup, warp and hsv, so that
+            training ends on pictures such as are evaluated.
     """
 
     color_jitter: float = 0.0
@@ -110,6 +127,14 @@ class Augment:
     shift: float = 0.5
     max_shift: int = 32
     multiscale: tuple[float, float] = (1.0, 1.0)
+    hsv: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    mosaic: float = 0.0
+    mixup: float = 0.0
+    rotate: float = 0.0
+    shear: float = 0.0
+    translate: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    plain_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,6 +159,11 @@ class Data:
             800 beside an `image_size` of 1333 is the usual rule on COCO.
         augment: random changes of training images.
         workers: loader processes; -1 chooses from the machine's cores.
+        reduced_jpeg: JPEG files much larger than training ever needs them (8/3 of it and more) are
+            decoded at a half, quarter or eighth of their size, which is several times faster.
+            Evaluation always decodes whole images.
+        cache_mb: megabytes (2**20 bytes) of memory, of each training process and shared by its
+            loader processes, for decoded training images; 0 is off.
     """
 
     root: str = "datasets/VOCdevkit/VOC2007"
@@ -146,6 +176,8 @@ class Data:
     short_side: int = 0
     augment: Augment = field(default_factory=Augment)
     workers: int = -1
+    reduced_jpeg: bool = True
+    cache_mb: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,8 +229,14 @@ class Train:
         memory_format: "auto" times both on a CPU, and is channels_last on a GPU.
         compile: generate code for the network with torch.compile: about a minute at the start, then
             faster steps. Needs a C++ compiler.
+        sync_norms: batch norms use the statistics of all processes' images; for GPUs alone.
         ema_decay: decay of the averaged weights, the ones evaluated and shipped; 0 is off.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
+        save_minutes: minutes between writes of last.pt within an epoch, beside the one at its end;
+            0 writes after every step.
+        keep_every: epochs between checkpoints that stay, `epoch_0010.pt` and so on; 0 keeps none.
+        max_bad_steps: the run stops after this many steps in a row whose loss or gradient is NaN or
+            infinite; each such step is skipped.
         eval_batch_size: images a step of evaluation.
         seed: seeds weights, order of images and augmentation.
         device: "auto" is the first GPU, else the CPU.
@@ -210,8 +248,12 @@ class Train:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool = False
+    sync_norms: bool = False
     ema_decay: float = 0.0
     eval_every: int = 1
+    save_minutes: float = 5.0
+    keep_every: int = 0
+    max_bad_steps: int = 5
     eval_batch_size: int = 16
     seed: int = 0
     device: str = "auto"

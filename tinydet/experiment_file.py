@@ -40,7 +40,12 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         "candidates": (1, _ANY),
         "max_detections": (1, _ANY),
     },
-    "data": {"image_size": (32, _ANY), "short_side": (0, _ANY), "workers": (-1, _ANY)},
+    "data": {
+        "image_size": (32, _ANY),
+        "short_side": (0, _ANY),
+        "workers": (-1, _ANY),
+        "cache_mb": (0, _ANY),
+    },
     "data.augment": {
         "color_jitter": (0, _ANY),
         "hue": (0, 0.5),
@@ -50,6 +55,14 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         "shift": (0, 1),
         "max_shift": (0, _ANY),
         "multiscale": (_TINY, _ANY),
+        "hsv": (0, 1),
+        "mosaic": (0, 1),
+        "mixup": (0, 1),
+        "rotate": (0, 180),
+        "shear": (0, 60),
+        "translate": (0, 1),
+        "zoom": (_TINY, _ANY),
+        "plain_epochs": (0, _ANY),
     },
     "optim": {
         "lr": (_TINY, _ANY),
@@ -69,6 +82,9 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         "accumulate": (1, _ANY),
         "ema_decay": (0, 0.999999),
         "eval_every": (1, _ANY),
+        "save_minutes": (0, _ANY),
+        "keep_every": (0, _ANY),
+        "max_bad_steps": (1, _ANY),
         "eval_batch_size": (1, _ANY),
     },
 }
@@ -148,7 +164,7 @@ def _check_ranges(experiment: Experiment) -> None:
             if not all(low <= v <= high for v in values):
                 rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
                 raise ConfigError(f"{group}.{name}={value!r}: must be {rule}")
-    for name in ("scale", "multiscale"):
+    for name in ("scale", "multiscale", "zoom"):
         low, high = getattr(experiment.data.augment, name)
         if low > high:
             raise ConfigError(f"data.augment.{name}={low:g},{high:g}: the smaller factor is first")

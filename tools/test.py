@@ -32,17 +32,21 @@ def main(args: argparse.Namespace) -> None:
     from tinydet.deployment.runtime import OnnxNetwork
     from tinydet.training.checkpoint import load_detector
     from tinydet.training.device import pick_device
+    from tinydet.training.distributed import process_group, rank
     from tinydet.training.evaluate import evaluate_detector
     from tinydet.training.results import write_json
 
-    device = pick_device(args.device)
-    if args.checkpoint.suffix == ".onnx":
-        detector = OnnxNetwork(args.checkpoint, device)
-    else:
-        detector = load_detector(args.checkpoint, experiment, device)
-    data = replace(experiment.data, classes=detector.classes)
-    index = load_split(data, data.test_split)
-    metrics = evaluate_detector(detector, index, data, experiment.train.eval_batch_size, device)
+    with process_group(args.device) as name:
+        device = pick_device(name)
+        if args.checkpoint.suffix == ".onnx":
+            detector = OnnxNetwork(args.checkpoint, device)
+        else:
+            detector = load_detector(args.checkpoint, experiment, device)
+        data = replace(experiment.data, classes=detector.classes)
+        index = load_split(data, data.test_split)
+        metrics = evaluate_detector(detector, index, data, experiment.train.eval_batch_size, device)
+        if rank() > 0:
+            return
     print("\n".join(metrics.lines()))
     if args.out:
         write_json(args.out, metrics.as_dict())

@@ -22,6 +22,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from the newest last.pt of --work-dir, or of this experiment",
     )
+    resume.add_argument(
+        "--profile", action="store_true", help="tell where a step's time goes, and train nothing"
+    )
     parser.add_argument("--download", action="store_true", help="fetch missing data without asking")
     add_overrides(parser)
     return parser
@@ -40,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
 
     from tinydet.data.dataset import fetch, is_missing
     from tinydet.training.loop import train
-    from tinydet.training.runs import newest_checkpoint
+    from tinydet.training.runs import newest_to_resume
 
     data = experiment.data
     if data.source == "voc07" and is_missing(data):
@@ -54,11 +57,20 @@ def main(args: argparse.Namespace) -> None:
         if wanted:
             fetch(data)
 
+    if args.profile:
+        if args.work_dir:
+            raise ValueError("--profile leaves no run: take --work-dir away")
+        from tinydet.training.profile import profile_training
+
+        for line in profile_training(experiment):
+            print(line, flush=True)
+        return
+
     resume_from = args.resume_from
     if args.resume and args.work_dir:
         resume_from = args.work_dir / "last.pt"
     elif args.resume:
-        resume_from = newest_checkpoint(file_name="last.pt", name=experiment.name)
+        resume_from = newest_to_resume(experiment.name)
     train(experiment, args.work_dir or (resume_from and resume_from.parent), resume_from)
 
 

@@ -54,6 +54,29 @@ def test_read_image__orientation_only_when_asked(tmp_path, orientation):
     assert probe_image(path).turned_size == turned.shape[1:]
 
 
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("size", [(40, 60), (41, 63)])
+def test_read_image__reduced_jpeg_is_like_the_mean_of_its_blocks(tmp_path, reduction, size):
+    path = tmp_path / "a.jpg"
+    gradient(*size).save(path, quality=95, subsampling=0)
+    image = read_image(path, reduction=reduction).double()
+    assert image.shape == (3, *(-(-side // reduction) for side in size))
+    whole = read_image(path).double()
+    tall, wide = (side // reduction for side in size)  # of whole pixels
+    whole = whole[:, : tall * reduction, : wide * reduction]
+    means = whole.reshape(3, tall, reduction, wide, reduction).mean((2, 4))
+    assert (image[:, :tall, :wide] - means).abs().max() < 4
+    grey = tmp_path / "grey.jpg"
+    gradient(*size).convert("L").save(grey)
+    assert read_image(grey, reduction=reduction).shape == image.shape
+
+
+def test_read_image__only_jpeg_is_reduced(tmp_path):
+    path = tmp_path / "a.png"
+    gradient().save(path)
+    assert torch.equal(read_image(path, reduction=4), read_image(path))
+
+
 def encoded(file_format):
     buffer = io.BytesIO()
     gradient().save(buffer, file_format)

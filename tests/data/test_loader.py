@@ -1,13 +1,24 @@
 import dataclasses
 import logging
+import os
+import signal
 
 import pytest
 import torch
 
 from tinydet.config import Augment, Data
-from tinydet.data.loader import choose_workers, collate, make_test_loader, make_train_loader
+from tinydet.data.canvas import PAD_VALUE
+from tinydet.data.loader import (
+    WorkerDiedError,
+    choose_workers,
+    collate,
+    dead_workers_named,
+    make_test_loader,
+    make_train_loader,
+)
 from tinydet.data.sample import Sample
-from tinydet.data.transforms import PAD_VALUE
+from tinydet.data.sampler import SampleKey
+from tinydet.data.training_images import TrainingImages
 from tinydet.data.voc import VocDataset, read_index
 
 DATA = Data(image_size=64, workers=0, augment=Augment(0.3, 0.1, (0.5, 1.5), multiscale=(0.5, 1.5)))
@@ -42,6 +53,109 @@ def test_make_train_loader__same_batches_whatever_number_of_workers(dataset):
             assert torch.equal(target["labels"], other["labels"])
 
 
+STRONG = Augment(
+    scale=(0.5, 1.5),
+    multiscale=(0.5, 1.5),
+    hsv=(0.015, 0.7, 0.4),
+    mosaic=0.5,
+    mixup=0.5,
+    rotate=10.0,
+    shear=3.0,
+    translate=0.1,
+    zoom=(0.8, 1.25),
+)
+
+
+def batches_of(dataset, augment, which=(0,), workers=0, **kwargs):
+    data = dataclasses.replace(DATA, augment=augment, workers=workers)
+    loader = make_train_loader(dataset, data, batch_size=2, seed=3, **kwargs)
+    for epoch in which:
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def assert_same(batches, others):
+    for one, two in zip(batches, others, strict=True):
+        assert one.image_ids == two.image_ids
+        assert torch.equal(one.images, two.images)
+        for target, other in zip(one.targets, two.targets, strict=True):
+            for name in ("boxes", "labels", "difficult"):
+                assert torch.equal(target[name], other[name])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_make_train_loader__mosaics_and_mixes_depend_on_seed_epoch_and_index_only(dataset, workers):
+    torch.manual_seed(workers)
+    expected = batches_of(dataset, STRONG, (0, 1))
+    assert_same(expected, batches_of(dataset, STRONG, (0, 1), workers=workers))
+    # Nor on how many processes train: a sample is the same in whatever batch of one size.
+    fixed = dataclasses.replace(STRONG, multiscale=(1.0, 1.0))
+    alone = {
+        name: target["boxes"]
+        for batch in batches_of(dataset, fixed)
+        for name, target in zip(batch.image_ids, batch.targets, strict=True)
+    }
+    both = {
+        name: target["boxes"]
+        for rank in range(2)
+        for batch in batches_of(dataset, fixed, rank=rank, world_size=2)
+        for name, target in zip(batch.image_ids, batch.targets, strict=True)
+    }
+    assert len(alone.keys() & both.keys()) > 5
+    assert all(torch.equal(alone[name], both[name]) for name in alone.keys() & both.keys())
+
+
+def test_make_train_loader__mosaics_draw_from_the_whole_split(dataset):
+    read = set()
+    source = make_train_loader(
+        dataset, dataclasses.replace(DATA, augment=Augment(mosaic=1.0)), batch_size=11
+    ).dataset
+    decode = source.images.read
+    source.images.read = lambda i: read.add(i) or decode(i)
+    for epoch in range(8):
+        source[SampleKey(0, epoch, None)]
+    assert len(read) > 7
+    # And two epochs differ in what they draw.
+    one, two = source[SampleKey(0, 0, None)], source[SampleKey(0, 1, None)]
+    assert not torch.equal(one.image, two.image)
+
+
+def test_make_train_loader__last_epochs_are_plain(dataset):
+    strong = dataclasses.replace(STRONG, plain_epochs=2)
+    weak = Augment(scale=STRONG.scale, multiscale=STRONG.multiscale)
+    same = []
+    for epoch in range(5):
+        pairs = zip(
+            batches_of(dataset, strong, [epoch], epochs=5),
+            batches_of(dataset, weak, [epoch], epochs=5),
+            strict=True,
+        )
+        same.append(all(torch.equal(one.images, two.images) for one, two in pairs))
+    assert same == [False, False, False, True, True]
+    # Without the length of the run no epoch is the last.
+    assert_same(batches_of(dataset, strong, [4]), batches_of(dataset, STRONG, [4], epochs=5))
+
+
+def test_make_train_loader__unreadable_parts_of_a_mosaic_are_replaced_and_reported(dataset, caplog):
+    dataset.index.image_path(4).write_text("no image any more")
+    with caplog.at_level(logging.WARNING):
+        batches = list(batches_of(dataset, Augment(mosaic=1.0, mixup=1.0), range(2)))
+    assert len(batches) == 10
+    assert ["image 04 " in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_make_train_loader__no_difficult_objects_of_any_part(dataset):
+    augment = Augment(mosaic=1.0, mixup=1.0)
+    labels = [
+        label
+        for batch in batches_of(dataset, augment)
+        for target in batch.targets
+        for label in target["labels"].tolist()
+    ]
+    assert set(labels) == {0}  # every dog is difficult
+    assert len(labels) > 30
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_make_train_loader__an_epoch_broken_off_leaves_no_trace(dataset, workers):
     data = dataclasses.replace(DATA, workers=workers)
@@ -54,6 +168,60 @@ def test_make_train_loader__an_epoch_broken_off_leaves_no_trace(dataset, workers
     for one, two in zip(batches, fresh, strict=True):
         assert one.image_ids == two.image_ids
         assert torch.equal(one.images, two.images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_make_train_loader__an_epoch_begun_in_the_middle_is_the_rest_of_it(dataset, workers):
+    loader = make_train_loader(dataset, DATA, batch_size=2, seed=5)
+    loader.set_epoch(3)
+    whole = list(loader)
+    data = dataclasses.replace(DATA, workers=workers)
+    late = make_train_loader(dataset, data, batch_size=2, seed=5)
+    late.set_epoch(3, start=3)
+    rest = list(late)
+    assert len(late) == len(whole) == 5
+    assert len(rest) == 2
+    for one, two in zip(whole[3:], rest, strict=True):
+        assert one.image_ids == two.image_ids
+        assert torch.equal(one.images, two.images)
+    late.set_epoch(3, start=5)
+    assert list(late) == []
+    late.set_epoch(4)
+    assert len(list(late)) == 5
+
+
+def test_make_train_loader__what_is_left_out_is_not_read(dataset, monkeypatch):
+    read = []
+    original = TrainingImages.read
+    monkeypatch.setattr(TrainingImages, "read", lambda self, i: read.append(i) or original(self, i))
+    loader = make_train_loader(dataset, DATA, batch_size=2)
+    loader.set_epoch(0, start=4)
+    list(loader)
+    assert len(read) == 2
+
+
+def test_make_train_loader__draws_nothing_that_the_model_draws_from(dataset):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(make_train_loader(dataset, DATA, batch_size=2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class _Dies:
+    """A transform that ends its loader process as the kernel does when memory runs out."""
+
+    def __call__(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_dead_workers_named__says_in_one_line_what_to_do(dataset):
+    dataset.transform = _Dies()
+    data = dataclasses.replace(DATA, workers=1)
+    with pytest.raises(WorkerDiedError, match=r"data\.workers") as caught, dead_workers_named():
+        list(make_train_loader(dataset, data, batch_size=2))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="another"), dead_workers_named():
+        raise RuntimeError("another")
 
 
 def test_make_train_loader__epochs_and_seeds_differ(dataset):

@@ -47,6 +47,17 @@ def test_train_batches__every_process_gets_its_share(upright, batch_size, world_
     )
 
 
+def test_train_batches__processes_share_the_batches_of_one():
+    sizes = sizes_of([i % 3 == 0 for i in range(50)])
+    for epoch in range(3):
+        whole = [{key.index for key in batch} for batch in train(sizes, 12, epoch)]
+        shares = [list(train(sizes, 4, epoch, rank=rank, world_size=3)) for rank in range(3)]
+        together = [
+            {key.index for batch in parts for key in batch} for parts in zip(*shares, strict=True)
+        ]
+        assert together == whole
+
+
 def test_train_batches__upright_images_go_together():
     sizes = sizes_of([i % 3 == 0 for i in range(90)])  # 30 upright, 60 wide
     for epoch in range(5):
@@ -107,5 +118,5 @@ def test_batches__two_processes_miss_and_repeat_nothing():
     assert found[:12] != found[1:13]
     assert sorted(i for i in found if i >= 0) == list(range(13))
     trained = [-1 - i for i in found if i < 0]
-    # 7 images a process, of which the last incomplete batch is dropped.
+    # 14 images make 3 batches of 4; the incomplete one is dropped.
     assert len(trained) == len(set(trained)) == 12

@@ -8,11 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinydet.config import Augment, Data
+from tinydet.data.canvas import MIN_SIDE, MIN_VISIBLE, PAD_VALUE
 from tinydet.data.sample import Sample
 from tinydet.data.transforms import (
-    MIN_SIDE,
-    MIN_VISIBLE,
-    PAD_VALUE,
     network_size,
     padded_size,
     test_transform,

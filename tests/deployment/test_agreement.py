@@ -25,16 +25,16 @@ def test_same__order_of_equal_scores_does_not_matter():
 
 
 def test_same__differences_are_reported():
-    near = (0, 0, 10, 10.006, 0.90005, 0)
+    near = (0, 0, 10, 10.03, 0.90005, 0)
     agreement = compare_detections(_found(_A), _found(near), _CONFIG)
     assert agreement.same
-    assert agreement.max_box == pytest.approx(0.006, abs=1e-5)
+    assert agreement.max_box == pytest.approx(0.03, abs=1e-5)
     assert agreement.max_score == pytest.approx(5e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     "other",
-    [(0, 0, 10, 10.02, 0.9, 0), (0, 0, 10, 10, 0.901, 0), (0, 0, 10, 10, 0.9, 1)],
+    [(0, 0, 10, 10.1, 0.9, 0), (0, 0, 10, 10, 0.901, 0), (0, 0, 10, 10, 0.9, 1)],
     ids=["box", "score", "label"],
 )
 def test_different(other):

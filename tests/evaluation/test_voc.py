@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections
 from tinydet.evaluation.coco import evaluate_coco
-from tinydet.evaluation.voc import evaluate_voc
+from tinydet.evaluation.voc import eleven_point_ap, evaluate_voc, interpolated_precision
 
 BOX = [0, 0, 10, 10]
 FAR = [100, 100, 120, 120]
@@ -255,3 +255,17 @@ def test_agrees_with_pycocotools_at_one_half(seed, num_images):
     # The curve falls from at most 1 to 0, so sampling it at steps of 0.01 is off by at most 0.01;
     # as much again for recalls that miss their sample by a rounding error.
     assert coco.ap50 == pytest.approx(voc.mean_area, abs=0.02, nan_ok=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(right=st.lists(st.booleans(), max_size=30), missed=st.integers(0, 12))
+def test_curve_is_the_best_precision_at_each_recall_or_beyond(right, missed):
+    true_positives = np.cumsum(np.array(right, int))
+    boxes = sum(right) + missed
+    if not boxes:
+        return
+    curve = interpolated_precision(true_positives, boxes)
+    for k in range(101):
+        beyond = [tp / n for n, tp in enumerate(true_positives, 1) if 100 * tp >= k * boxes]
+        assert curve[k] == pytest.approx(max(beyond, default=0.0))
+    assert eleven_point_ap(true_positives, boxes) == pytest.approx(np.mean(curve[::10]))

@@ -1,6 +1,10 @@
+import io
 import os
 import pickle
+import tarfile
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,10 @@ from tinydet.training.checkpoint import (
     CheckpointError,
     load_detector,
     read_checkpoint,
+    read_last,
     save_checkpoint,
+    save_last,
+    write_tensors,
 )
 from tinydet.yolof.detector import build_detector
 
@@ -93,6 +100,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.parametrize("size", [0, 10, 1000, 100_000])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_called_that(size):
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tensors(Path("/dev/full"), {"a": torch.zeros(size), "b": torch.zeros(size)})
+
+
 class _Bomb:
     def __reduce__(self):
         return (os.system, ("touch exploded",))
@@ -108,6 +122,88 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError):
         read_checkpoint("raw.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("wrap", [dict, list, tuple])
+def test_torchs_formats_of_old_are_refused_and_not_run(tmp_path, monkeypatch, wrap):
+    monkeypatch.chdir(tmp_path)
+    content = wrap({"form": _Bomb(), "model": _Bomb()}.items())
+    # That of before 2020, a row of pickles: its magic number, version, system, then the content.
+    torch.save(content, "legacy.pt", _use_new_zipfile_serialization=False)
+    # That of before 2017, a tar of pickles.
+    parts = {"pickle": content, "storages": content, "tensors": content, "sys_info": content}
+    with tarfile.open("tar.pt", "w") as archive:
+        for name, part in parts.items():
+            data = pickle.dumps(part)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    for name in ("legacy.pt", "tar.pt"):
+        with pytest.raises(CheckpointError, match="no checkpoint") as caught:
+            read_checkpoint(name)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_turned_bit_is_noticed_wherever_it_is(tmp_path, tiny_experiment, detector):
+    content = _content(tiny_experiment, detector)
+    content["model"] = {"weight": torch.randn(500), "other": torch.arange(40)}
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, content)
+    whole = path.read_bytes()
+    noticed = 0
+    for position in range(0, len(whole), 23):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            read = read_checkpoint(path)
+        except CheckpointError:
+            noticed += 1
+            continue
+        # Padding between the parts, dates and the like.
+        assert read["experiment"] == content["experiment"]
+        for name, tensor in content["model"].items():
+            assert torch.equal(read["model"][name], tensor)
+    assert noticed > 20
+
+
+@pytest.mark.parametrize("dies_at", range(6))
+def test_a_whole_checkpoint_is_left_whenever_the_process_dies(tmp_path, monkeypatch, dies_at):
+    """At every call that touches the folder: the file opened, flushed, renamed, removed."""
+    path = tmp_path / "last.pt"
+
+    def content(epoch):
+        return {"form": "training", "experiment": {}, "classes": [], "model": {}, "epoch": epoch}
+
+    save_last(path, content(1))
+    save_last(path, content(2))
+
+    class Died(BaseException):
+        pass
+
+    calls = iter(range(100))
+
+    def mortal(function):
+        def call(*args, **kwargs):
+            if next(calls) >= dies_at:
+                raise Died
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", mortal(os.replace))
+        patch.setattr(os, "fsync", mortal(os.fsync))
+        patch.setattr(torch, "save", mortal(torch.save))
+        patch.setattr(Path, "unlink", mortal(Path.unlink))
+        with suppress(Died):
+            save_last(path, content(3))
+    # replace, fsync, replace come after save; a removal of what is left, last.
+    expected = {0: 2, 1: 2, 2: 2, 3: 2, 4: 3, 5: 3}
+    assert read_last(path)["epoch"] == expected[dies_at]
+    if dies_at == 5:
+        assert read_checkpoint(tmp_path / "last.previous.pt")["epoch"] == 2
 
 
 def test_what_is_wrong_with_a_file_is_said(tmp_path, tiny_experiment, detector):

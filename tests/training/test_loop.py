@@ -7,7 +7,7 @@ import torch
 from tinydet.config import ConfigError
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint
-from tinydet.training.log import DivergedError
+from tinydet.training.divergence import DivergedError
 from tinydet.training.loop import train
 from tinydet.training.state import keep_precision
 
@@ -33,9 +33,9 @@ def test_a_run_leaves_what_the_design_names(trained, tiny_experiment):
     assert load_experiment(folder / "experiment.json") == tiny_experiment
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records if r["mode"] == "val"] == [1, 2]
-    assert "Problems found in the data" in (folder / "report.md").read_text()
+    assert "Problems found in the data" in (folder / "report.html").read_text()
     assert list(folder.glob("events.*"))
-    assert {p.name for p in folder.glob("*.pt")} == {"best.pt", "last.pt"}
+    assert {p.name for p in folder.glob("*.pt")} == {"best.pt", "last.pt", "last.previous.pt"}
     assert checkpoint["epoch"] == 2
     assert checkpoint["form"] == "training"
 

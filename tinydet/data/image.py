@@ -75,7 +75,7 @@ def _ends_well(path: Path, file_format: str) -> bool:
     return False
 
 
-def read_image(path: Path, orientation: bool = False) -> Tensor:
+def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Tensor:
     """Decode an image file.
 
     With pillow: torchvision's decoders are deprecated since 0.29, and read fewer formats.
@@ -83,9 +83,13 @@ def read_image(path: Path, orientation: bool = False) -> Tensor:
     Args:
         path: JPEG, PNG or anything else pillow reads; grey and CMYK are converted.
         orientation: turn the image as its EXIF orientation says.
+        reduction: 2, 4 or 8 decodes a JPEG file at that fraction of its size (libjpeg computes
+            fewer points of each block's inverse DCT); files of other formats are decoded whole.
 
     Returns:
-        (3, H, W) uint8 RGB.
+        (3, H, W) uint8 RGB. A reduced image's sides are rounded up: pixel x of it covers
+        [x * reduction, (x + 1) * reduction) of the whole, at the right and bottom perhaps a little
+        beyond its edge.
 
     Raises:
         ValueError: the file cannot be decoded.
@@ -95,6 +99,9 @@ def read_image(path: Path, orientation: bool = False) -> Tensor:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
+            if reduction > 1:
+                width, height = image.size
+                image.draft(None, (width // reduction, height // reduction))
             if orientation:
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):  # pillow would clip 16 bits to 8, not scale them

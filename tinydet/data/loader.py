@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tinydet.config import Data
+from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.sample import Batch, Sample
-from tinydet.data.sampler import SampleKey, TestBatches, TrainBatches
-from tinydet.data.seeding import seeded_generator
-from tinydet.data.transforms import (
-    PAD_VALUE,
-    network_size,
-    padded_size,
-    test_transform,
-    train_transform,
-)
+from tinydet.data.sampler import TestBatches, TrainBatches
+from tinydet.data.sources import TestSource, TrainSource
+from tinydet.data.transforms import network_size, padded_size, test_transform
 from tinydet.data.voc import VocDataset
 
 logger = logging.getLogger(__name__)
@@ -33,9 +31,15 @@ class DetectionLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self._reported: set[str] = set()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration has."""
-        self.batch_sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order and augmentation the next iteration has.
+
+        Args:
+            epoch: number from 0.
+            start: batches of the epoch to leave out; they are not even read. `len` stays the
+                whole epoch's.
+        """
+        self.batch_sampler.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
@@ -46,12 +50,38 @@ class DetectionLoader(DataLoader):
             yield batch
 
 
+class WorkerDiedError(ValueError):
+    """A loader process was killed; the message says which, why and what to do."""
+
+
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Turn the error that torch raises, anywhere in the main process, for a dead loader process.
+
+    Raises:
+        WorkerDiedError: one of the processes of a loader used within has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if not found:
+            raise
+        signalled = re.search(r"killed by signal: ([\w ]+)", str(error))
+        how = f"was killed ({signalled[1]})" if signalled else "died"
+        raise WorkerDiedError(
+            f"loader process {found[1]} {how}: most likely memory ran out; take fewer loader "
+            "processes (--set data.workers=N, 0 loads in the main process) or smaller images"
+        ) from error
+
+
 def make_train_loader(
     dataset: VocDataset,
     data: Data,
     batch_size: int,
     seed: int = 0,
     *,
+    epochs: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
@@ -60,16 +90,19 @@ def make_train_loader(
 
     Args:
         dataset: what is trained on; its own transform, where it has one, takes the place of
-            `train_transform(data)`.
-        data: image size, augmentation and number of workers.
+            `train_transform(data)`, and is called with whole images.
+        data: image size, augmentation, number of workers, memory for decoded images.
         batch_size: images in a batch of this process.
         seed: seeds order and augmentation.
+        epochs: epochs of the whole run, the last of which are `data.augment.plain_epochs`; None
+            has none of these.
         rank: this process among `world_size`.
         world_size: processes training together; each gets as many images as the others.
         device: where the model trains; decides on pinned memory and on the number of workers.
 
     Raises:
         ValueError: the data set is empty, or batch_size is not positive.
+        ConfigError: `data.cache_mb` is more than the machine's memory.
     """
     batches = TrainBatches(
         dataset.index.sizes,
@@ -80,8 +113,8 @@ def make_train_loader(
         rank=rank,
         world_size=world_size,
     )
-    source = _TrainSource(dataset, dataset.transform or train_transform(data), seed)
-    return _loader(source, batches, _collate_train, data.workers, device)
+    source = TrainSource(dataset, data, seed, epochs)
+    return _loader(source, batches, _collate_train, data.workers, device, world_size)
 
 
 def make_test_loader(
@@ -117,16 +150,19 @@ def make_test_loader(
         for i in range(len(dataset))
     ]
     batches = TestBatches(shapes, batch_size, rank=rank, world_size=world_size)
-    source = _TestSource(dataset, dataset.transform or test_transform(data))
-    return _loader(source, batches, _collate_test, data.workers, device)
+    source = TestSource(dataset, dataset.transform or test_transform(data))
+    return _loader(source, batches, _collate_test, data.workers, device, world_size)
 
 
-def choose_workers(workers: int, device: torch.device | str) -> int:
-    """Return the number of loader processes; -1 chooses from the cores this process may use."""
+def choose_workers(workers: int, device: torch.device | str, world_size: int = 1) -> int:
+    """Return the number of loader processes; -1 chooses from the cores this process may use.
+
+    Several processes that train together share the cores, as if all were on one machine.
+    """
     if workers >= 0:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
+    cores = max(1, (cores or 1) // world_size)
     if torch.device(device).type == "cpu":
         # The model needs the cores itself, and a worker prepares far more images than it consumes.
         return 1 if cores < 8 else 2
@@ -143,10 +179,13 @@ def collate(samples: Sequence[Sample], keep_difficult: bool) -> Batch:
     height, width = padded_size(
         (max(s.image.shape[-2] for s in samples), max(s.image.shape[-1] for s in samples))
     )
-    images = torch.full((len(samples), 3, height, width), PAD_VALUE, dtype=torch.uint8)
+    images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
     targets = []
     for image, sample in zip(images, samples, strict=True):
-        image[:, : sample.image.shape[-2], : sample.image.shape[-1]] = sample.image
+        bottom, right = sample.image.shape[-2:]
+        image[:, :bottom, :right] = sample.image
+        image[:, bottom:] = PAD_VALUE
+        image[:, :bottom, right:] = PAD_VALUE
         kept = torch.ones_like(sample.difficult) if keep_difficult else ~sample.difficult
         targets.append(
             {
@@ -173,71 +212,15 @@ def _collate_test(samples: Sequence[Sample]) -> Batch:
     return collate(samples, keep_difficult=True)
 
 
-class _TrainSource(Dataset[Sample]):
-    """Reads and augments the sample that a key stands for; steps over unreadable images."""
-
-    def __init__(self, dataset: VocDataset, transform: Callable[..., Sample], seed: int) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-
-    def __getitem__(self, key: SampleKey) -> Sample:
-        sample = self._read(key.index)
-        generator = seeded_generator("sample", self.seed, key.epoch, key.index)
-        if key.image_size is None:
-            return self.transform(sample, generator)
-        return self.transform(sample, generator, key.image_size)
-
-    def _read(self, index: int) -> Sample:
-        unreadable: list[str] = []
-        for step in range(len(self.dataset)):
-            i = (index + step) % len(self.dataset)
-            try:
-                sample = self.dataset.read(i)
-            except (ValueError, OSError):
-                unreadable.append(self.dataset.index.image_ids[i])
-                continue
-            sample.unreadable = tuple(unreadable)
-            return sample
-        raise ValueError(f"{self.dataset.index.root}: not one of its images can be decoded")
-
-
-class _TestSource(Dataset[Sample]):
-    """Reads and resizes image by image; an unreadable image is a grey one."""
-
-    def __init__(self, dataset: VocDataset, transform: Callable[..., Sample]) -> None:
-        self.dataset = dataset
-        self.transform = transform
-
-    def __getitem__(self, i: int) -> Sample:
-        try:
-            sample = self.dataset.read(i)
-        except (ValueError, OSError):
-            sample = self._grey(i)
-        return self.transform(sample, seeded_generator("test", i))
-
-    def _grey(self, i: int) -> Sample:
-        index = self.dataset.index
-        size, (boxes, labels, difficult) = index.size(i), index.objects(i)
-        return Sample(
-            image=torch.full((3, *size), PAD_VALUE, dtype=torch.uint8),
-            boxes=torch.tensor(boxes),
-            labels=torch.tensor(labels),
-            difficult=torch.tensor(difficult),
-            image_id=index.image_ids[i],
-            size=size,
-            unreadable=(index.image_ids[i],),
-        )
-
-
 def _loader(
     source: Dataset[Sample],
     batches: TrainBatches | TestBatches,
     collate_batch: Callable[[Sequence[Sample]], Batch],
     workers: int,
     device: torch.device | str,
+    world_size: int,
 ) -> DetectionLoader:
-    workers = choose_workers(workers, device)
+    workers = choose_workers(workers, device, world_size)
     return DetectionLoader(
         source,
         batch_sampler=batches,
@@ -246,6 +229,11 @@ def _loader(
         persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=_start_worker,
+        # Its own: each iteration draws a number, which must not shift what the model draws.
+        generator=torch.Generator(),
+        # Forked processes share the index. Python 3.14 would start each afresh: a copy of its own,
+        # and half a minute on a busy machine.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
 
@@ -253,3 +241,7 @@ def _start_worker(worker: int) -> None:
     del worker
     # Each worker is one process of many: threads of its own would only compete.
     torch.set_num_threads(1)
+    # Ctrl-C and `timeout` signal a whole group of processes. The main process, which still needs
+    # batches to finish its step, ends its workers itself.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

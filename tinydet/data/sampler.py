@@ -34,6 +34,8 @@ class TrainBatches(Sampler[list[SampleKey]]):
     both would be padded to a square, a quarter of it empty. What is left of the two kinds makes
     up the last batches. An incomplete batch is dropped, unless it is the only one.
 
+    Several processes share each batch: two with 8 images each see the batches of one with 16.
+
     Args:
         sizes: (I, 2) heights and widths of all images.
         batch_size: images in a batch of one process.
@@ -41,8 +43,8 @@ class TrainBatches(Sampler[list[SampleKey]]):
         image_size: longer side of the network's input in pixels.
         multiscale: range of factors on `image_size`, drawn for each batch; (1, 1) is off.
         rank: this process.
-        world_size: number of processes. Where the images do not divide evenly, the first of the
-            epoch's order are used twice.
+        world_size: number of processes. Where there is only one batch, and its images do not
+            divide evenly, the first of them are used twice.
     """
 
     def __init__(
@@ -68,14 +70,15 @@ class TrainBatches(Sampler[list[SampleKey]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration gives."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose batches, from number `start` on, the next iteration gives."""
         self.epoch = epoch
+        self.start = start
 
     def __len__(self) -> int:
-        images = -(-len(self.upright) // self.world_size)
-        return max(1, images // self.batch_size)
+        return max(1, len(self.upright) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         # All at once: a later set_epoch must not change what has begun.
@@ -83,25 +86,28 @@ class TrainBatches(Sampler[list[SampleKey]]):
         for number, batch in enumerate(self._batches()[: len(self)]):
             image_size = self._draw_size(number)
             batches.append([SampleKey(index, self.epoch, image_size) for index in batch])
-        return iter(batches)
+        return iter(batches[self.start :])
 
     def _batches(self) -> list[list[int]]:
         generator = seeded_generator("order", self.seed, self.epoch)
         order = torch.randperm(len(self.upright), generator=generator).tolist()
-        while len(order) % self.world_size:
-            order += order[: self.world_size - len(order) % self.world_size]
+        total = self.batch_size * self.world_size
         batches: list[list[int]] = []
         waiting: dict[bool, list[int]] = {False: [], True: []}
-        for index in order[self.rank :: self.world_size]:
+        for index in order:
             same = waiting[self.upright[index]]
             same.append(index)
-            if len(same) == self.batch_size:
+            if len(same) == total:
                 batches.append(same.copy())
                 same.clear()
         rest = waiting[False] + waiting[True]
-        return batches + [
-            rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)
-        ]
+        batches += [rest[i : i + total] for i in range(0, len(rest), total)]
+        return [self._share(batch) for batch in batches]
+
+    def _share(self, batch: list[int]) -> list[int]:
+        """Return this process's part of a batch, as large as the others'."""
+        missing = -len(batch) % self.world_size
+        return (batch + (batch * missing)[:missing])[self.rank :: self.world_size]
 
     def _draw_size(self, number: int) -> int | None:
         """Draw a batch's image size; without the rank, so that processes take equally long."""
@@ -109,8 +115,18 @@ class TrainBatches(Sampler[list[SampleKey]]):
         if low == high == 1.0:
             return None
         generator = seeded_generator("size", self.seed, self.epoch, number)
-        size = self.image_size * uniform(generator, low, high)
-        return max(STRIDE, round(size / STRIDE) * STRIDE)
+        return _whole_strides(self.image_size * uniform(generator, low, high))
+
+
+def largest_image_size(image_size: int, multiscale: tuple[float, float]) -> int:
+    """Return the largest longer side that `TrainBatches` gives a batch, in pixels."""
+    if multiscale == (1.0, 1.0):
+        return image_size
+    return _whole_strides(image_size * multiscale[1])
+
+
+def _whole_strides(size: float) -> int:
+    return max(STRIDE, round(size / STRIDE) * STRIDE)
 
 
 class TestBatches(Sampler[list[int]]):
@@ -144,7 +160,7 @@ class TestBatches(Sampler[list[int]]):
             for start in range(0, len(group), batch_size)
         ]
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Do nothing: every epoch is the same."""
 
     def __len__(self) -> int:

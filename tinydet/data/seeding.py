@@ -12,8 +12,25 @@ def seeded_generator(*key: int | str) -> torch.Generator:
 
     The key is hashed: sums like seed + epoch would make runs of neighbouring seeds share numbers.
     """
+    return torch.Generator().manual_seed(_hashed(key))
+
+
+def seed_globally(device: torch.device, *key: int | str) -> None:
+    """Seed what layers draw from on the CPU and on `device` (dropout, say) by the whole key.
+
+    Done before every step, it leaves nothing of these generators to be stored in a checkpoint.
+    """
+    seed = _hashed(key)
+    # Not torch.manual_seed, which seeks every kind of accelerator: a hundred times slower.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _hashed(key: tuple[int | str, ...]) -> int:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 def uniform(generator: torch.Generator, low: float, high: float) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinydet.data.builder import IndexBuilder
@@ -59,16 +60,26 @@ class VocDataset(Dataset[Sample]):
 
     def read(self, i: int) -> Sample:
         """Return sample `i` in its original size, without the transform."""
-        image = read_image(self.index.image_path(i), bool(self.index.turned[i]))
+        return self.sample(i, read_image(self.index.image_path(i), bool(self.index.turned[i])))
+
+    def sample(self, i: int, image: Tensor, reduction: int = 1) -> Sample:
+        """Return sample `i` with its image, decoded already.
+
+        Args:
+            i: number of the image.
+            image: (3, H, W) uint8 RGB as `read_image` returned it.
+            reduction: of which the image was decoded at; boxes are divided by exactly that.
+        """
         boxes, labels, difficult = self.index.objects(i)
         return Sample(
             image=image,
             # Copies: the index is shared by everyone who reads it.
-            boxes=torch.tensor(boxes),
+            boxes=torch.tensor(boxes) / reduction,
             labels=torch.tensor(labels),
             difficult=torch.tensor(difficult),
             image_id=self.index.image_ids[i],
             size=self.index.size(i),
+            scale=(1 / reduction, 1 / reduction),
         )
 
 

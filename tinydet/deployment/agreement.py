@@ -17,7 +17,7 @@ from tinydet.config import Model
 from tinydet.yolof.decode import Detections
 
 SCORE_TOLERANCE = 1e-4
-BOX_TOLERANCE = 0.01  # pixels of the network input
+BOX_TOLERANCE = 0.05  # pixels of the network input
 # How near a tie is a tie: score from a limit, and overlap from the NMS limit. Coordinates of
 # a batch's boxes are offset by class inside torchvision's NMS, which costs float32 digits.
 _SCORE_TIE = 1e-5

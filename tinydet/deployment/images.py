@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tinydet.config import Experiment
 from tinydet.data.dataset import is_missing, load_split
@@ -54,6 +55,12 @@ def sample_images(
             break
     found = sum(len(batch) for batch in batches)
     return SampleImages(tuple(batches), f"{found} images of {data.root} ({index.split})", True)
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return (B, 3, H, W) uint8 images in another size; the aspect ratio is not kept."""
+    images = functional.interpolate(images.float(), size, mode="bilinear", antialias=True)
+    return images.round().clamp(0, 255).to(torch.uint8)
 
 
 def random_images(batch_size: int, size: tuple[int, int], seed: int = 0) -> Tensor:

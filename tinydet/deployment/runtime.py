@@ -18,9 +18,10 @@ from onnx import ModelProto
 from torch import Tensor
 
 from tinydet.config import Data, Experiment
+from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.loader import collate
 from tinydet.data.sample import Sample
-from tinydet.data.transforms import PAD_VALUE, test_transform
+from tinydet.data.transforms import test_transform
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.yolof.decode import Detections, place_in_images

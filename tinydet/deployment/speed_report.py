@@ -10,12 +10,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, count
 from tinydet.deployment.gemm import gemm_peak
-from tinydet.deployment.images import random_images, sample_images
+from tinydet.deployment.images import random_images, resized, sample_images
 from tinydet.deployment.reparameterize import fold_detector, load_folded
 from tinydet.deployment.speed import (
     Form,
@@ -180,13 +179,8 @@ def _batches(experiment: Experiment, options: SpeedOptions) -> tuple[list[Tensor
     elif options.size:
         batches = [random_images(options.batch_size, options.size)]
     if options.size:
-        batches = [_resized(batch, options.size) for batch in batches]
+        batches = [resized(batch, options.size) for batch in batches]
     return batches, images.source
-
-
-def _resized(batch: Tensor, size: tuple[int, int]) -> Tensor:
-    resized = F.interpolate(batch.float(), size, mode="bilinear", antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def _operations(detector: Detector, batches: Sequence[Tensor]) -> float:

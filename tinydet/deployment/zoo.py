@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from tinydet.deployment.measured import newest_measured, train_command
 from tinydet.deployment.speed import clock_for, measure
 from tinydet.deployment.zoo_table import ZooRow, percent, write_zoo
 from tinydet.experiment_file import load_experiment
-from tinydet.training.device import pick_device
+from tinydet.training.device import describe_device, pick_device
 from tinydet.training.runs import RUNS
 from tinydet.yolof.detector import Detector
 
@@ -87,7 +86,7 @@ def run_experiment_zoo(files: Sequence[Path], options: ExperimentZooOptions) -> 
     if options.size:
         check_size("--size", options.size)
     device = pick_device(options.device)
-    where = _where(device)
+    where = describe_device(device)
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / _RECORDS
     records = [] if options.fresh else _read(path)
@@ -236,14 +235,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def _where(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

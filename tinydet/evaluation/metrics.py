@@ -23,12 +23,14 @@ class Metrics:
         num_images: images evaluated.
         voc: VOC's area and 11-point average precision at IoU 0.5.
         coco: COCO's average precisions.
+        detections: what was evaluated, one an image.
     """
 
     classes: tuple[str, ...]
     num_images: int
     voc: VocResult
     coco: CocoResult
+    detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
     @property
     def ap50(self) -> float:
@@ -111,4 +113,5 @@ def evaluate(
         num_images=len(ground_truth),
         voc=evaluate_voc(detections, ground_truth, len(classes)),
         coco=evaluate_coco(detections, ground_truth, len(classes)),
+        detections=detections,
     )

@@ -9,6 +9,9 @@ import numpy as np
 
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections, check_inputs, pairwise_iou
 
+# What a detection is, see `match`.
+RIGHT, WRONG, IGNORED = 1, 0, -1
+
 
 @dataclass(frozen=True)
 class VocResult:
@@ -21,11 +24,14 @@ class VocResult:
         ap_area: (K,) area under the monotone precision-recall curve (VOC 2010 and later).
         ap_11pt: (K,) mean of 11 interpolated precisions (VOC 2007).
         num_boxes: (K,) boxes that count, i.e. not difficult.
+        true_positives: K arrays; how many of the class's first 1..N detections, by descending
+            score, are right. `interpolated_precision` makes a curve of it.
     """
 
     ap_area: np.ndarray
     ap_11pt: np.ndarray
     num_boxes: np.ndarray
+    true_positives: tuple[np.ndarray, ...]
 
     @property
     def mean_area(self) -> float:
@@ -67,31 +73,52 @@ def evaluate_voc(
         ValueError: an array has the wrong shape or content; the message names the image.
     """
     found, truth = check_inputs(detections, ground_truth, num_classes)
-    best_iou, best_box, on_difficult = _best_boxes(found, truth)
+    outcome, _ = match(found, truth, iou)
     scores = np.concatenate([image.scores for image in found] or [np.zeros(0)])
     labels = np.concatenate([image.labels for image in found] or [np.zeros(0, np.int64)])
     counted = [image.labels[~image.difficult] for image in truth] or [np.zeros(0, np.int64)]
     num_boxes = np.bincount(np.concatenate(counted), minlength=num_classes)
 
     ap_area, ap_11pt = np.full(num_classes, np.nan), np.full(num_classes, np.nan)
+    true_positives = [np.zeros(0, np.int64)] * num_classes
     for label in np.flatnonzero(num_boxes):
-        rows = np.flatnonzero(labels == label)
-        rows = rows[np.argsort(-scores[rows], kind="stable")]
-        hit = best_iou[rows] >= iou
         # Leaving a detection out is what the devkit's tp = fp = 0 amounts to.
-        rows = rows[~(hit & on_difficult[rows])]
-        true = best_iou[rows] >= iou
-        first = np.zeros(len(rows), bool)
-        hits = np.flatnonzero(true)
-        first[hits[np.unique(best_box[rows[hits]], return_index=True)[1]]] = True
-        true_positives = np.cumsum(first)
-        ap_area[label] = area_ap(true_positives, int(num_boxes[label]))
-        ap_11pt[label] = eleven_point_ap(true_positives, int(num_boxes[label]))
-    return VocResult(ap_area, ap_11pt, num_boxes)
+        rows = np.flatnonzero((labels == label) & (outcome != IGNORED))
+        rows = rows[np.argsort(-scores[rows], kind="stable")]
+        true_positives[label] = np.cumsum(outcome[rows] == RIGHT)
+        ap_area[label] = area_ap(true_positives[label], int(num_boxes[label]))
+        ap_11pt[label] = eleven_point_ap(true_positives[label], int(num_boxes[label]))
+    return VocResult(ap_area, ap_11pt, num_boxes, tuple(true_positives))
+
+
+def match(
+    found: Sequence[ImageDetections], truth: Sequence[GroundTruth], iou: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """Judge each detection by the rule of `evaluate_voc`.
+
+    Args:
+        found: detections of each image, checked by `check_inputs`.
+        truth: ground truth of each image, checked as well.
+        iou: smallest intersection over union of a true positive.
+
+    Returns:
+        For the N detections of all images in order: (N,) RIGHT, WRONG or IGNORED, and (N,) the
+        number of the box each belongs to, counted over all images; it says nothing of a wrong one.
+    """
+    best_iou, best_box, on_difficult = _best_boxes(found, truth)
+    scores = np.concatenate([image.scores for image in found] or [np.zeros(0)])
+    order = np.argsort(-scores, kind="stable")
+    outcome = np.full(len(scores), WRONG)
+    hit = best_iou >= iou
+    outcome[hit & on_difficult] = IGNORED
+    # A box is of one class and image: its first detection by score is the same over all of them.
+    hits = order[(hit & ~on_difficult)[order]]
+    outcome[hits[np.unique(best_box[hits], return_index=True)[1]]] = RIGHT
+    return outcome, best_box
 
 
 def _best_boxes(
-    found: list[ImageDetections], truth: list[GroundTruth]
+    found: Sequence[ImageDetections], truth: Sequence[GroundTruth]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the box of its class that each detection overlaps most.
 
@@ -125,18 +152,30 @@ def area_ap(true_positives: np.ndarray, num_boxes: int) -> float:
         true_positives: (N,) how many of the first 1..N detections, by descending score, are right.
         num_boxes: boxes to find, at least 1.
     """
-    precision = true_positives / np.arange(1, len(true_positives) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
     steps = np.diff(true_positives, prepend=0)  # recall rises by 1 / num_boxes at each 1
-    return float((envelope * steps).sum() / num_boxes)
+    return float((_monotone_precision(true_positives) * steps).sum() / num_boxes)
 
 
 def eleven_point_ap(true_positives: np.ndarray, num_boxes: int) -> float:
     """Return the mean over recalls 0, 0.1, ... 1 of the best precision at that recall or beyond.
 
-    Recalls are compared as whole numbers (10 tp >= k boxes): 3 of 10 boxes are a recall of 0.3,
+    Arguments as in `area_ap`.
+    """
+    return float(interpolated_precision(true_positives, num_boxes)[::10].mean())
+
+
+def interpolated_precision(true_positives: np.ndarray, num_boxes: int) -> np.ndarray:
+    """Return the precision-recall curve made monotone, as (101,) precisions.
+
+    They are the best at recalls 0, 0.01, ... 1 or beyond, and 0 where a recall is never reached.
+    Recalls are compared as whole numbers (100 tp >= k boxes): 3 of 10 boxes are a recall of 0.3,
     whatever 0.3 is in floating point. Arguments as in `area_ap`.
     """
+    precision = np.append(_monotone_precision(true_positives), 0.0)
+    return precision[np.searchsorted(100 * true_positives, np.arange(101) * num_boxes)]
+
+
+def _monotone_precision(true_positives: np.ndarray) -> np.ndarray:
+    """Return the (N,) best precisions of the first n detections or more, n in 1..N."""
     precision = true_positives / np.arange(1, len(true_positives) + 1)
-    best = [precision[10 * true_positives >= k * num_boxes].max(initial=0.0) for k in range(11)]
-    return float(np.mean(best))
+    return np.maximum.accumulate(precision[::-1])[::-1]

@@ -51,7 +51,7 @@ def draw_detections(
     Raises:
         ValueError: the image is not uint8 (3, H, W), or the arrays do not fit each other.
     """
-    canvas = _to_pil(image)
+    canvas = to_pil(image)
     boxes = torch.as_tensor(boxes).detach().cpu().double().reshape(-1, 4)
     names = [int(label) for label in torch.as_tensor(labels).tolist()]
     values = [None] * len(names) if scores is None else torch.as_tensor(scores).tolist()
@@ -75,11 +75,17 @@ def draw_detections(
         draw.rectangle(corners, outline=class_color(names[i]), width=line)
     for i in order:
         score = "" if values[i] is None else f" {values[i]:.2f}"
-        _draw_name(draw, canvas.size, boxes[i].tolist(), classes[names[i]] + score, names[i], font)
+        text, color = classes[names[i]] + score, class_color(names[i])
+        draw_name(draw, canvas.size, boxes[i].tolist(), text, color, font)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-def _to_pil(image: Tensor | Image.Image) -> Image.Image:
+def to_pil(image: Tensor | Image.Image) -> Image.Image:
+    """Return a copy as a PIL image in RGB.
+
+    Raises:
+        ValueError: it is not uint8 (3, H, W).
+    """
     if isinstance(image, Image.Image):
         return image.convert("RGB")  # a copy if it is RGB already
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -89,22 +95,21 @@ def _to_pil(image: Tensor | Image.Image) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def _draw_name(
+def draw_name(
     draw: ImageDraw.ImageDraw,
     size: tuple[int, int],
     box: list[float],
     text: str,
-    label: int,
+    color: Color,
     font: ImageFont.FreeTypeFont,
 ) -> None:
-    """Write text on a patch of the class's colour above the box, or inside it at the top."""
+    """Write text on a patch of colour above the box, or inside it at the top."""
     pad = 2
     ascent, descent = font.getmetrics()
     width, height = draw.textlength(text, font=font) + 2 * pad, ascent + descent
     x = min(max(0.0, box[0]), max(0.0, size[0] - width))
     y = box[1] - height if box[1] >= height else max(0.0, box[1])
     y = min(y, max(0.0, size[1] - height))
-    color = class_color(label)
     draw.rectangle([x, y, x + width - 1, y + height - 1], fill=color)
     # Black on light, white on dark (luma of ITU-R BT.601).
     bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
@@ -126,4 +131,4 @@ def save_image(image: Tensor, path: str | Path) -> None:
     if kind is None or kind not in Image.SAVE:
         raise ValueError(f"{path}: not the name of an image file; end it in .jpg or .png")
     with replacing(path) as temporary:
-        _to_pil(image).save(temporary, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
+        to_pil(image).save(temporary, format=kind, **({"quality": 95} if kind == "JPEG" else {}))

@@ -9,6 +9,7 @@ from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.data.voc import VocDataset
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
+from tinydet.training.distributed import gathered, rank, world_size
 from tinydet.yolof.network import Network
 
 
@@ -23,8 +24,13 @@ def evaluate_detector(
 def detect_split(
     detector: Network, index: Index, data: Data, batch_size: int, device: torch.device
 ) -> list[ImageDetections]:
-    """Return the detections of every image of a split, in the index's order, in original pixels."""
-    loader = make_test_loader(VocDataset(index), data, batch_size, device=device)
+    """Return the detections of every image of a split, in the index's order, in original pixels.
+
+    Processes that train together share the images, and all of them get all detections.
+    """
+    loader = make_test_loader(
+        VocDataset(index), data, batch_size, rank=rank(), world_size=world_size(), device=device
+    )
     found: dict[str, ImageDetections] = {}
     for batch in loader:
         images = batch.images.to(device, non_blocking=True)
@@ -35,6 +41,7 @@ def detect_split(
             found[image_id] = ImageDetections(
                 result.boxes.cpu().numpy(), result.scores.cpu().numpy(), result.labels.cpu().numpy()
             )
+    found = gathered(found)
     return [found[image_id] for image_id in index.image_ids]
 
 

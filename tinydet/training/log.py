@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,22 +18,38 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from tinydet.atomic import write_text
+from tinydet.training.distributed import mean_over_processes, rank
+from tinydet.training.saving import going_on
+
 logger = logging.getLogger(__name__)
 
 # Steps between log lines; losses are read from the device only then.
 _INTERVAL = 10
 
 
-class DivergedError(ValueError):
-    """The loss is no longer a number; the message names the step and the likely causes."""
-
-
 class RunLog:
-    """Writes one run's progress; use as a context manager."""
+    """Writes one run's progress; use as a context manager.
 
-    def __init__(self, run_dir: Path, total_steps: int, done_steps: int = 0) -> None:
-        self._file = (run_dir / "log.jsonl").open("a")
-        self._events = _event_writer(run_dir)
+    Args:
+        run_dir: the run's folder; what an earlier process logged after the checkpoint that is gone
+            on from is dropped there, since it is about to come again.
+        total_steps: of the whole run.
+        done_steps: of the checkpoint.
+        done_epochs: epochs of the checkpoint, trained and evaluated.
+    """
+
+    def __init__(
+        self, run_dir: Path, total_steps: int, done_steps: int = 0, done_epochs: int = 0
+    ) -> None:
+        self._path = run_dir / "log.jsonl"
+        self._is_written = True
+        self._events = None
+        if rank() == 0:
+            if self._path.is_file():
+                _drop_later(self._path, done_epochs, done_steps)
+            self._path.touch()
+            self._events = _event_writer(run_dir, done_steps)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -38,6 +57,7 @@ class RunLog:
             TextColumn("{task.fields[status]}"),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
+            disable=rank() > 0,
         )
         self._task = self._progress.add_task(
             "training", total=total_steps, completed=done_steps, status=""
@@ -57,9 +77,9 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._file.close()
         if self._events is not None:
-            self._events.close()
+            with going_on(self._path.parent / "events.*"):
+                self._events.close()
 
     def start_epoch(self) -> None:
         """Start the clock anew: evaluation and saving do not count as training speed."""
@@ -72,29 +92,26 @@ class RunLog:
         """Note one training step (numbers from 1); every tenth writes a line, see `flush`."""
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
         self._images += images
+        self._noted = epoch, step, lr
         self._progress.advance(self._task)
         if len(self._losses) == _INTERVAL:
-            self.flush(epoch, step, lr)
+            self.flush()
 
-    def flush(self, epoch: int, step: int, lr: float) -> None:
+    def flush(self) -> None:
         """Show and write the means of the steps noted since the last line, if there are any.
 
-        Raises:
-            DivergedError: a loss among them is NaN or infinite.
+        Steps with a loss that is no number are left out.
         """
         if not self._losses:
             return
-        means = {
-            name: torch.stack([noted[name] for noted in self._losses]).mean().item()
-            for name in self._losses[0]
-        }
+        epoch, step, lr = self._noted
+        names = list(self._losses[0])
+        local = torch.stack([_finite_mean([n[name] for n in self._losses]) for name in names])
+        means = dict(zip(names, mean_over_processes(local).tolist(), strict=True))
         total = sum(means.values())
         if not math.isfinite(total):
-            raise DivergedError(
-                f"epoch {epoch}, step {step}: a loss is {total} ({means}); likely a learning rate "
-                "too high (optim.lr), a warm-up too short (optim.warmup_iters) or no clipping "
-                "(optim.clip_norm); last.pt holds the epoch before"
-            )
+            self.start_epoch()
+            return
         speed = self._images / (time.perf_counter() - self._since)
         self._progress.update(
             self._task,
@@ -106,28 +123,95 @@ class RunLog:
         self._write({"mode": "train", "epoch": epoch, "step": step, **values})
         self.start_epoch()
 
-    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, Any]) -> None:
-        """Note an evaluation after `epoch`."""
+    def evaluation(
+        self, epoch: int, step: int, metrics: Mapping[str, Any], images: Mapping[str, Tensor]
+    ) -> None:
+        """Note an evaluation after `epoch`.
+
+        Args:
+            epoch: epochs done.
+            step: steps done.
+            metrics: as in `metrics.json`.
+            images: for each name (3, H, W) uint8 RGB, for TensorBoard.
+        """
         self._write({"mode": "val", "epoch": epoch, "step": step, **metrics})
+        if self._events is None:
+            return
+        try:
+            for name, figures in metrics["per_class"].items():
+                for key in ("AP50", "AP"):
+                    if figures[key] is not None:
+                        self._events.add_scalar(f"{key}_per_class/{name}", figures[key], step)
+            for name, image in images.items():
+                self._events.add_image(f"detections/{name}", image, step)
+        except OSError as error:  # A full disk, most likely.
+            logger.warning("no more TensorBoard events: %s", error)
+            self._events = None
 
     def _write(self, record: dict[str, Any]) -> None:
+        if rank() > 0:
+            return
         record = {k: _round(v) for k, v in record.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
+        is_written = self._write_line(json.dumps(record, allow_nan=False) + "\n")
+        if self._events is None or not is_written:
+            return
+        try:
+            # TensorBoard writes in a thread, where a full disk would be a traceback on screen.
+            if shutil.disk_usage(self._path.parent).free < 2**20:
+                return
             for name, value in record.items():
                 if isinstance(value, float):
                     self._events.add_scalar(f"{record['mode']}/{name}", value, record["step"])
+        except OSError as error:
+            logger.warning("no more TensorBoard events: %s", error)
+            self._events = None
+
+    def _write_line(self, line: str) -> bool:
+        """Append a line; where that fails, say so once until it works again, and return False."""
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            with suppress(OSError):  # Half a line would spoil the next one too.
+                os.truncate(self._path, size)
+            if self._is_written:
+                logger.warning("%s: lines are lost: %s", self._path, error.strerror)
+            self._is_written = False
+        else:
+            self._is_written = True
+        return self._is_written
+
+
+def _finite_mean(losses: list[Tensor]) -> Tensor:
+    values = torch.stack(losses)
+    return values[values.isfinite()].mean()
+
+
+def _drop_later(path: Path, epochs: int, steps: int) -> None:
+    """Keep the records up to a checkpoint, and drop what is no record, like a line cut short."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            in_finished = record["epoch"] <= epochs
+            trained = record["mode"] == "train" and record["step"] <= steps
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if line.endswith("\n") and (in_finished or trained):
+            kept.append(line)
+    write_text(path, "".join(kept))
 
 
 def _round(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _event_writer(run_dir: Path) -> Any:
+def _event_writer(run_dir: Path, done_steps: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.info("no TensorBoard events: pip install 'tinydet[plots]' for them")
         return None
-    return SummaryWriter(str(run_dir))
+    # Of earlier files, TensorBoard drops what comes at or after the step to purge.
+    return SummaryWriter(str(run_dir), purge_step=done_steps + 1 if done_steps else None)

@@ -93,4 +93,9 @@ def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> tuple[Optimize
         optimizer = AdamW(param_groups, betas=(optim.momentum, 0.999), fused=True)
     else:
         optimizer = torch.optim.SGD(param_groups, momentum=optim.momentum, fused=True)
+        # The fused optimiser would make these at its first step, and leave them uninitialised where
+        # a non-finite gradient makes it skip that step; zeros give the same first step.
+        for parameter in model.parameters():
+            if parameter.requires_grad and optim.momentum:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer, LambdaLR(optimizer, lambda i: learning_rate_factor(optim, plan, i))

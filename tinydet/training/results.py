@@ -1,23 +1,42 @@
-"""What a run leaves for people and scripts: experiment.json, metrics.json, report.md."""
+"""What a run leaves for people and scripts: JSON files, and `report.html` made of them."""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tinydet.atomic import write_text
 from tinydet.config import Experiment
+from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
 from tinydet.evaluation import Metrics
-from tinydet.experiment_file import experiment_to_dict
+from tinydet.evaluation.voc import interpolated_precision
+from tinydet.experiment_file import experiment_to_dict, load_experiment
+from tinydet.report.page import write_page
+from tinydet.report.run_files import read_json
+from tinydet.training.checkpoint import load_detector
+from tinydet.training.device import pick_device
+from tinydet.training.evaluate import evaluate_detector
+from tinydet.training.pictures import worst_images
+from tinydet.training.session import this_session
 from tinydet.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
 
 
 def write_experiment(run_dir: Path, experiment: Experiment) -> None:
-    """Write the resolved experiment; `load_experiment` reads it, so it can be run again."""
+    """Write the resolved experiment, and add this process to those that worked on the run.
+
+    `load_experiment` reads `experiment.json`, so it can be run again; `sessions.json` is a list.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "experiment.json", experiment_to_dict(experiment))
+    path = run_dir / "sessions.json"
+    write_json(path, [*(read_json(path) or []), this_session(pick_device(experiment.train.device))])
 
 
 def write_results(
@@ -28,7 +47,7 @@ def write_results(
     train_index: Index,
     test_index: Index,
 ) -> None:
-    """Write `metrics.json`, the numbers of best.pt and of the run so far, and `report.md`.
+    """Write `metrics.json`, the numbers of best.pt and of the run so far, and `report.html`.
 
     `AP50` and its kin belong to best.pt, saved after `best_epoch`; `last_AP50` to last.pt.
     """
@@ -49,36 +68,64 @@ def write_results(
         },
     }
     write_json(path, results)
-    if is_best:
-        write_text(
-            run_dir / "report.md",
-            _report(state, metrics, [train_index, test_index]),
-        )
+    try:
+        if is_best:
+            notes = [f"{state.precision.dtype}: {state.precision.reason}", *state.plan.lines]
+            write_details(run_dir, metrics, train_index, test_index, notes)
+        write_page(run_dir)
+    except (OSError, ValueError) as error:  # No page is worth the end of a run.
+        logger.warning("report.html is not written: %s", error)
 
 
-def _report(state: TrainingState, metrics: Metrics, indexes: list[Index]) -> str:
-    lines = [
-        f"# {state.experiment.name}",
-        "",
-        f"best.pt, saved after epoch {state.epoch} and {state.train_seconds / 60:.1f} minutes of "
-        "training:",
-        "",
-        "```",
-        *metrics.lines(),
-        "```",
-        "",
-        f"- {state.precision.dtype}, {state.precision.memory_format}: {state.precision.reason}",
-        *(f"- {line}" for line in state.plan.lines),
-        "",
-        "## Problems found in the data",
-        "",
-    ]
-    for index in indexes:
-        found = index.problems.summary() or ["none"]
-        lines += [f"{index.split} ({len(index)} images):", "", *(f"- {p}" for p in found), ""]
-    return "\n".join(lines)
+def write_details(
+    run_dir: Path, metrics: Metrics, train_index: Index, test_index: Index, notes: Sequence[str]
+) -> None:
+    """Write `report.json`: what the page shows of best.pt and is not in `metrics.json`.
+
+    Args:
+        run_dir: the run's folder.
+        metrics: of the test split.
+        train_index: the training split.
+        test_index: the test split.
+        notes: what the run chose by itself, a sentence each.
+    """
+    voc = metrics.voc
+    details = {
+        "notes": list(notes),
+        "data": [
+            {"split": f"{i.split}, {len(i)} images", "problems": i.problems.summary()}
+            for i in (train_index, test_index)
+        ],
+        "curves": {
+            name: interpolated_precision(right, int(boxes)).round(4).tolist()
+            for name, right, boxes in zip(
+                metrics.classes, voc.true_positives, voc.num_boxes, strict=True
+            )
+            if boxes
+        },
+        "worst": worst_images(metrics, test_index),
+    }
+    write_json(run_dir / "report.json", details)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def evaluate_again(run_dir: Path, device: str) -> None:
+    """Evaluate a run's best.pt on its test split, and write `report.json` anew.
+
+    Raises:
+        ValueError: a file of the run cannot be used, or the data set is missing.
+    """
+    experiment = load_experiment(run_dir / "experiment.json")
+    where = pick_device(device)
+    detector = load_detector(run_dir / "best.pt", experiment, where)
+    data = replace(experiment.data, classes=detector.classes)
+    train_index, test_index = load_split(data, data.train_split), load_split(data, data.test_split)
+    size = experiment.train.eval_batch_size
+    metrics = evaluate_detector(detector, test_index, data, size, where)
+    details = read_json(run_dir / "report.json")
+    notes = details.get("notes", []) if isinstance(details, dict) else []
+    write_details(run_dir, metrics, train_index, test_index, notes)
+
+
+def write_json(path: Path, content: Any) -> None:
     """Write JSON; NaN is refused, since many readers do."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -23,6 +23,18 @@ def new_run_dir(name: str, root: Path = RUNS) -> Path:
         return parent / str(number)
 
 
+def newest_to_resume(name: str, root: Path = RUNS) -> Path:
+    """Return the last.pt of the newest run of an experiment, for `checkpoint.read_last`.
+
+    Where the run died between two renamings there is only the one before it.
+
+    Raises:
+        CheckpointError: no run of it can be gone on with.
+    """
+    found = newest_checkpoint(root, "last*.pt", name)
+    return found.with_name("last.pt")
+
+
 def newest_checkpoint(root: Path = RUNS, file_name: str = "best.pt", name: str = "*") -> Path:
     """Return the newest run's checkpoint.
 

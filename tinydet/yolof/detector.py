@@ -82,20 +82,28 @@ class Detector(nn.Module):
             return cls_logits, deltas
         # Outside autocast: in half precision neither IoUs nor sums over all anchors are exact.
         with torch.autocast(images.device.type, enabled=False):
-            return self._losses(cls_logits, deltas, tuple(images.shape[-2:]), targets)
+            return self.losses(cls_logits, deltas, tuple(images.shape[-2:]), targets)
 
     def anchors(self, image_size: tuple[int, int]) -> Tensor:
         """Return the (A, 4) xyxy anchors for an input of (H, W) pixels."""
         height, width = (-(-side // self.stride) for side in image_size)
         return make_anchors(height, width, self.stride, self.anchor_sides, self.mean.device)
 
-    def _losses(
+    def losses(
         self,
         cls_logits: Tensor,
         deltas: Tensor,
         image_size: tuple[int, int],
         targets: Sequence[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
+        """Return the losses of raw outputs; arguments and result as in `forward`, outside autocast.
+
+        Args:
+            cls_logits: (B, A, K) float32.
+            deltas: (B, A, 4) float32.
+            image_size: (H, W) of the network input.
+            targets: for each image its boxes and labels.
+        """
         anchors = self.anchors(image_size)
         pred_boxes = decode_boxes(anchors, deltas, self.config.center_clamp)
         gt_boxes, gt_labels, gt_valid = pad_targets(targets)

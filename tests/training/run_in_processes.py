@@ -1,0 +1,133 @@
+"""What `test_distributed.py` does in one process and, started by torchrun, in several."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+
+from tinydet.config import Model
+from tinydet.data.dataset import load_split
+from tinydet.experiment_file import load_experiment
+from tinydet.training import loop
+from tinydet.training.distributed import (
+    alike,
+    all_agree,
+    from_first,
+    gathered,
+    in_any_process,
+    mean_over_processes,
+    parallel,
+    process_group,
+    rank,
+    world_size,
+)
+from tinydet.training.evaluate import evaluate_detector
+from tinydet.yolof.detector import build_detector
+
+SMALL = Model(
+    backbone="test_resnet",
+    weights="random",
+    feature="C4",
+    encoder_channels=16,
+    encoder_mid_channels=8,
+    dilations=(2,),
+    cls_convs=1,
+    reg_convs=1,
+    score_threshold=0.0,
+)
+
+
+def learn(steps=5, batch=6):
+    """Train a little, each process on its share of every batch; return losses and weights."""
+    # Random numbers that differ from process to process would show: DDP takes the first one's.
+    torch.manual_seed(rank())
+    detector = build_detector(SMALL, ("a", "b")).train()
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    network = parallel(detector, torch.device("cpu"))
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(steps):
+        images = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8, generator=generator)
+        corners = 32 * torch.rand(batch, 3, 2, generator=generator)
+        # The numbers of boxes, and with them of positives, differ from process to process.
+        targets = [
+            {"boxes": torch.cat([c, c + 24], dim=1)[: i % 4], "labels": torch.tensor([0, 1, 1])}
+            for i, c in enumerate(corners)
+        ]
+        targets = [{**t, "labels": t["labels"][: len(t["boxes"])]} for t in targets]
+        mine = slice(rank(), None, world_size())
+        loss = sum(network(images[mine], targets[mine]).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(mean_over_processes(loss.detach()).item())
+    return losses, {name: p.detach() for name, p in detector.named_parameters()}
+
+
+def score(data):
+    """Evaluate a fixed detector on a split; its buffers are the first process's."""
+    torch.manual_seed(0)
+    detector = build_detector(SMALL, ("circle", "square", "triangle")).eval()
+    for buffer in detector.buffers():
+        if buffer.is_floating_point():
+            buffer.mul_(1 + rank())
+    alike(detector)
+    index = load_split(data, data.test_split)
+    return evaluate_detector(detector, index, data, 2, torch.device("cpu")).as_dict()
+
+
+def whole_run(experiment, folder):
+    """Run the training loop with frozen norms, which see no batch, on batches of 6 images."""
+    settings = replace(experiment.train, batch_size=6 // world_size(), ema_decay=0.9)
+
+    def frozen(*args):
+        return freeze_batch_norm_2d(build_detector(*args))
+
+    with mock.patch.object(loop, "build_detector", frozen):
+        loop.train(replace(experiment, train=settings), folder)
+
+
+def _raise():
+    raise ValueError("the first process failed")
+
+
+def _small_parts():
+    failed = ""
+    try:
+        from_first(_raise)
+    except ValueError as error:
+        failed = str(error)
+    return {
+        "rank": rank(),
+        "made": from_first(lambda: f"by {rank()}"),
+        "failed": failed,
+        "gathered": gathered({f"of {rank()}": rank()}),
+        "mean": mean_over_processes(torch.tensor([rank(), 4.0])).tolist(),
+        "any": [in_any_process(torch.tensor(rank() == n)).item() for n in (0, 1, 9)],
+        "agreed": [
+            all_agree([rank() == 1, False], step, torch.device("cpu")) for step in (9, 10, 11)
+        ],
+    }
+
+
+def main(experiment, folder):
+    """Do all of it and write what came out, a file a process."""
+    torch.set_num_threads(1)
+    with process_group("cpu"):
+        losses, weights = learn()
+        told = {"losses": losses, "metrics": score(experiment.data), **_small_parts()}
+        (folder / f"{rank()}.json").write_text(json.dumps(told))
+        torch.save(weights, folder / f"{rank()}.pt")
+        whole_run(experiment, folder / "run")
+
+
+if __name__ == "__main__":
+    main(load_experiment(Path(sys.argv[1])), Path(sys.argv[2]))

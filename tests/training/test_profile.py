@@ -1,0 +1,41 @@
+import re
+import time
+from dataclasses import replace
+
+import pytest
+
+from tinydet.data.training_images import TrainingImages
+from tinydet.training.profile import profile_training
+
+
+def test_a_profile_tells_of_every_part_and_leaves_no_run(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = replace(tiny_experiment.train, batch_size=3)
+    told = "\n".join(profile_training(replace(tiny_experiment, train=settings), steps=3))
+    for word in ("loop", "waiting", "bare step", "forward", "losses", "backward", "optimiser"):
+        assert word in told
+    assert "batches of 3 images" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_waiting_for_data_is_told_apart(tiny_experiment, monkeypatch):
+    read = TrainingImages.read
+
+    def slowly(images, i):
+        time.sleep(0.1)
+        return read(images, i)
+
+    monkeypatch.setattr(TrainingImages, "read", slowly)
+    settings = replace(tiny_experiment.train, batch_size=3)
+    told = "\n".join(profile_training(replace(tiny_experiment, train=settings), steps=2))
+    figures = dict(re.findall(r"^\s*(\w+(?: step)?) +([\d.]+) (?:ms|img)", told, re.MULTILINE))
+    assert float(figures["waiting"]) >= 300
+    assert float(figures["loop"]) >= 300 + float(figures["bare step"]) / 2
+    parts = sum(float(figures[name]) for name in ("forward", "losses", "backward", "optimiser"))
+    assert parts == pytest.approx(float(figures["bare step"]), rel=0.5)
+    assert float(figures["loader"]) <= 10
+
+
+def test_too_few_steps_are_told(tiny_experiment):
+    with pytest.raises(ValueError, match="an epoch has 3 steps"):
+        list(profile_training(tiny_experiment, steps=3))

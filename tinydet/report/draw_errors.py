@@ -1,0 +1,120 @@
+"""Draw what a detector got wrong: truth dashed, detections solid, mistakes thick and named."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from tinydet.report.draw import Color, draw_name, to_pil
+
+# Blue and orange of Okabe and Ito: told apart by colour-blind readers, and bright on photographs.
+TRUTH_COLOR: Color = (86, 180, 233)
+DETECTION_COLOR: Color = (230, 159, 0)
+_LONGEST_NAME = 24  # characters
+_MOST_NAMES = 8  # of each kind; more would hide the image
+
+
+def draw_errors(
+    image: Tensor | Image.Image,
+    truth: np.ndarray,
+    truth_names: Sequence[str],
+    missed: np.ndarray,
+    found: np.ndarray,
+    found_names: Sequence[str],
+    wrong: np.ndarray,
+) -> Tensor:
+    """Return a copy of the image with ground truth and detections.
+
+    Args:
+        image: (3, H, W) uint8 RGB, or a PIL image.
+        truth: (M, 4) xyxy pixels of annotated boxes.
+        truth_names: a name for each; those of the first few that were missed are written.
+        missed: (M,) bool.
+        found: (N, 4) xyxy pixels of detections, by descending score.
+        found_names: a name for each; those of the first few that are wrong are written.
+        wrong: (N,) bool.
+
+    Returns:
+        (3, H, W) uint8 RGB on the CPU.
+    """
+    canvas = to_pil(image)
+    draw = ImageDraw.Draw(canvas)
+    longest = max(canvas.size)
+    thin, thick = max(1, round(longest / 400)), max(2, round(longest / 160))
+    font = ImageFont.load_default(size=max(11, round(longest / 42)))
+    # Right ones below, and all names above all boxes.
+    for is_error in (False, True):
+        width = thick if is_error else thin
+        for box in np.asarray(found)[np.asarray(wrong, bool) == is_error]:
+            _draw_box(draw, box.tolist(), DETECTION_COLOR, width, dash=0)
+        for box in np.asarray(truth)[np.asarray(missed, bool) == is_error]:
+            _draw_box(draw, box.tolist(), TRUTH_COLOR, width, dash=max(4, longest // 70))
+    for boxes, names, is_error, color in (
+        (found, found_names, wrong, DETECTION_COLOR),
+        (truth, truth_names, missed, TRUTH_COLOR),
+    ):
+        # The last are drawn on top.
+        for i in np.flatnonzero(is_error)[:_MOST_NAMES][::-1]:
+            draw_name(draw, canvas.size, list(boxes[i]), _one_line(names[i]), color, font)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def _draw_box(
+    draw: ImageDraw.ImageDraw, box: Sequence[float], color: Color, width: int, dash: int
+) -> None:
+    """Draw a box, in dashes of that many pixels; 0 is a solid line."""
+    left, top = box[0], box[1]
+    right, bottom = max(left, box[2] - 1), max(top, box[3] - 1)  # PIL includes the last
+    if not dash:
+        draw.rectangle([left, top, right, bottom], outline=color, width=width)
+        return
+    for x1, y1, x2, y2 in (
+        (left, top, right, top),
+        (left, bottom, right, bottom),
+        (left, top, left, bottom),
+        (right, top, right, bottom),
+    ):
+        # Whole dashes, n of them and n - 1 gaps as long: the corners are closed.
+        count = max(1, round(((x2 - x1 + y2 - y1) / dash + 1) / 2))
+        for k in range(count):
+            ends = [2 * k / (2 * count - 1), (2 * k + 1) / (2 * count - 1)]
+            draw.line(
+                [(x1 + (x2 - x1) * share, y1 + (y2 - y1) * share) for share in ends],
+                fill=color,
+                width=width,
+            )
+
+
+def _one_line(name: str) -> str:
+    """Return a name that can be drawn, whatever it holds."""
+    name = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+
+
+def resize_between(image: Tensor, shortest: int, longest: int) -> tuple[Tensor, float]:
+    """Return an image whose longer side is within bounds, and the factor it was resized by.
+
+    Args:
+        image: (3, H, W) uint8 RGB.
+        shortest: least number of pixels of the longer side.
+        longest: largest number.
+    """
+    picture = to_pil(image)
+    side = max(picture.size)
+    factor = min(max(side, shortest), longest) / side
+    if factor != 1:
+        size = tuple(max(1, round(factor * s)) for s in picture.size)
+        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), factor
+
+
+def encode_jpeg(image: Tensor, quality: int = 80) -> bytes:
+    """Return a (3, H, W) uint8 RGB image as a JPEG file."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,108 @@
+"""Detections drawn on test images: the worst for the report, a fixed few for TensorBoard."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tinydet.data.image import read_image
+from tinydet.data.index import Index
+from tinydet.evaluation import Metrics
+from tinydet.evaluation.errors import ImageErrors, image_errors
+from tinydet.report.draw_errors import draw_errors, encode_jpeg, resize_between
+from tinydet.training.evaluate import ground_truth
+
+logger = logging.getLogger(__name__)
+
+# Pixels of a longer side, at least and at most: names can be read, and a page of six drawings stays
+# below a megabyte; TensorBoard's are PNGs, and there are some at each evaluation.
+_ON_PAGE, _IN_EVENTS = (384, 640), (320, 320)
+
+
+def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[str, Any]]:
+    """Return the images with the most and the surest mistakes, the worst first.
+
+    An image is as bad as `ImageErrors.badness` says; images without mistakes are left out.
+
+    Args:
+        metrics: of the split, with its detections.
+        index: the split.
+        count: images at most.
+
+    Returns:
+        For each "name", "caption", "jpeg" (in base64), "width" and "height".
+    """
+    errors = image_errors(metrics.detections, ground_truth(index), len(index.classes))
+    order = sorted(range(len(errors)), key=lambda i: -errors[i].badness)
+    worst = []
+    for i in order[:count]:
+        if not errors[i].badness:
+            break
+        drawing = _draw(index, i, errors[i], _ON_PAGE)
+        if drawing is None:
+            continue
+        missed, wrong = int(errors[i].missed.sum()), errors[i].detections.scores[errors[i].wrong]
+        surest = f", the surest at {wrong.max():.2f}" if len(wrong) else ""
+        worst.append(
+            {
+                "name": index.image_ids[i],
+                "caption": f"{missed} of {_counted(errors[i])} objects missed, "
+                f"{len(wrong)} false detections{surest}",
+                "jpeg": base64.b64encode(encode_jpeg(drawing)).decode(),
+                "width": drawing.shape[2],
+                "height": drawing.shape[1],
+            }
+        )
+    return worst
+
+
+def sample_images(metrics: Metrics, index: Index, count: int = 4) -> dict[str, Tensor]:
+    """Return drawings of the same few images each time, from all over the split.
+
+    Args:
+        metrics: of the split, with its detections.
+        index: the split.
+        count: images at most.
+
+    Returns:
+        (3, H, W) uint8 RGB for each name of an image.
+    """
+    chosen = sorted({round(i) for i in np.linspace(0, len(index) - 1, count)})
+    truth = ground_truth(index)
+    errors = image_errors(
+        [metrics.detections[i] for i in chosen], [truth[i] for i in chosen], len(index.classes)
+    )
+    drawn = {
+        index.image_ids[i]: _draw(index, i, of_image, _IN_EVENTS)
+        for i, of_image in zip(chosen, errors, strict=True)
+    }
+    return {name: drawing for name, drawing in drawn.items() if drawing is not None}
+
+
+def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> Tensor | None:
+    """Return an image with its errors; None if its file is not there any more."""
+    try:
+        image = read_image(index.image_path(i), bool(index.turned[i]))
+    except (OSError, ValueError) as error:
+        logger.info("%s is not drawn: %s", index.image_ids[i], error)
+        return None
+    image, factor = resize_between(image, *sides)
+    names, found = index.classes, errors.detections
+    order = np.argsort(-found.scores, kind="stable")
+    return draw_errors(
+        image,
+        factor * errors.truth.boxes,
+        [names[label] for label in errors.truth.labels],
+        errors.missed,
+        factor * found.boxes[order],
+        [f"{names[found.labels[i]]} {found.scores[i]:.2f}" for i in order],
+        errors.wrong[order],
+    )
+
+
+def _counted(errors: ImageErrors) -> int:
+    return int((~errors.truth.difficult).sum())

@@ -1,0 +1,151 @@
+"""Where the time of a training step goes: the whole loop beside the bare step it is built around.
+
+The bare step is forward, losses, backward and optimiser on one batch that lies in memory. What the
+loop takes beyond it is ours: waiting for data, copying it, averaged weights, checks, the log.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+
+import torch
+
+from tinydet.config import Experiment
+from tinydet.data.loader import DetectionLoader
+from tinydet.data.sample import Batch
+from tinydet.training.device import pick_device
+from tinydet.training.divergence import BadSteps
+from tinydet.training.interrupt import Interrupts
+from tinydet.training.log import RunLog
+from tinydet.training.loop import prepare, train_epoch
+from tinydet.training.saving import Saver
+from tinydet.training.state import TrainingState
+
+_ROUNDS = 5  # in each, loop and bare step have a turn
+_WARM_UP = 4  # steps of a turn that are not timed: batches made in advance are used up in them
+_PARTS = ("forward", "losses", "backward", "optimiser")
+
+
+def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
+    """Train some steps and throw them away, yielding what to tell the user line by line.
+
+    Args:
+        experiment: what is trained.
+        steps: timed in each of the turns that the loop and the bare step take.
+
+    Raises:
+        ConfigError: a field of the experiment cannot be met.
+        ValueError: an epoch has fewer steps than a turn.
+    """
+    device = pick_device(experiment.train.device)
+    state, loader, _, _ = prepare(experiment, device)
+    if len(loader) < _WARM_UP + steps:
+        raise ValueError(
+            f"--profile: an epoch has {len(loader)} steps, a turn needs {_WARM_UP + steps}; take "
+            "more images or a smaller train.batch_size"
+        )
+    part = _Part(loader, _WARM_UP + steps, device)
+    batch = next(iter(loader)).to(device)
+    yield (
+        f"profile     {_ROUNDS} turns of {steps} steps, batches of {len(batch)} images, the one in "
+        f"memory of {batch.images.shape[-2]}x{batch.images.shape[-1]} pixels"
+    )
+    loop, waits, bare = [], [], {name: [] for name in _PARTS}
+    with tempfile.TemporaryDirectory() as folder:
+        bad_steps, saver = BadSteps(state, Path(folder)), Saver(Path(folder), state)
+        for epoch in range(_ROUNDS):
+            state.epoch, state.step = epoch, 0
+            with RunLog(Path(folder), len(loader)) as log:
+                train_epoch(state, part, device, log, bad_steps, saver, Interrupts())
+            loop += part.steps[_WARM_UP:]
+            waits += part.waits[_WARM_UP:]
+            for times in [_bare_step(state, batch, device) for _ in range(_WARM_UP + steps)][
+                _WARM_UP:
+            ]:
+                for name, seconds in times.items():
+                    bare[name].append(seconds)
+    whole = statistics.median(loop)
+    totals = [sum(times) for times in zip(*bare.values(), strict=True)]
+    yield (
+        f"loop        {1000 * whole:.1f} ms a step, {len(batch) / whole:.1f} img/s: "
+        f"{whole / statistics.median(totals):.3f} of the bare step"
+    )
+    yield f"waiting     {1000 * statistics.median(waits):.1f} ms of it for data"
+    yield f"bare step   {1000 * statistics.median(totals):.1f} ms"
+    for name, seconds in bare.items():
+        share = statistics.median(seconds) / statistics.median(totals)
+        yield f"  {name:9} {1000 * statistics.median(seconds):.1f} ms, {share:.0%}"
+    yield _loader_alone(loader, steps)
+
+
+class _Part:
+    """The first batches of each epoch of a loader, and how long each step and each wait took."""
+
+    def __init__(self, loader: DetectionLoader, number: int, device: torch.device) -> None:
+        self._loader = loader
+        self._number = number
+        self._device = device
+        self.steps: list[float] = []
+        self.waits: list[float] = []
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self._loader.set_epoch(epoch, start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.steps, self.waits = [], []
+        batches = islice(self._loader, self._number)
+        begin = time.perf_counter()
+        for batch in batches:
+            arrived = time.perf_counter()
+            self.waits.append(arrived - begin)
+            yield batch
+            end = _now(self._device)
+            self.steps.append(end - begin)
+            begin = end
+
+
+def _bare_step(state: TrainingState, batch: Batch, device: torch.device) -> dict[str, float]:
+    """Make a step and return the seconds of its parts."""
+    detector, times = state.detector, [_now(device)]
+    with state.precision.autocast(device):
+        images = batch.images.contiguous(memory_format=state.precision.torch_format)
+        logits, deltas = detector(images)
+    times.append(_now(device))
+    losses = detector.losses(logits, deltas, tuple(images.shape[-2:]), batch.targets)
+    times.append(_now(device))
+    state.scaler.scale(sum(losses.values())).backward()
+    times.append(_now(device))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    times.append(_now(device))
+    return {name: end - start for name, (start, end) in zip(_PARTS, pairwise(times), strict=True)}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _loader_alone(loader: DetectionLoader, number: int) -> str:
+    loader.set_epoch(_ROUNDS)
+    images, start = 0, 0.0
+    for i, batch in enumerate(loader):
+        if i == _WARM_UP:
+            start = time.perf_counter()
+        elif i > _WARM_UP:
+            images += len(batch)
+        if i == _WARM_UP + number - 1:
+            break
+    speed = images / (time.perf_counter() - start)
+    workers = loader.num_workers
+    return (
+        f"loader      {speed:.0f} img/s alone, with {workers} "
+        f"process{'' if workers == 1 else 'es'}{'' if workers else ', in this one'}"
+    )

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Train on several GPUs: [PORT=N] bash tools/dist_train.sh EXPERIMENT GPUS [OPTIONS OF tools/train.py]
+# Several machines: on each, with the same NNODES, MASTER_ADDR and PORT and its own NODE_RANK.
+set -euo pipefail
+if [ $# -lt 2 ] || ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: usage: bash tools/dist_train.sh EXPERIMENT GPUS [OPTIONS OF tools/train.py]" >&2
+    exit 2
+fi
+exec python -m tinydet.training.launch "$2" "$(dirname "$0")/train.py" "$1" "${@:3}"
