@@ -37,7 +37,7 @@ def _kill(training: Training, run: Path, kind: str, draw: random.Random) -> bool
     trained = run / "log.jsonl"
     size = trained.stat().st_size if trained.is_file() else 0
     if kind == "any moment":
-        delay = draw.uniform(0, 12)
+        delay = draw.uniform(0, 8)
         alive = training.wait_until(lambda: training.seconds > delay)
     else:
         # The first line after the start: log.jsonl is cut back when the run goes on.
@@ -72,7 +72,8 @@ def main(kills: int, seed: int) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # As many steps as the kills leave time for, and some.
-        experiment = small_experiment(folder, epochs=3 * kills // 2)
+        epochs = 4 * kills  # Too many to be through with before the last kill.
+        experiment = small_experiment(folder, epochs=epochs)
         whole = Training(folder, experiment, "--work-dir", folder / "whole")
         if whole.end():
             sys.exit("\n".join(whole.output()))
@@ -97,9 +98,10 @@ def main(kills: int, seed: int) -> bool:
                 + (f"; half a file of {half / 1e6:.2f} MB left" if half else ""),
                 flush=True,
             )
-        last = Training(folder, experiment, "--work-dir", run, "--resume")
-        if last.end():
-            sys.exit("\n".join(last.output()))
+        if _last(run)["epoch"] < epochs:
+            last = Training(folder, experiment, "--work-dir", run, "--resume")
+            if last.end():
+                sys.exit("\n".join(last.output()))
 
         one, two = _last(folder / "whole"), _last(run)
         parts = ("model", "raw_model", "optimizer", "iteration", "ema_updates", "images_seen")
