@@ -37,7 +37,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
+        if speaks:
+            print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
         # That of a signal, where it is not Ctrl-C's own.
         sys.exit(getattr(error, "exit_status", 130))
 

@@ -2,6 +2,7 @@ import dataclasses
 import logging
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -352,3 +353,10 @@ def test_choose_workers():
     assert choose_workers(0, "cuda") == 0
     assert choose_workers(-1, "cpu") in (1, 2)
     assert 1 <= choose_workers(-1, "cuda") <= 8
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(3, True), (4, False), (None, False)])
+def test_make_train_loader__a_run_of_plain_epochs_alone_is_told(dataset, epochs, told, caplog):
+    data = replace(DATA, augment=Augment(mosaic=1.0, plain_epochs=3))
+    make_train_loader(dataset, data, batch_size=2, epochs=epochs)
+    assert ("all 3 epochs are without mosaic" in caplog.text) == told

@@ -95,6 +95,13 @@ def whole_run(experiment, folder):
         loop.train(replace(experiment, train=settings), folder)
 
 
+def timed_precision(experiment):
+    """Return what is chosen by timing steps; processes that wait for others' steps would hang."""
+    settings = replace(experiment.train, dtype="auto", memory_format="auto")
+    state, *_ = loop.prepare(replace(experiment, train=settings), torch.device("cpu"))
+    return [state.precision.dtype, state.precision.memory_format]
+
+
 def _raise():
     raise ValueError("the first process failed")
 
@@ -124,6 +131,7 @@ def main(experiment, folder):
     with process_group("cpu"):
         losses, weights = learn()
         told = {"losses": losses, "metrics": score(experiment.data), **_small_parts()}
+        told["precision"] = timed_precision(experiment)
         (folder / f"{rank()}.json").write_text(json.dumps(told))
         torch.save(weights, folder / f"{rank()}.pt")
         whole_run(experiment, folder / "run")

@@ -96,6 +96,10 @@ def test_a_run_of_three_processes_is_that_of_one(folder, told, tiny_experiment, 
     assert len(list(run.glob("events.*"))) == 1
 
 
+def test_processes_time_steps_together_and_choose_the_same(told):
+    assert len({tuple(said["precision"]) for said, _ in told}) == 1
+
+
 def test_what_processes_tell_one_another(told):
     for n, (said, _) in enumerate(told):
         assert said["rank"] == n

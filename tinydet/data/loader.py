@@ -113,6 +113,11 @@ def make_train_loader(
         rank=rank,
         world_size=world_size,
     )
+    if epochs is not None and 0 < epochs <= data.augment.plain_epochs:
+        logger.warning(
+            "data.augment.plain_epochs=%d: all %d epochs are without mosaic, mixup, warp and hsv",
+            *(data.augment.plain_epochs, epochs),
+        )
     source = TrainSource(dataset, data, seed, epochs)
     return _loader(source, batches, _collate_train, data.workers, device, world_size)
 

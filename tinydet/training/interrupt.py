@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from tinydet.training.distributed import rank
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -69,4 +71,5 @@ class Interrupts:
             raise Interrupted(number)
         self.received = number
         # Not print: the signal may have come in the middle of another print.
-        os.write(2, b"\nfinishing this step, then saving; a second signal stops at once\n")
+        if rank() == 0:
+            os.write(2, b"\nfinishing this step, then saving; a second signal stops at once\n")

@@ -24,7 +24,8 @@ def launch(processes: int, script: Sequence[str]) -> int:
         script: the Python file and its arguments.
 
     Returns:
-        0, or the exit status of the process that failed first; the others are stopped then.
+        0, or the exit status of the process that failed first, the others being stopped then, or
+        that of a process ended by the signal this one got.
 
     Raises:
         ValueError: PORT is no port.
@@ -32,6 +33,7 @@ def launch(processes: int, script: Sequence[str]) -> int:
     # torchrun tells of every failure in its log and again by a traceback; the process has said why.
     logging.disable(logging.ERROR)
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     nodes = os.environ.get("NNODES", "1")
@@ -52,6 +54,8 @@ def launch(processes: int, script: Sequence[str]) -> int:
         _, failure = error.get_first_failure()
         # A process ended by a signal has a negative one; shells add it to 128.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:  # The processes were given it too, and have ended.
+        return 128 + error.sigval
     return 0
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tinydet.config import ConfigError, Train
 from tinydet.training.cpu_layers import prepare_for_cpu
+from tinydet.training.distributed import world_size
 
 _DTYPES = {
     "float32": torch.float32,
@@ -103,7 +104,8 @@ def _time_step(
 ) -> float:
     """Return the seconds of a training step: the shortest of two after one to warm up.
 
-    A candidate whose warm-up alone took twice the best so far is not run again.
+    A candidate whose warm-up alone took twice the best so far is not run again, unless there are
+    other processes, which would wait for the steps left out.
     """
     model = copy.deepcopy(detector)
     precision.prepare(model)
@@ -116,6 +118,6 @@ def _time_step(
         sum(losses.values()).backward()
         model.zero_grad()
         seconds.append(time.perf_counter() - start)
-        if seconds[0] > 2 * best:
+        if seconds[0] > 2 * best and world_size() == 1:
             break
     return min(seconds)

@@ -60,7 +60,7 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
         bad_steps, saver = BadSteps(state, Path(folder)), Saver(Path(folder), state)
         for epoch in range(_ROUNDS):
             state.epoch, state.step = epoch, 0
-            with RunLog(Path(folder), len(loader)) as log:
+            with RunLog(Path(folder), _WARM_UP + steps) as log:
                 train_epoch(state, part, device, log, bad_steps, saver, Interrupts())
             loop += part.steps[_WARM_UP:]
             waits += part.waits[_WARM_UP:]

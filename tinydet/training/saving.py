@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinydet.training.checkpoint import previous_of, save_checkpoint, save_last
-from tinydet.training.distributed import rank
+from tinydet.training.distributed import rank, world_size
 from tinydet.training.results import write_experiment
 from tinydet.training.state import TrainingState
 
@@ -118,5 +118,12 @@ class Saver:
         """Return the command that resumes this run, or why there is none."""
         if not (self._last.is_file() or previous_of(self._last).is_file()):
             return f"{self._last}: there is none, so this run cannot be resumed"
-        words = [str(self._run_dir / "experiment.json"), "--resume-from", str(self._last)]
-        return f"go on with: python tools/train.py {shlex.join(words)}"
+        experiment, resume = (
+            str(self._run_dir / "experiment.json"),
+            ["--resume-from", str(self._last)],
+        )
+        if world_size() > 1:
+            words = ["bash", "tools/dist_train.sh", experiment, str(world_size()), *resume]
+        else:
+            words = ["python", "tools/train.py", experiment, *resume]
+        return f"go on with: {shlex.join(words)}"

@@ -195,11 +195,9 @@ def start_training(
         settings.batch_size * settings.accumulate * world_size(),
         steps_an_epoch * settings.epochs,
     )
-    precision = from_first(
-        lambda: choose_precision(
-            settings, device, detector, first_batch.images, first_batch.targets
-        )
-    )
+    # All time steps, as each waits for the others in its loss; what the first one finds holds.
+    timed = choose_precision(settings, device, detector, first_batch.images, first_batch.targets)
+    precision = from_first(lambda: timed)
     logger.info("%s, %s: %s", precision.dtype, precision.memory_format, precision.reason)
     for line in plan.lines:
         logger.info(line)
