@@ -5,4 +5,5 @@ if [ $# -lt 3 ] || ! [[ $3 =~ ^[1-9][0-9]*$ ]]; then
     echo "error: usage: bash tools/dist_test.sh EXPERIMENT CHECKPOINT GPUS [OPTIONS OF tools/test.py]" >&2
     exit 2
 fi
-exec python -m tinydet.training.launch "$3" "$(dirname "$0")/test.py" "$1" "$2" "${@:4}"
+tools=$(dirname "$0")
+exec python "$tools/dist_launch.py" "$3" "$tools/test.py" "$1" "$2" "${@:4}"

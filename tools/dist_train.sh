@@ -6,4 +6,5 @@ if [ $# -lt 2 ] || ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
     echo "error: usage: bash tools/dist_train.sh EXPERIMENT GPUS [OPTIONS OF tools/train.py]" >&2
     exit 2
 fi
-exec python -m tinydet.training.launch "$2" "$(dirname "$0")/train.py" "$1" "${@:3}"
+tools=$(dirname "$0")
+exec python "$tools/dist_launch.py" "$2" "$tools/train.py" "$1" "${@:3}"

@@ -8,7 +8,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from tinydet.config import Data  # noqa: E402
-from tinydet.deployment.images import random_images  # noqa: E402
+from tinydet.deployment import onnx as onnx_export  # noqa: E402
+from tinydet.deployment.images import SampleImages, random_images  # noqa: E402
 from tinydet.deployment.onnx import (  # noqa: E402
     export_checkpoint,
     export_detector,
@@ -77,6 +78,27 @@ def test_metadata(model, detector):
     assert values["size"] is None
     assert "uint8 RGB" in values["input"]
     assert (values["image_size"], values["keep_ratio"], values["short_side"]) == (96, True, 64)
+
+
+@pytest.mark.parametrize("size", [None, (64, 96)])
+def test_export_checkpoint__compares_photographs_where_there_are_any(
+    size, make_checkpoint, make_detector, monkeypatch
+):
+    grey = SampleImages((torch.full((1, 3, 64, 128), 77, dtype=torch.uint8),), "a photograph", True)
+    compared = []
+
+    def write(model, path, detector, batches):
+        compared.extend(batches)
+        return write_checked(model, path, detector, batches)
+
+    monkeypatch.setattr(onnx_export, "sample_images", lambda *_: grey)
+    monkeypatch.setattr(onnx_export, "write_checked", write)
+    result = export_checkpoint(make_checkpoint(make_detector()), size=size)
+    assert result.checked_on.startswith("a photograph; ")
+    assert {len(batch) for batch in compared} == {1, 3}
+    assert all((batch == 77).all() for batch in compared)
+    if size:
+        assert {tuple(batch.shape[-2:]) for batch in compared} == {size}
 
 
 def test_export_checkpoint__training_form_and_fixed_size(make_checkpoint, make_detector):

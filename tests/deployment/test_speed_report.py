@@ -25,6 +25,7 @@ def test_both_forms_on_a_cpu(checkpoint):
     text = _told(checkpoint)
     rows = [line.split()[0] for line in text.splitlines()]
     assert rows[-3:] == ["folded", "unfolded", "4"]
+    assert f"folding     {checkpoint}" in text
     assert "GFLOP/s in a large float32 matrix product" in text
     assert f"CPU, {torch.get_num_threads()} threads" in text
     assert "wall clock" in text

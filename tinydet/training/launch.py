@@ -1,16 +1,10 @@
-"""Start a script in several processes of this machine: torchrun, with a free port, less talkative.
-
-`python -m tinydet.training.launch PROCESSES SCRIPT [ARGUMENTS ...]`. The port is the environment's
-PORT, or any free one if that is taken. On several machines it runs on each with the same NNODES,
-MASTER_ADDR and PORT and its own NODE_RANK.
-"""
+"""Start a script in several processes: torchrun with a free port, and less talkative."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-import sys
 from collections.abc import Sequence
 
 _PORT = 29500
@@ -18,6 +12,9 @@ _PORT = 29500
 
 def launch(processes: int, script: Sequence[str]) -> int:
     """Start the processes and wait for them.
+
+    The port is the environment's PORT, or any free one if that is taken. On several machines it
+    runs on each with the same NNODES, MASTER_ADDR and PORT and its own NODE_RANK.
 
     Args:
         processes: on this machine.
@@ -69,11 +66,3 @@ def free_port(wanted: int) -> int:
                 continue
             return tried.getsockname()[1]
     raise ValueError("this machine has no free port")
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(launch(int(sys.argv[1]), sys.argv[2:]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)

@@ -235,7 +235,7 @@ def _evaluate(
     detector = state.shipped.eval()
     alike(detector)
     metrics = evaluate_detector(detector, indexes[1], data, settings.eval_batch_size, device)
-    images = sample_images(metrics, indexes[1])
+    images = sample_images(metrics, indexes[1]) if rank() == 0 else {}
     log.evaluation(state.epoch, state.steps_done, metrics.as_dict(), images)
     best_before = state.best_ap50
     is_best = not metrics.ap50 <= best_before
