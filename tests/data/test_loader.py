@@ -225,6 +225,16 @@ def test_dead_workers_named__says_in_one_line_what_to_do(dataset):
         raise RuntimeError("another")
 
 
+@pytest.mark.skipif(not hasattr(os, "getpriority"), reason="needs priorities of processes")
+def test_make_train_loader__a_model_on_the_cpu_goes_before_the_loader(dataset):
+    loader = make_train_loader(dataset, dataclasses.replace(DATA, workers=1), batch_size=2)
+    iterator = iter(loader)
+    next(iterator)
+    # Of the running iterator: torch tells nobody else who its workers are.
+    worker = loader._iterator._workers[0].pid
+    assert os.getpriority(os.PRIO_PROCESS, worker) == 19
+
+
 def test_make_train_loader__epochs_and_seeds_differ(dataset):
     data = dataclasses.replace(DATA, augment=Augment(color_jitter=0.4))
 

@@ -1,3 +1,5 @@
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
 
@@ -32,3 +34,20 @@ def test_batch__to_moves_every_tensor_and_keeps_the_rest():
     assert moved.unreadable == ["b"]
     assert first.images.device.type == "cpu"
     assert len(moved) == 1
+
+
+def test_batch__between_processes_the_images_alone_go_as_a_file(monkeypatch):
+    sent = []
+    send = ForkingPickler._extra_reducers[torch.Tensor]
+    monkeypatch.setitem(
+        ForkingPickler._extra_reducers, torch.Tensor, lambda t: sent.append(t.shape) or send(t)
+    )
+    first = batch()
+    first.targets[0]["boxes"][:] = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    arrived = ForkingPickler.loads(ForkingPickler.dumps(first))
+    assert sent == [(1, 3, 32, 32)]
+    assert torch.equal(arrived.images, first.images)
+    for name, values in first.targets[0].items():
+        assert arrived.targets[0][name].dtype == values.dtype
+        assert torch.equal(arrived.targets[0][name], values)
+    assert (arrived.image_ids, arrived.sizes, arrived.unreadable) == (["a"], [(10, 20)], ["b"])

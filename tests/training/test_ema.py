@@ -1,12 +1,12 @@
 import torch
 from torch import nn
 
-from tinydet.training.ema import averaged
+from tinydet.training.ema import AveragedWeights
 
 
 def test_average_follows_the_formula_for_weights_and_running_statistics():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    ema = averaged(net, decay=0.5)
+    ema = AveragedWeights(net, decay=0.5)
     mean_weight = net[0].weight.detach().clone()
     mean_var = net[1].running_var.clone()
     for step in range(12):
@@ -14,7 +14,7 @@ def test_average_follows_the_formula_for_weights_and_running_statistics():
             net[0].weight.normal_()
             net[1].running_var.uniform_(1, 2)
             net[1].num_batches_tracked += 1
-        ema.update_parameters(net)
+        ema.update()
         # The first update copies; then the decay rises from 2/11 to 0.5, reached at n = 8.
         decay = 0.0 if step == 0 else min(0.5, (1 + step) / (10 + step))
         mean_weight = decay * mean_weight + (1 - decay) * net[0].weight.detach()
@@ -26,8 +26,8 @@ def test_average_follows_the_formula_for_weights_and_running_statistics():
 
 def test_the_trained_network_is_left_alone():
     net = nn.Linear(2, 2)
-    ema = averaged(net, decay=0.9)
+    ema = AveragedWeights(net, decay=0.9)
     before = net.weight.detach().clone()
-    ema.update_parameters(net)
+    ema.update()
     ema.module.weight.data.zero_()
     torch.testing.assert_close(net.weight.detach(), before, rtol=0, atol=0)

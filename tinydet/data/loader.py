@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,6 +227,7 @@ def _loader(
     world_size: int,
 ) -> DetectionLoader:
     workers = choose_workers(workers, device, world_size)
+    model_on_cpu = torch.device(device).type == "cpu"
     return DetectionLoader(
         source,
         batch_sampler=batches,
@@ -233,7 +235,7 @@ def _loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, model_on_cpu),
         # Its own: each iteration draws a number, which must not shift what the model draws.
         generator=torch.Generator(),
         # Forked processes share the index. Python 3.14 would start each afresh: a copy of its own,
@@ -242,10 +244,14 @@ def _loader(
     )
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(yields: bool, worker: int) -> None:
     del worker
     # Each worker is one process of many: threads of its own would only compete.
     torch.set_num_threads(1)
+    # A thread of the model that is made to wait holds up all the others at the end of each layer.
+    # The loader takes what they leave; where that is too little the model waits and leaves more.
+    if yields and hasattr(os, "nice"):
+        os.nice(19)
     # Ctrl-C and `timeout` signal a whole group of processes. The main process, which still needs
     # batches to finish its step, ends its workers itself.
     if hasattr(os, "setpgrp"):

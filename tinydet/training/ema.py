@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of weights and buffers; `update_parameters` feeds it.
+class AveragedWeights:
+    """An exponential moving average of a network's weights and buffers.
 
     The decay rises with the number n of updates as min(decay, (1 + n) / (10 + n)), so that a short
-    run is not held back by its random start.
+    run is not held back by its random start; the first update copies. Not torch's `AveragedModel`,
+    which sorts the tensors into groups at every update: five times the work of averaging a small
+    network.
+
+    Attributes:
+        module: a copy of the network, holding the averages.
+        updates: made so far.
+
+    Args:
+        network: what is averaged; `update` follows the tensors it has at the first call.
+        decay: of the average, in [0, 1).
     """
 
-    def update(means: list[Tensor], values: list[Tensor], num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        if means[0].is_floating_point():
-            torch._foreach_lerp_(means, values, weight)
-        else:
-            torch._foreach_copy_(means, values)
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.module = deepcopy(network)
+        self.updates = 0
+        self._network = network
+        self._decay = decay
+        self._floats: tuple[list[Tensor], list[Tensor]] | None = None
+        self._counters: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    # AveragedModel hands over plain lists of one dtype and device each.
-    return AveragedModel(model, multi_avg_fn=torch.no_grad()(update), use_buffers=True)
+    @torch.no_grad()
+    def update(self) -> None:
+        """Draw the averages to the network's weights, and copy what is no floating-point number."""
+        if self._floats is None:
+            self._floats = ([], [])
+            for mean, value in zip(_tensors(self.module), _tensors(self._network), strict=True):
+                means, values = self._floats if mean.is_floating_point() else self._counters
+                means.append(mean)
+                values.append(value)
+        n = self.updates
+        weight = 1 - min(self._decay, (1 + n) / (10 + n)) if n else 1.0
+        torch._foreach_lerp_(*self._floats, weight)
+        if self._counters[0]:
+            torch._foreach_copy_(*self._counters)
+        self.updates += 1
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()

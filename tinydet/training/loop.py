@@ -217,7 +217,7 @@ def _update_weights(state: TrainingState, bad_steps: BadSteps) -> None:
     if not bad_steps.skips(norm):
         state.scaler.step(state.optimizer)
         if state.ema is not None:
-            state.ema.update_parameters(state.detector)
+            state.ema.update()
     state.scaler.update()
     state.optimizer.zero_grad()
     state.schedule.step()

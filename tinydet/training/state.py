@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from tinydet.config import Experiment
 from tinydet.data.sample import Batch
@@ -23,7 +22,7 @@ from tinydet.training.distributed import (
     with_synced_norms,
     world_size,
 )
-from tinydet.training.ema import averaged
+from tinydet.training.ema import AveragedWeights
 from tinydet.training.optim import Plan, make_optimizer, make_plan
 from tinydet.training.precision import Precision, choose_precision
 from tinydet.yolof.detector import Detector
@@ -57,7 +56,7 @@ class TrainingState:
     experiment: Experiment
     detector: Detector
     network: nn.Module
-    ema: AveragedModel | None
+    ema: AveragedWeights | None
     optimizer: Optimizer
     schedule: LambdaLR
     scaler: torch.amp.GradScaler
@@ -100,7 +99,7 @@ class TrainingState:
             "classes": list(self.detector.classes),
             "model": self.shipped.state_dict(),
             "raw_model": self.detector.state_dict() if self.ema is not None else None,
-            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
             "optimizer": self.optimizer.state_dict(),
             "iteration": self.schedule.last_epoch,
             "scaler": self.scaler.state_dict(),
@@ -136,7 +135,7 @@ class TrainingState:
             self.detector.load_state_dict(content["raw_model"] or content["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(content["model"])
-                self.ema.n_averaged.fill_(content["ema_updates"])
+                self.ema.updates = content["ema_updates"]
             self.optimizer.load_state_dict(content["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
@@ -201,7 +200,7 @@ def start_training(
     logger.info("%s, %s: %s", precision.dtype, precision.memory_format, precision.reason)
     for line in plan.lines:
         logger.info(line)
-    ema = averaged(detector, settings.ema_decay) if settings.ema_decay else None
+    ema = AveragedWeights(detector, settings.ema_decay) if settings.ema_decay else None
     precision.prepare(detector)
     if settings.sync_norms and world_size() > 1:
         detector = with_synced_norms(detector, device)
