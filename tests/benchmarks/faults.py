@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,7 +131,9 @@ class Faults:
             run = disk / "run"
             training = self.trained(run)
             subprocess.run(["mount", "--bind", run, run], check=True)
-            subprocess.run(["mount", "-o", "remount,ro,bind", run], check=True)
+            # Refused while a file in it is being written.
+            while subprocess.run(["mount", "-o", "remount,ro,bind", run], check=False).returncode:
+                time.sleep(0.01)
             how = "its folder remounted ro in the run"
             self.row("work dir turns read-only", how, training, run)
             subprocess.run(["umount", "-l", run], check=True)

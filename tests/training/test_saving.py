@@ -96,6 +96,6 @@ def test_lines_that_cannot_be_written_are_said_once(tmp_path, caplog):
         log.evaluation(3, 9, metrics, {})
         shutil.move(tmp_path / "moved", tmp_path / "run")
         log.evaluation(4, 12, metrics, {})
-    assert sum("lines are lost" in line for line in _warnings(caplog)) == 1
+    assert sum("log.jsonl: what comes now is lost" in line for line in _warnings(caplog)) == 1
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert ['"epoch": 1' in lines[0], '"epoch": 4' in lines[1]] == [True, True]

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tinydet.atomic import write_text
+from tinydet.training.appended import AppendedFile, EventFile
 from tinydet.training.distributed import mean_over_processes, rank
-from tinydet.training.saving import going_on
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +39,13 @@ class RunLog:
     def __init__(
         self, run_dir: Path, total_steps: int, done_steps: int = 0, done_epochs: int = 0
     ) -> None:
-        self._path = run_dir / "log.jsonl"
-        self._is_written = True
-        self._events = None
+        self._file = self._events = None
         if rank() == 0:
-            if self._path.is_file():
-                _drop_later(self._path, done_epochs, done_steps)
-            self._path.touch()
-            self._events = _event_writer(run_dir, done_steps)
+            path = run_dir / "log.jsonl"
+            if path.is_file():
+                _drop_later(path, done_epochs, done_steps)
+            path.touch()
+            self._file, self._events = AppendedFile(path), _event_file(run_dir, done_steps)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -77,9 +73,6 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        if self._events is not None:
-            with going_on(self._path.parent / "events.*"):
-                self._events.close()
 
     def start_epoch(self) -> None:
         """Start the clock anew: evaluation and saving do not count as training speed."""
@@ -134,53 +127,28 @@ class RunLog:
             metrics: as in `metrics.json`.
             images: for each name (3, H, W) uint8 RGB, for TensorBoard.
         """
-        self._write({"mode": "val", "epoch": epoch, "step": step, **metrics})
-        if self._events is None:
-            return
-        try:
-            for name, figures in metrics["per_class"].items():
-                for key in ("AP50", "AP"):
-                    if figures[key] is not None:
-                        self._events.add_scalar(f"{key}_per_class/{name}", figures[key], step)
-            for name, image in images.items():
-                self._events.add_image(f"detections/{name}", image, step)
-        except OSError as error:  # A full disk, most likely.
-            logger.warning("no more TensorBoard events: %s", error)
-            self._events = None
+        per_class = {
+            f"{key}_per_class/{name}": figures[key]
+            for name, figures in metrics["per_class"].items()
+            for key in ("AP50", "AP")
+            if figures[key] is not None
+        }
+        self._write({"mode": "val", "epoch": epoch, "step": step, **metrics}, per_class, images)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if rank() > 0:
+    def _write(
+        self,
+        record: dict[str, Any],
+        scalars: Mapping[str, float] | None = None,
+        images: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Append a record to the log, and its numbers to the events with what goes there alone."""
+        if self._file is None:
             return
         record = {k: _round(v) for k, v in record.items()}
-        is_written = self._write_line(json.dumps(record, allow_nan=False) + "\n")
-        if self._events is None or not is_written:
-            return
-        try:
-            # TensorBoard writes in a thread, where a full disk would be a traceback on screen.
-            if shutil.disk_usage(self._path.parent).free < 2**20:
-                return
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(f"{record['mode']}/{name}", value, record["step"])
-        except OSError as error:
-            logger.warning("no more TensorBoard events: %s", error)
-            self._events = None
-
-    def _write_line(self, line: str) -> bool:
-        """Append a line; where that fails, say so once until it works again, and return False."""
-        size = self._path.stat().st_size if self._path.is_file() else 0
-        try:
-            with self._path.open("a") as file:
-                file.write(line)
-        except OSError as error:
-            with suppress(OSError):  # Half a line would spoil the next one too.
-                os.truncate(self._path, size)
-            if self._is_written:
-                logger.warning("%s: lines are lost: %s", self._path, error.strerror)
-            self._is_written = False
-        else:
-            self._is_written = True
-        return self._is_written
+        self._file.append(json.dumps(record, allow_nan=False).encode() + b"\n")
+        if self._events is not None:
+            own = {f"{record['mode']}/{k}": v for k, v in record.items() if isinstance(v, float)}
+            self._events.write(record["step"], own | dict(scalars or {}), images or {})
 
 
 def _finite_mean(losses: list[Tensor]) -> Tensor:
@@ -207,11 +175,9 @@ def _round(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _event_writer(run_dir: Path, done_steps: int) -> Any:
+def _event_file(run_dir: Path, done_steps: int) -> EventFile | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return EventFile(run_dir, done_steps)
     except ImportError:
         logger.info("no TensorBoard events: pip install 'tinydet[plots]' for them")
         return None
-    # Of earlier files, TensorBoard drops what comes at or after the step to purge.
-    return SummaryWriter(str(run_dir), purge_step=done_steps + 1 if done_steps else None)
