@@ -1,20 +1,17 @@
-"""Export a detector as one ONNX file: python deploy/export_onnx.py [CHECKPOINT]."""
+"""Export a detector as one ONNX file: python deploy/export_onnx.py [EXPERIMENT] [CHECKPOINT]."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from tinydet.cli import run
+from tinydet.cli import add_checkpoint, asked_checkpoint, run
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        nargs="?",
-        help="default: the newest run's deploy.pt; a training checkpoint is folded first",
+    add_checkpoint(
+        parser, "default: the newest run's deploy.pt; a training checkpoint is folded first"
     )
     parser.add_argument("--out", type=Path, help="default: the checkpoint's name with .onnx")
     parser.add_argument(
@@ -35,9 +32,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Export, check, write, report."""
     from tinydet.deployment.onnx import export_checkpoint
-    from tinydet.training.runs import newest_checkpoint
 
-    checkpoint = args.checkpoint or newest_checkpoint(file_name="deploy.pt")
+    checkpoint = asked_checkpoint(args, "deploy.pt")
     size = tuple(args.size) if args.size else None
     print(f"checkpoint  {checkpoint}")
     exported = export_checkpoint(checkpoint, args.out, size, nms=not args.no_nms)

@@ -1,24 +1,21 @@
-"""Quantise a detector to int8 for ONNX Runtime: python deploy/quantize.py [CHECKPOINT]."""
+"""Quantise a detector for ONNX Runtime: python deploy/quantize.py [EXPERIMENT] [CHECKPOINT]."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_overrides, run
+from tinydet.cli import add_checkpoint, add_overrides, asked_checkpoint, run
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Ranges are measured on training images; accuracy and speed before and after are "
-        "printed. Layers that cost too much accuracy stay in float.",
+        epilog="To int8: ranges are measured on training images; accuracy and speed before and "
+        "after are printed. Layers that cost too much accuracy stay in float.",
     )
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        nargs="?",
-        help="default: the newest run's deploy.pt; a training checkpoint is folded first",
+    add_checkpoint(
+        parser, "default: the newest run's deploy.pt; a training checkpoint is folded first"
     )
     parser.add_argument("--out", type=Path, help="default: the checkpoint's name with .int8.onnx")
     parser.add_argument("--images", type=int, default=64, help="to measure ranges on, default 64")
@@ -35,9 +32,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Quantise, evaluate, time, write, report."""
     from tinydet.deployment.quantize_report import QuantizeOptions, quantize_checkpoint
-    from tinydet.training.runs import newest_checkpoint
 
-    checkpoint = args.checkpoint or newest_checkpoint(file_name="deploy.pt")
+    checkpoint = asked_checkpoint(args, "deploy.pt")
     options = QuantizeOptions(
         out=args.out,
         images=args.images,

@@ -1,4 +1,4 @@
-"""Fold a trained detector for shipping: python deploy/reparam.py [CHECKPOINT].
+"""Fold a trained detector for shipping: python deploy/reparam.py [EXPERIMENT] [CHECKPOINT].
 
 With --zoo it folds models of timm instead, with random norms, and writes how completely and how
 exactly: python deploy/reparam.py --zoo 'repvgg*' fastvit_t8
@@ -10,16 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinydet.cli import run
+from tinydet.cli import add_checkpoint, asked_checkpoint, run
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "checkpoint", type=Path, nargs="?", help="default: the newest run's best.pt"
-    )
+    add_checkpoint(parser, "default: the newest run's best.pt")
     parser.add_argument(
         "--out", type=Path, help="default: deploy.pt beside the checkpoint; with --zoo runs/zoo"
     )
@@ -48,16 +46,15 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--workers, --timeout and --fresh are for --zoo")
 
     from tinydet.deployment.reparameterize import reparameterize_checkpoint
-    from tinydet.training.runs import newest_checkpoint
 
-    checkpoint = args.checkpoint or newest_checkpoint()
+    checkpoint = asked_checkpoint(args, "best.pt")
     print(f"checkpoint  {checkpoint}")
     print("\n".join(reparameterize_checkpoint(checkpoint, args.out).lines()))
 
 
 def _fold_zoo(args: argparse.Namespace) -> None:
-    if args.checkpoint is not None:
-        raise ValueError(f"{args.checkpoint}: --zoo folds timm's models, and no checkpoint")
+    if args.experiment is not None:
+        raise ValueError(f"{args.experiment}: --zoo folds timm's models, and no checkpoint")
 
     from tinydet.reparam.zoo_run import ZooOptions, fold_zoo
 

@@ -67,10 +67,40 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def take_lone_checkpoint(args: argparse.Namespace) -> None:
-    """Where EXPERIMENT CHECKPOINT are optional, let a lone .pt or .onnx file be the checkpoint."""
+    """Where EXPERIMENT CHECKPOINT are optional, let a lone name be what its suffix says."""
     lone = args.experiment and args.checkpoint is None
-    if lone and args.experiment.suffix in (".pt", ".onnx"):
+    if lone and args.experiment.suffix not in (".py", ".json"):
         args.experiment, args.checkpoint = None, args.experiment
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add [EXPERIMENT] [CHECKPOINT], of which either may be left out."""
+    parser.add_argument(
+        "experiment",
+        type=Path,
+        nargs="?",
+        help="whose newest run to take; needed where it registers a backbone of its own",
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="?", help=default)
+
+
+def asked_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
+    """Return the checkpoint that the options of `add_checkpoint` ask for.
+
+    Args:
+        args: parsed.
+        file_name: of the newest run's checkpoint, where none is named.
+
+    Raises:
+        ValueError: no such experiment, or no run has such a checkpoint.
+    """
+    from tinydet.experiment_file import load_experiment
+    from tinydet.training.runs import newest_checkpoint
+
+    take_lone_checkpoint(args)
+    # Loaded even where only the checkpoint's own matters: it may register its backbone.
+    name = load_experiment(args.experiment).name if args.experiment else "*"
+    return args.checkpoint or newest_checkpoint(file_name=file_name, name=name)
 
 
 def add_detector(parser: argparse.ArgumentParser) -> None:

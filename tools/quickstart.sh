@@ -18,7 +18,7 @@ say python tools/image_demo.py "$image" experiments/quickstart.py "${run}deploy.
 cat <<END
 
 Done. In ${run}
-  report.md          accuracy, speed of training, problems found in the data
+  report.html        curves, classes, worst images, problems found in the data, in a browser
   metrics.json       the same numbers for scripts
   log.jsonl          losses and accuracy, a line each; TensorBoard events beside it
   best.pt, last.pt   checkpoints in training form

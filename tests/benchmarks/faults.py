@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import tempfile
 import time
@@ -176,8 +177,14 @@ class Faults:
 
     @staticmethod
     def _turn_bit(path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            part = max(archive.infolist(), key=lambda part: part.file_size)
+        # Not of the padding between parts, where damage does no harm.
         content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
+        header = content[part.header_offset :]
+        name, extra = struct.unpack("<HH", header[26:30])  # lengths of what follows the header
+        start = part.header_offset + 30 + name + extra
+        content[start + part.file_size // 2] ^= 1
         path.write_bytes(content)
 
     def signals(self) -> None:

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Every command of the README's tour, in small: two epochs on synthetic images, no download.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '\n== %s\n' "$*"; "$@"; }
+
+quickstart=experiments/quickstart.py
+short=(train.epochs=2 train.eval_every=2)
+
+say python tools/train.py $quickstart --set "${short[@]}" model.expand=repvgg
+run=$(ls -td runs/quickstart/*/ | head -n 1)
+say python deploy/reparam.py $quickstart
+say python deploy/export_onnx.py $quickstart
+say python deploy/quantize.py $quickstart --images 16 --budget 1
+say python tools/speed.py $quickstart --images 50
+say python tools/flops.py $quickstart --shape 160 160
+say python tools/image_demo.py datasets/shapes/JPEGImages/test_00000.jpg $quickstart \
+    --out "${run}detections.jpg"
+
+# A folder in VOC layout, such as one's own; the experiment's own backbone wants its ImageNet weights.
+say python tools/train.py experiments/custom_voc.py --set data.root=datasets/shapes "${short[@]}" \
+    data.image_size=160
+say python tools/train.py experiments/rexnet_yolof.py --profile --set data.root=datasets/shapes \
+    data.source=folder data.classes= data.image_size=160 model.weights=random train.batch_size=8
+
+say python tools/compare.py $quickstart experiments/quickstart_leak.py --seeds 2 --budget 2epochs
