@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -107,6 +107,8 @@ def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Ten
             if image.mode.startswith("I;16"):  # pillow would clip 16 bits to 8, not scale them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
+    except UnidentifiedImageError:  # Its message has the address of the buffer read from.
+        raise ValueError(f"{path}: cannot be decoded (not an image of a known format)") from None
     # Pillow's readers raise many types on broken files (SyntaxError and struct.error among them).
     except Exception as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from None
