@@ -162,6 +162,8 @@ def test_missing_weights_name_the_choices_and_leave_no_run(folder):
         (["missing.py"], "missing.py: no such experiment"),
         (["deploy.pt", EXPERIMENT], "deploy.pt: an experiment is a .py or .json file"),
         ([EXPERIMENT, "--set", "trian.epochs=1"], "did you mean train.epochs"),
+        # Before the data, which is not there, is looked for.
+        ([EXPERIMENT, "--set", "model.backbone=resnet81", "data.root=no"], "did you mean resnet18"),
         ([EXPERIMENT, "--device", "cuda:99", "--set", "data.root=."], "device cuda:99"),
         ([EXPERIMENT, "--resume-from", "gone.pt"], "gone.pt: no such checkpoint"),
     ],
