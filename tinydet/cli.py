@@ -31,16 +31,21 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        if not speaks:
-            # The first process most likely makes the same mistake, and ends this one meanwhile.
-            time.sleep(3)
+        _let_the_first_speak(speaks)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt as error:
+        _let_the_first_speak(speaks)
         if speaks:
             print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
         # That of a signal, where it is not Ctrl-C's own.
         sys.exit(getattr(error, "exit_status", 130))
+
+
+def _let_the_first_speak(speaks: bool) -> None:
+    """Wait a little in the other processes: as one ends by a failure, torchrun ends them all."""
+    if not speaks:
+        time.sleep(3)
 
 
 class _StdoutHandler(logging.StreamHandler):
