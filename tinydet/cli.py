@@ -78,6 +78,20 @@ def take_lone_checkpoint(args: argparse.Namespace) -> None:
         args.experiment, args.checkpoint = None, args.experiment
 
 
+def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
+    """Where EXPERIMENT CHECKPOINT come behind any number of names, take them off the list's end.
+
+    Raises:
+        ValueError: no name is left.
+    """
+    if names[-1].suffix in (".pt", ".onnx"):
+        args.checkpoint = names.pop()
+    if names and names[-1].suffix in (".py", ".json"):
+        args.experiment = names.pop()
+    if not names:
+        raise ValueError("name an image before the experiment and the checkpoint")
+
+
 def add_detector(parser: argparse.ArgumentParser) -> None:
     """Add [EXPERIMENT CHECKPOINT], --device, --score-threshold and --set."""
     parser.add_argument(
@@ -98,7 +112,7 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
 
 
 def load_asked_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
-    """Return the detector that the options of `add_detector` ask for, and its file.
+    """Return the detector that the options of `add_detector` ask for, folded, and its file.
 
     Raises:
         ValueError: a file is missing or wrong; --set was given for an ONNX file, which holds all
@@ -121,4 +135,4 @@ def load_asked_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
     if experiment is None and args.set:
         stored = experiment_from_dict(read_checkpoint(path)["experiment"])
         experiment = override(stored, args.set)
-    return Detector.load(path, experiment, device, args.score_threshold), path
+    return Detector.load(path, experiment, device, args.score_threshold).folded(), path
