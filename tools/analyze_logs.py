@@ -20,7 +20,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--title", default="", help="above the plot")
     plot.add_argument("--legend", nargs="+", help="a name for each log, or for each log and key")
     plot.add_argument("--backend", help="matplotlib's; left out: its own choice")
-    plot.add_argument("--style", default="default", help="matplotlib's, such as ggplot")
+    plot.add_argument(
+        "--style", default="default", help="matplotlib's or seaborn's, such as ggplot, dark"
+    )
     plot.add_argument("--out", type=Path, help="a picture (.png, .svg, .pdf) in place of a window")
     summary = tasks.add_parser("summary", help="best epoch, speed and time of each log")
     summary.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=help_logs)
