@@ -343,3 +343,12 @@ def test_every_number_has_bounds_that_its_default_meets(tmp_path):
                 if isinstance(value, bool):
                     continue
                 assert field.name in experiment_file._BOUNDS[group], f"{group}.{field.name}"
+
+
+def test_unknown_backbone_is_refused_with_the_nearest_names(tmp_path):
+    file = write(tmp_path / "mine.py", BASE)
+    with pytest.raises(ConfigError, match=r"model\.backbone=resnet81: .*did you mean .*resnet18"):
+        load_experiment(file, ["model.backbone=resnet81"])
+    # A tag of weights, and a model that timm has from us.
+    for name in ("resnet18.a1_in1k", "shufflenetv2_x0_5"):
+        assert load_experiment(file, [f"model.backbone={name}"]).model.backbone == name

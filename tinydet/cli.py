@@ -31,16 +31,21 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        if not speaks:
-            # The first process most likely makes the same mistake, and ends this one meanwhile.
-            time.sleep(3)
+        _let_the_first_speak(speaks)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt as error:
+        _let_the_first_speak(speaks)
         if speaks:
             print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
         # That of a signal, where it is not Ctrl-C's own.
         sys.exit(getattr(error, "exit_status", 130))
+
+
+def _let_the_first_speak(speaks: bool) -> None:
+    """Wait a little in the other processes: as one ends by a failure, torchrun ends them all."""
+    if not speaks:
+        time.sleep(3)
 
 
 class _StdoutHandler(logging.StreamHandler):
@@ -103,6 +108,20 @@ def asked_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
     return args.checkpoint or newest_checkpoint(file_name=file_name, name=name)
 
 
+def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
+    """Where EXPERIMENT CHECKPOINT come behind any number of names, take them off the list's end.
+
+    Raises:
+        ValueError: no name is left.
+    """
+    if names[-1].suffix in (".pt", ".onnx"):
+        args.checkpoint = names.pop()
+    if names and names[-1].suffix in (".py", ".json"):
+        args.experiment = names.pop()
+    if not names:
+        raise ValueError("name an image before the experiment and the checkpoint")
+
+
 def add_detector(parser: argparse.ArgumentParser) -> None:
     """Add [EXPERIMENT CHECKPOINT], --device, --score-threshold and --set."""
     parser.add_argument(
@@ -123,7 +142,7 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
 
 
 def load_asked_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
-    """Return the detector that the options of `add_detector` ask for, and its file.
+    """Return the detector that the options of `add_detector` ask for, folded, and its file.
 
     Raises:
         ValueError: a file is missing or wrong; --set was given for an ONNX file, which holds all
@@ -146,4 +165,4 @@ def load_asked_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
     if experiment is None and args.set:
         stored = experiment_from_dict(read_checkpoint(path)["experiment"])
         experiment = override(stored, args.set)
-    return Detector.load(path, experiment, device, args.score_threshold), path
+    return Detector.load(path, experiment, device, args.score_threshold).folded(), path

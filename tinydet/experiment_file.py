@@ -98,7 +98,8 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
         overrides: strings like "train.epochs=3".
 
     Raises:
-        ConfigError: the file is missing or defines no experiment, or an override is wrong.
+        ConfigError: the file is missing or defines no experiment, an override is wrong, or there is
+            no such backbone.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,6 +122,11 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
         experiment = dataclasses.replace(experiment, name=path.stem)
     experiment = override(experiment, overrides)
     _check_ranges(experiment)
+
+    # Here, as it takes seconds to import: the mistakes above are told at once.
+    from tinydet.backbones.factory import check_backbone
+
+    check_backbone(experiment.model.backbone)
     return experiment
 
 

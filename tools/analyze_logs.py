@@ -11,32 +11,36 @@ from tinydet.cli import run
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     tasks = parser.add_subparsers(dest="task", required=True)
+    help_logs = "a run's log.jsonl, or its folder"
     plot = tasks.add_parser("plot_curve", help="curves of one or more logs over the step")
-    plot.add_argument("logs", type=Path, nargs="+", metavar="log.jsonl")
+    plot.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=help_logs)
     plot.add_argument(
         "--keys", nargs="+", default=["loss"], help="such as loss lr AP50; a panel each"
     )
     plot.add_argument("--title", default="", help="above the plot")
     plot.add_argument("--legend", nargs="+", help="a name for each log, or for each log and key")
     plot.add_argument("--backend", help="matplotlib's; left out: its own choice")
-    plot.add_argument("--style", default="default", help="matplotlib's, such as ggplot")
+    plot.add_argument(
+        "--style", default="default", help="matplotlib's or seaborn's, such as ggplot, dark"
+    )
     plot.add_argument("--out", type=Path, help="a picture (.png, .svg, .pdf) in place of a window")
     summary = tasks.add_parser("summary", help="best epoch, speed and time of each log")
-    summary.add_argument("logs", type=Path, nargs="+", metavar="log.jsonl")
+    summary.add_argument("logs", type=Path, nargs="+", metavar="LOG", help=help_logs)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Read the logs; plot or print."""
     from tinydet.report.run_files import train_seconds
-    from tinydet.report.run_log import read_log, summarize
+    from tinydet.report.run_log import find_log, read_log, summarize
 
-    logs = [read_log(path) for path in args.logs]
-    for path, log in zip(args.logs, logs, strict=True):
+    paths = [find_log(path) for path in args.logs]
+    logs = [read_log(path) for path in paths]
+    for path, log in zip(paths, logs, strict=True):
         if log.skipped:
             print(f"{path}: {log.skipped} line{'s'[: log.skipped > 1]} cannot be read: left out")
     if args.task == "summary":
-        seconds = [train_seconds(path.parent) for path in args.logs]
+        seconds = [train_seconds(path.parent) for path in paths]
         print("\n".join(summarize(list(zip(map(str, args.logs), logs, seconds, strict=True)))))
         return
 

@@ -12,7 +12,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("video", type=Path, help="any video that OpenCV reads")
     add_detector(parser)
-    parser.add_argument("--out", type=Path, help="default: NAME_detections.mp4 in this folder")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="frames in a batch, default 8",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: NAME_detections.mp4 in this folder; a name in .webm plays in browsers too",
+    )
     return parser
 
 
@@ -24,23 +34,29 @@ def main(args: argparse.Namespace) -> None:
     if out.exists() and args.video.exists() and out.samefile(args.video):
         raise ValueError(f"--out {out}: is the video itself; give another name")
 
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+
     from rich.progress import track
 
-    from tinydet.report.draw import draw_detections
+    from tinydet.deployment.demos import draw_frames
     from tinydet.report.video import VideoFile, open_video
 
     video = open_video(args.video)
-    detector, checkpoint = load_asked_detector(args)
-    detections = 0
     with VideoFile(out, video.frames_per_second) as file:
-        for image in track(video, args.video.name, video.frames or None):
-            (found,) = detector([image])
-            detections += len(found.scores)
-            file.write(
-                draw_detections(image, found.boxes, found.labels, found.scores, detector.classes)
-            )
+        detector, checkpoint = load_asked_detector(args)
+        frames = track(video, args.video.name, video.frames or None)
+        detections = 0
+        try:
+            for picture, found in draw_frames(detector, frames, args.batch_size):
+                file.write(picture)
+                detections += found
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {file.frames} frames are kept in {out}") from None
     if not file.frames:
         raise ValueError(f"{args.video}: OpenCV finds no frame in it")
+    if problem := video.missing(file.frames):
+        print(problem)
     print(f"{detections} detections in {file.frames} frames by {checkpoint} drawn in {out}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 from tinydet.cli import add_detector, load_asked_detector, run
@@ -16,7 +15,13 @@ def _parser() -> argparse.ArgumentParser:
         "opencv-python-headless; without one, --out records.",
     )
     add_detector(parser)
-    parser.add_argument("--camera-id", type=int, default=0, help="number of the camera, default 0")
+    parser.add_argument(
+        "--camera-id",
+        type=_camera,
+        default=0,
+        metavar="N",
+        help="number of the camera, default 0; or a video file, which is played as one",
+    )
     parser.add_argument("--out", type=Path, help="record into this video; nothing is shown then")
     return parser
 
@@ -26,31 +31,27 @@ def main(args: argparse.Namespace) -> None:
     if args.out and not args.out.parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: there is no folder {args.out.parent}")
 
-    from tinydet.report.draw import draw_detections
-    from tinydet.report.video import VideoFile, Window, open_video
+    from tinydet.deployment.demos import draw_camera
+    from tinydet.report.camera import Window, as_camera, newest_frames
+    from tinydet.report.video import VideoFile, open_video
 
-    detector, checkpoint = load_asked_detector(args)
     camera = open_video(args.camera_id)
-    print(f"{camera.name}, {checkpoint}: q or Ctrl-C ends it", flush=True)
-    begin, frames = time.monotonic(), 0
-    rate = camera.frames_per_second
-    with VideoFile(args.out, rate) if args.out else Window(camera.name) as screen:
-        try:
-            for image in camera:
-                (found,) = detector([image])
-                screen.write(
-                    draw_detections(
-                        image, found.boxes, found.labels, found.scores, detector.classes
-                    )
-                )
-                frames += 1
-                if screen.closed:
-                    break
-        except KeyboardInterrupt:
-            pass  # The usual end.
-    seconds = time.monotonic() - begin
-    where = f", in {args.out}" if args.out and frames else ""
-    print(f"{frames} frames, {frames / seconds:.1f} a second{where}")
+    source = as_camera(camera) if isinstance(args.camera_id, Path) else camera
+    with (
+        VideoFile(args.out, camera.frames_per_second) if args.out else Window(camera.name) as screen
+    ):
+        detector, checkpoint = load_asked_detector(args)
+        print(f"{camera.name}, {checkpoint}: q or Ctrl-C ends it", flush=True)
+        drawn, left_out, seconds = draw_camera(detector, newest_frames(source), screen.show)
+    where = f"; in {args.out}" if args.out and drawn else ""
+    print(
+        f"{drawn} frames, {drawn / max(seconds, 1e-6):.1f} a second; {left_out} that came "
+        f"meanwhile were left out{where}"
+    )
+
+
+def _camera(text: str) -> int | Path:
+    return int(text) if text.isdecimal() else Path(text)
 
 
 if __name__ == "__main__":

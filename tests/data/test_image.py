@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tinydet.data.image import probe_image, read_image
+from tinydet.data.image import find_images, probe_image, read_image
 
 
 def gradient(height=40, width=60):
@@ -93,8 +93,9 @@ def test_probe_image__finds_truncated_files(tmp_path, file_format, kept):
     path.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(ValueError, match=r"a\.jpg|not a readable image"):
         probe_image(path)
-    with pytest.raises(ValueError, match=r"a\.jpg"):
+    with pytest.raises(ValueError, match=r"a\.jpg: cannot be decoded") as caught:
         read_image(path)
+    assert " at 0x" not in str(caught.value)  # the address of an object of ours
 
 
 def test_probe_image__bytes_after_the_end_do_no_harm(tmp_path):
@@ -109,3 +110,33 @@ def test_probe_image__not_an_image(tmp_path):
     path.write_text("<html>404</html>")
     with pytest.raises(ValueError, match="not a readable image"):
         probe_image(path)
+
+
+def test_find_images__files_folders_and_patterns(tmp_path):
+    names = ["b.png", "a.JPG", "notes.txt", "a_detections.jpg", ".hidden.jpg", "odd[1].jpg"]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    inside = [tmp_path / name for name in ("a.JPG", "b.png", "odd[1].jpg")]
+    assert find_images([tmp_path]) == inside
+    assert find_images([tmp_path / "b.png", tmp_path]) == [inside[1], inside[0], inside[2]]
+    assert find_images([tmp_path / "*.[jp][pn]g"]) == [
+        tmp_path / name for name in ("a_detections.jpg", "b.png", "odd[1].jpg")
+    ]
+    # Whatever is named is taken, brackets and all.
+    for name in ("notes.txt", "a_detections.jpg", "odd[1].jpg"):
+        assert find_images([tmp_path / name]) == [tmp_path / name]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gone.jpg", r"gone\.jpg: no such image file"),
+        ("*.webp", "no file has a name like that"),
+        ("empty", "empty: no images in this folder"),
+    ],
+)
+def test_find_images__what_means_none_is_named(tmp_path, name, says):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=says):
+        find_images([tmp_path / name])

@@ -47,6 +47,13 @@ def test_names_are_no_formulas(tmp_path):
     assert "<svg" in out.read_text()
 
 
+@pytest.mark.parametrize("style", ["default", "ggplot", "dark", "whitegrid"])
+def test_styles_of_matplotlib_and_seaborn_are_known(style, tmp_path):
+    out = tmp_path / "curves.svg"
+    plot_curves([_log()], ["a"], ["loss"], style=style, out=out)
+    assert "<svg" in out.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinydet.report.run_log import number, read_log, summarize
+from tinydet.report.run_log import find_log, number, read_log, summarize
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -94,6 +94,18 @@ def test_summary_names_the_best_epoch_and_the_mean_speed(tmp_path):
 def test_a_missing_log_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.jsonl: No such file"):
         read_log(tmp_path / "gone.jsonl")
+
+
+def test_a_runs_folder_is_its_log(tmp_path):
+    run = tmp_path / "name" / "1"
+    run.mkdir(parents=True)
+    log = _write(run / "log.jsonl", _train(10, loss=2.0))
+    assert find_log(run) == find_log(log) == log
+    assert find_log(tmp_path / "gone") == tmp_path / "gone"  # for `read_log` to name
+    with pytest.raises(ValueError, match=r"name: a folder without log\.jsonl; did you mean .*/1\?"):
+        find_log(run.parent)
+    with pytest.raises(ValueError, match=r"without log\.jsonl; name a run's"):
+        find_log(tmp_path)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["train", "val"]), st.integers(0, 6)), max_size=12))

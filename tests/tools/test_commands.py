@@ -116,9 +116,20 @@ def test_from_training_to_a_picture_with_no_more_arguments_than_needed(folder):
     assert drawn.returncode == 0, drawn.stderr
     assert (folder / "drawn.png").stat().st_size > 0
 
-    shown = _run("tools/image_demo.py", image, run / "deploy.onnx", "--out", "onnx.png", cwd=folder)
+    (folder / "broken.jpg").write_text("no image")
+    shown = _run(
+        *("tools/image_demo.py", image, "broken.jpg", image.parent / "*1.jpg", run / "deploy.onnx"),
+        *("--out", "drawn"),
+        cwd=folder,
+    )
     assert shown.returncode == 0, shown.stderr
-    assert "deploy.onnx drawn in onnx.png" in shown.stdout
+    assert f"by {run / 'deploy.onnx'}\n" in shown.stdout
+    assert "broken.jpg: cannot be decoded" in shown.stdout
+    pictures = {image, *image.parent.glob("*1.jpg")}
+    assert f"in {len(pictures)} images, 1 left out" in shown.stdout
+    assert {path.name for path in (folder / "drawn").iterdir()} == {
+        f"{path.stem}_detections.jpg" for path in pictures
+    }
     rated = _run("tools/test.py", stored, run / "deploy.onnx", cwd=folder)
     assert rated.returncode == 0, rated.stderr
     assert rated.stdout == tested.stdout
@@ -130,6 +141,15 @@ def test_from_training_to_a_picture_with_no_more_arguments_than_needed(folder):
     assert filmed.returncode == 0, filmed.stderr
     assert "in 3 frames" in filmed.stdout
     assert open_video(folder / "film_detections.mp4").frames == 3
+    watched = _run(
+        *("tools/webcam_demo.py", run / "deploy.onnx", "--camera-id", "film.mp4"),
+        *("--out", "camera.avi"),
+        cwd=folder,
+    )
+    assert watched.returncode == 0, watched.stderr
+    assert "in camera.avi" in watched.stdout
+    # However many frames were left out, what is recorded lasts as long as what was seen.
+    assert open_video(folder / "camera.avi").frames == 3
 
     resumed = _run(
         *("tools/train.py", EXPERIMENT, "--resume", "--set", *SMALL, "train.epochs=2"), cwd=folder
@@ -162,6 +182,8 @@ def test_missing_weights_name_the_choices_and_leave_no_run(folder):
         (["missing.py"], "missing.py: no such experiment"),
         (["deploy.pt", EXPERIMENT], "deploy.pt: an experiment is a .py or .json file"),
         ([EXPERIMENT, "--set", "trian.epochs=1"], "did you mean train.epochs"),
+        # Before the data, which is not there, is looked for.
+        ([EXPERIMENT, "--set", "model.backbone=resnet81", "data.root=no"], "did you mean resnet18"),
         ([EXPERIMENT, "--device", "cuda:99", "--set", "data.root=."], "device cuda:99"),
         ([EXPERIMENT, "--resume-from", "gone.pt"], "gone.pt: no such checkpoint"),
     ],

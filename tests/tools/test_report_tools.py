@@ -41,6 +41,8 @@ def test_summary_says_what_is_lost_and_what_is_known(run_dir):
     warning, _, line = _run("tools/analyze_logs.py", "summary", log).splitlines()
     assert warning == f"{log}: 1 line cannot be read: left out"
     assert line.split()[1:] == ["1", "1", "50.00", "25.00", "2", "8.0", "2.0"]
+    _, _, of_folder = _run("tools/analyze_logs.py", "summary", run_dir).splitlines()
+    assert of_folder.split()[1:] == line.split()[1:]
 
 
 def test_plot_curve_draws_several_logs(run_dir):
@@ -74,6 +76,7 @@ def test_the_page_is_made_anew_from_the_folder(run_dir):
     [
         (["tools/report.py", "gone"], "gone: not a run's folder"),
         (["tools/analyze_logs.py", "summary", "gone.jsonl"], "gone.jsonl: No such file"),
+        (["tools/analyze_logs.py", "summary", "tools"], "tools: a folder without log.jsonl; name"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says):

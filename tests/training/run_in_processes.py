@@ -1,6 +1,8 @@
 """What `test_distributed.py` does in one process and, started by torchrun, in several."""
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import nn
 from tinydet.config import Model
 from tinydet.data.dataset import load_split
 from tinydet.experiment_file import load_experiment
-from tinydet.training import loop
+from tinydet.training import distributed, loop, saving
 from tinydet.training.distributed import (
     alike,
     all_agree,
@@ -26,9 +28,12 @@ from tinydet.training.distributed import (
     rank,
     world_size,
 )
+from tinydet.training.divergence import BadSteps
 from tinydet.training.evaluate import evaluate_detector
+from tinydet.training.interrupt import Interrupted
 from tinydet.yolof.detector import build_detector
 
+STOPPED_AT = (2, 7)  # Of 8 steps, with a question every third: before the first, after the last.
 SMALL = Model(
     backbone="test_resnet",
     weights="random",
@@ -95,6 +100,33 @@ def whole_run(experiment, folder):
         loop.train(replace(experiment, train=settings), folder)
 
 
+def stopped(experiment, folder, told_at):
+    """Tell the second process alone, in a step of the first epoch, to stop; return what came."""
+    calls, saves = iter(range(1, 100)), []
+    save_last, step = saving.save_last, BadSteps.begin
+
+    def begin(*args):
+        if next(calls) == told_at and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(*args)
+
+    def save(path, content):
+        saves.append([content["epoch"], content["step"]])
+        save_last(path, content)
+
+    settings = replace(experiment.train, batch_size=1)
+    with (
+        mock.patch.object(BadSteps, "begin", begin),
+        mock.patch.object(saving, "save_last", save),
+        mock.patch.object(distributed, "_STEPS_BETWEEN_QUESTIONS", 3),
+    ):
+        try:
+            loop.train(replace(experiment, train=settings), folder)
+        except Interrupted as error:
+            return {"status": error.exit_status, "steps": next(calls) - 1, "saves": saves}
+    return {}
+
+
 def timed_precision(experiment):
     """Return what is chosen by timing steps; processes that wait for others' steps would hang."""
     settings = replace(experiment.train, dtype="auto", memory_format="auto")
@@ -120,7 +152,8 @@ def _small_parts():
         "mean": mean_over_processes(torch.tensor([rank(), 4.0])).tolist(),
         "any": [in_any_process(torch.tensor(rank() == n)).item() for n in (0, 1, 9)],
         "agreed": [
-            all_agree([rank() == 1, False], step, torch.device("cpu")) for step in (9, 10, 11)
+            all_agree([rank() == 1, False], torch.device("cpu"), *at)
+            for at in ((9,), (10,), (11,), (9, 4), (12, 4), (16, 4), ())
         ],
     }
 
@@ -132,6 +165,7 @@ def main(experiment, folder):
         losses, weights = learn()
         told = {"losses": losses, "metrics": score(experiment.data), **_small_parts()}
         told["precision"] = timed_precision(experiment)
+        told["stopped"] = [stopped(experiment, folder / f"at_{n}", n) for n in STOPPED_AT]
         (folder / f"{rank()}.json").write_text(json.dumps(told))
         torch.save(weights, folder / f"{rank()}.pt")
         whole_run(experiment, folder / "run")

@@ -108,8 +108,21 @@ def test_what_processes_tell_one_another(told):
         assert said["gathered"] == {"of 0": 0, "of 1": 1, "of 2": 2}
         assert said["mean"] == [1.0, 4.0]
         assert said["any"] == [True, True, False]
-        # All learn what one of them wants, at every tenth step.
-        assert said["agreed"] == [[False, False], [True, False], [False, False]]
+        # All learn what one of them wants: at every tenth step, or at the first after it where
+        # only every fourth is asked at, or always.
+        asked = [False, True, False, False, True, False, True]
+        assert said["agreed"] == [[answer, False] for answer in asked]
+
+
+def test_all_processes_stop_at_the_same_step_and_save_once_where_one_was_told(told, folder):
+    for n, (said, _) in enumerate(told):
+        for stopped, step, path in zip(said["stopped"], (3, 8), ("at_2", "at_7"), strict=True):
+            assert stopped["status"] == 143
+            assert stopped["steps"] == step
+            # The first process's, at the start and at the end, before any evaluation.
+            assert stopped["saves"] == ([[0, 0], [0, step]] if n == 0 else [])
+            assert read_checkpoint(folder / path / "last.pt")["step"] == step
+            assert not (folder / path / "metrics.json").exists()
 
 
 def test_a_single_process_needs_no_group():
@@ -118,7 +131,7 @@ def test_a_single_process_needs_no_group():
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.from_first(lambda: 3) == 3
     assert distributed.gathered({"a": 1}) == {"a": 1}
-    assert distributed.all_agree([True, False], 3, torch.device("cpu")) == [True, False]
+    assert distributed.all_agree([True, False], torch.device("cpu"), 3) == [True, False]
     model = torch.nn.Linear(1, 1)
     assert distributed.parallel(model, torch.device("cpu")) is model
 

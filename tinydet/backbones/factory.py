@@ -52,6 +52,19 @@ class _ChannelsFirst(nn.Module):
         return [rearrange(feature, "b h w c -> b c h w") for feature in self.body(x)]
 
 
+def check_backbone(name: str) -> None:
+    """Refuse a name that timm does not know; nothing is built.
+
+    Raises:
+        ConfigError: it is unknown; says the nearest names.
+    """
+    base_name = name.split(".")[0]
+    if not timm.is_model(base_name):
+        near = difflib.get_close_matches(base_name, timm.list_models(), 3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them"
+        raise ConfigError(f"model.backbone={name}: timm {timm.__version__} has no such model{hint}")
+
+
 def create_backbone(name: str, weights: str, feature: str) -> Backbone:
     """Build a timm backbone that returns one feature map.
 
@@ -63,12 +76,7 @@ def create_backbone(name: str, weights: str, feature: str) -> Backbone:
     Raises:
         ConfigError: no such model or feature, or the weights cannot be had.
     """
-    base_name = name.split(".")[0]
-    if not timm.is_model(base_name):
-        near = difflib.get_close_matches(base_name, timm.list_models(), 3)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them"
-        raise ConfigError(f"model.backbone={name}: timm {timm.__version__} has no such model{hint}")
-
+    check_backbone(name)
     reduction, kwargs = _FEATURES[feature]
     probe = _probe(name, feature, kwargs)
     reductions = [info["reduction"] for info in probe.feature_info.info]

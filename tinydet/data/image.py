@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+DRAWN = "_detections"  # ends the name of a file in which what was found is drawn
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -75,6 +78,42 @@ def _ends_well(path: Path, file_format: str) -> bool:
     return False
 
 
+def find_images(names: Sequence[Path]) -> list[Path]:
+    """Return the image files that names mean, each once: files, folders and patterns like a/*.jpg.
+
+    Args:
+        names: a folder means the images right in it, without those that drawings were saved as.
+
+    Raises:
+        ValueError: a name means none.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        if name.is_dir():
+            files = [file for file in sorted(name.iterdir()) if _is_picture(file)]
+            problem = "no images in this folder"
+        elif name.exists() or not set("*?[") & set(str(name)):
+            files = [name] if name.is_file() else []
+            problem = "no such image file"
+        else:
+            files = [Path(file) for file in sorted(glob.glob(str(name), recursive=True))]
+            files = [file for file in files if file.is_file()]
+            problem = "no file has a name like that"
+        if not files:
+            raise ValueError(f"{name}: {problem}")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _is_picture(file: Path) -> bool:
+    return (
+        file.suffix.lower() in IMAGE_SUFFIXES
+        and not file.stem.endswith(DRAWN)
+        and not file.name.startswith(".")
+        and file.is_file()
+    )
+
+
 def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Tensor:
     """Decode an image file.
 
@@ -107,6 +146,8 @@ def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Ten
             if image.mode.startswith("I;16"):  # pillow would clip 16 bits to 8, not scale them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
+    except UnidentifiedImageError:  # Its message has the address of the buffer read from.
+        raise ValueError(f"{path}: cannot be decoded (not an image of a known format)") from None
     # Pillow's readers raise many types on broken files (SyntaxError and struct.error among them).
     except Exception as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from None

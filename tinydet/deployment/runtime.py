@@ -22,6 +22,7 @@ from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.loader import collate
 from tinydet.data.sample import Sample
 from tinydet.data.transforms import test_transform
+from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
 from tinydet.yolof.decode import Detections, place_in_images
@@ -191,6 +192,12 @@ class Detector:
     def classes(self) -> tuple[str, ...]:
         """Class names in label order."""
         return self.network.classes
+
+    def folded(self) -> Detector:
+        """Return the same function in deploy form; an ONNX file's is what was exported."""
+        if isinstance(self.network, OnnxNetwork):
+            return self
+        return replace(self, network=fold_detector(self.network)[0])
 
     def __call__(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detect objects, resizing images as in evaluation.

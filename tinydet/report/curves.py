@@ -89,7 +89,7 @@ def plot_curves(
         keys: what to draw.
         title: above the panels.
         backend: matplotlib's drawing program; None is the one for files, or matplotlib's choice.
-        style: one of matplotlib's styles.
+        style: one of matplotlib's styles; of seaborn's also the short name, such as "whitegrid".
         out: the file; None opens a window.
 
     Raises:
@@ -99,14 +99,17 @@ def plot_curves(
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("matplotlib is missing: pip install 'tinydet[plots]'") from None
-    if style != "default" and style not in plt.style.available:
-        raise ValueError(f"--style {style}: not one of {', '.join(plt.style.available)}")
+    styles = ("default", *plt.style.available)
+    # MMDetection's styles are seaborn's, "dark" and so on, which matplotlib has by a longer name.
+    known = [name for name in (style, f"seaborn-v0_8-{style}") if name in styles]
+    if not known:
+        raise ValueError(f"--style {style}: not one of {', '.join(styles)}")
     if backend or out:
         try:
             plt.switch_backend(backend or "agg")
         except (ImportError, ValueError) as error:
             raise ValueError(f"--backend {backend}: {error}") from None
-    with plt.style.context(style):
+    with plt.style.context(known[0]):
         figure = plt.figure(figsize=(8, 1 + 3 * len(keys)), dpi=120, layout="constrained")
         draw_curves(figure, logs, legend, keys, title)
     if out:

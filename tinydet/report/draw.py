@@ -64,9 +64,8 @@ def draw_detections(
         raise ValueError(f"labels {min(names)}..{max(names)} to draw, but {len(classes)} classes")
 
     draw = ImageDraw.Draw(canvas)
-    longest = max(canvas.size)
-    line = max(2, round(longest / 250))
-    font = ImageFont.load_default(size=max(11, round(longest / 42)))
+    line = max(2, round(max(canvas.size) / 250))
+    font = ImageFont.load_default(size=_letter_size(canvas))
     order = sorted(range(len(names)), key=lambda i: values[i] or 0.0)
     # All boxes before all names: no line runs through a name.
     for i in order:
@@ -77,6 +76,22 @@ def draw_detections(
         score = "" if values[i] is None else f" {values[i]:.2f}"
         text, color = classes[names[i]] + score, class_color(names[i])
         draw_name(draw, canvas.size, boxes[i].tolist(), text, color, font)
+    return _to_tensor(canvas)
+
+
+def write_in_corner(image: Tensor, text: str) -> Tensor:
+    """Return a copy of an image (3, H, W) uint8 RGB with a text in its upper left corner."""
+    canvas = to_pil(image)
+    font = ImageFont.load_default(size=_letter_size(canvas))
+    draw_name(ImageDraw.Draw(canvas), canvas.size, [0.0, 0.0, 0.0, 0.0], text, (0, 0, 0), font)
+    return _to_tensor(canvas)
+
+
+def _letter_size(canvas: Image.Image) -> int:
+    return max(11, round(max(canvas.size) / 42))
+
+
+def _to_tensor(canvas: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 

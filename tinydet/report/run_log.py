@@ -42,6 +42,23 @@ class LogRecords:
         return [key for key in order if key in found and key not in ("epoch", "step")]
 
 
+def find_log(path: Path) -> Path:
+    """Return the log that a path means: itself, or a run's folder's.
+
+    Raises:
+        ValueError: it is a folder without a log.
+    """
+    if not path.is_dir():
+        return path
+    log = path / "log.jsonl"
+    if not log.is_file():
+        runs = [found for found in path.glob("*/log.jsonl") if found.is_file()]
+        newest = max(runs, key=lambda log: log.stat().st_mtime, default=None)
+        hint = f"did you mean {newest.parent}?" if newest else "name a run's folder or log.jsonl"
+        raise ValueError(f"{path}: a folder without log.jsonl; {hint}")
+    return log
+
+
 def read_log(path: Path) -> LogRecords:
     """Read a log; lines that are not ours are counted and left out.
 

@@ -1,4 +1,4 @@
-"""Video files and cameras as RGB tensors, through OpenCV."""
+"""Video files and cameras as RGB tensors, through OpenCV; sound is neither read nor written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What each container holds in OpenCV's own builds.
-_CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".avi": "MJPG", ".mkv": "mp4v"}
+# The first that this OpenCV can write. Its wheels for Linux have no H.264 (avc1), which plays
+# everywhere; MPEG-4 part 2 (mp4v) plays in every player but not in browsers, VP8 in both.
+_CODECS = {
+    ".mp4": ("avc1", "mp4v"),
+    ".webm": ("VP80",),
+    ".mov": ("avc1", "mp4v"),
+    ".mkv": ("avc1", "mp4v"),
+    ".avi": ("MJPG",),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,15 @@ class Video:
         finally:
             self.capture.release()
 
+    def missing(self, frames: int) -> str:
+        """Return what to tell if only this many frames came of those stated; "" if that is all.
+
+        What a file states may itself be an estimate: a few less are nothing.
+        """
+        if frames >= 0.95 * self.frames:
+            return ""
+        return f"{self.name}: ends after {frames} of {self.frames} frames: cut short, or damaged"
+
 
 def open_video(source: Path | int) -> Video:
     """Open a video file, or a camera by its number.
@@ -59,7 +75,7 @@ def open_video(source: Path | int) -> Video:
         kind = (
             "no such camera, or another program has it"
             if isinstance(source, int)
-            else ("not a video that OpenCV can read")
+            else "not a video that OpenCV can read, or cut short"
         )
         raise ValueError(f"{name}: {kind}")
     rate = capture.get(cv2.CAP_PROP_FPS)
@@ -73,10 +89,7 @@ class VideoFile:
     Attributes:
         path: the file.
         frames: written so far.
-        closed: False; a `Window` can be closed by hand.
     """
-
-    closed = False
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
         """Begin a video.
@@ -96,30 +109,75 @@ class VideoFile:
         self._rate = frames_per_second
         self._temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         self._writer: Any = None
+        self._shape: tuple[int, ...] = ()
 
-    def write(self, image: Tensor) -> None:
+    def write(self, image: Tensor, times: int = 1) -> None:
         """Append a frame, (3, H, W) uint8 RGB, as large as the first.
 
+        Args:
+            image: the frame.
+            times: how often it is shown.
+
         Raises:
-            ValueError: OpenCV cannot write this format here.
+            ValueError: OpenCV cannot write this format here, or the frame has another size.
         """
-        frame = _bgr(image)
+        frame = bgr(image)
         if self._writer is None:
-            cv2 = opencv()
-            codec = cv2.VideoWriter_fourcc(*_CODECS[self.path.suffix.lower()])
-            size = (frame.shape[1], frame.shape[0])
-            self._writer = cv2.VideoWriter(str(self._temporary), codec, self._rate, size)
-            if not self._writer.isOpened():
-                raise ValueError(f"{self.path}: OpenCV cannot write this kind of video here")
-        self._writer.write(frame)
-        self.frames += 1
+            self._writer, self._shape = self._open(frame.shape[1], frame.shape[0]), frame.shape
+        if frame.shape != self._shape:  # OpenCV would drop it without a word.
+            sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (self._shape, frame.shape))
+            raise ValueError(f"{self.path}: a video has frames of one size, not {sizes}")
+        for _ in range(times):
+            self._writer.write(frame)
+        self.frames += times
+
+    def show(self, image: Tensor, times: int) -> bool:
+        """Do as `write` does, and as a `Window` in which nobody presses q."""
+        self.write(image, times)
+        return True
+
+    def _open(self, width: int, height: int) -> Any:
+        cv2 = opencv()
+        for codec in _CODECS[self.path.suffix.lower()]:
+            code = cv2.VideoWriter_fourcc(*codec)
+            writer = cv2.VideoWriter(str(self._temporary), code, self._rate, (width, height))
+            if writer.isOpened():
+                return writer
+        self._temporary.unlink(missing_ok=True)
+        codecs = " or ".join(_CODECS[self.path.suffix.lower()])
+        raise ValueError(
+            f"{self.path}: OpenCV cannot begin it: it has no {codecs} here, or may not write in "
+            "that folder; try another one, or end the name in .avi"
+        )
 
     def close(self) -> None:
-        """Finish the file; without a frame there is none."""
-        if self._writer is not None:
-            self._writer.release()
+        """Finish the file; without a frame there is none.
+
+        Raises:
+            ValueError: not all of it could be written; what was there before is left.
+        """
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        try:
+            if not self._is_whole():
+                raise ValueError(f"{self.path}: cannot be written whole: is the disk full?")
             os.replace(self._temporary, self.path)
-            self._writer = None
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def _is_whole(self) -> bool:
+        """Read the end of what was written: OpenCV says nothing where a disk is full."""
+        cv2 = opencv()
+        capture = cv2.VideoCapture(str(self._temporary))
+        try:
+            if not capture.isOpened() or capture.get(cv2.CAP_PROP_FRAME_COUNT) != self.frames:
+                return False
+            capture.set(cv2.CAP_PROP_POS_FRAMES, self.frames - 1)
+            return capture.read()[0]
+        finally:
+            capture.release()
 
     def __enter__(self) -> VideoFile:
         """Return the video itself."""
@@ -130,57 +188,21 @@ class VideoFile:
         self.close()
 
 
-class Window:
-    """A window on the screen; made like a `VideoFile`.
-
-    Attributes:
-        closed: whether q was pressed.
-    """
-
-    def __init__(self, title: str) -> None:
-        """Open it.
-
-        Raises:
-            ValueError: OpenCV is missing, or the one installed opens no windows.
-        """
-        cv2 = opencv()
-        self.closed = False
-        self._title = title
-        try:
-            cv2.namedWindow(title, cv2.WINDOW_NORMAL)
-        except cv2.error as error:
-            raise ValueError(
-                "this OpenCV opens no windows: pip install opencv-python in its place on a machine "
-                "with a screen, or record with --out FILE"
-            ) from error
-
-    def write(self, image: Tensor) -> None:
-        """Show a frame, (3, H, W) uint8 RGB."""
-        cv2 = opencv()
-        cv2.imshow(self._title, _bgr(image))
-        self.closed = cv2.waitKey(1) & 0xFF == ord("q")
-
-    def __enter__(self) -> Window:
-        """Return the window itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        opencv().destroyAllWindows()
-
-
-def _bgr(image: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy()[:, :, ::-1])  # (H, W, 3)
+def bgr(image: Tensor) -> np.ndarray:
+    """Return an image (3, H, W) uint8 RGB as OpenCV has it, (H, W, 3) in BGR."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy()[:, :, ::-1])
 
 
 def opencv() -> Any:
-    """Return the module cv2.
+    """Return the module cv2, made to keep quiet: what goes wrong is said by exceptions of ours.
 
     Raises:
         ValueError: it is missing.
     """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
     except ImportError:
         raise ValueError("OpenCV is missing: pip install 'tinydet[demo]'") from None
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2

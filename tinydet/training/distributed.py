@@ -122,14 +122,22 @@ def in_any_process(flag: Tensor) -> Tensor:
     return flag
 
 
-def all_agree(flags: Sequence[bool], step: int, device: torch.device) -> list[bool]:
+def all_agree(
+    flags: Sequence[bool], device: torch.device, step: int = 0, stride: int = 1
+) -> list[bool]:
     """Return which flags are set in any process: what all must do at the same step, or none.
 
     Asking makes the host wait for the device, so several processes ask at every tenth step only.
+
+    Args:
+        flags: what this process wants.
+        device: of this process.
+        step: steps done; at 0 all ask.
+        stride: steps since this was called before: the first call at or after a tenth step asks.
     """
     if not _joined():
         return list(flags)
-    if step % _STEPS_BETWEEN_QUESTIONS:
+    if step % _STEPS_BETWEEN_QUESTIONS >= stride:
         return [False] * len(flags)
     asked = torch.tensor(flags, dtype=torch.float32, device=device)
     distributed.all_reduce(asked, distributed.ReduceOp.MAX)

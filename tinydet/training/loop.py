@@ -152,6 +152,9 @@ def _run_epochs(
             with interrupts.held_back():
                 train_epoch(state, loader, device, log, bad_steps, saver, interrupts)
                 saver.try_last()
+                # None leaves before last.pt is written, and none goes on to evaluate alone.
+                if all_agree([interrupts.received is not None], device)[0]:
+                    interrupts.received = interrupts.received or signal.SIGTERM
             state.epoch, state.step = state.epoch + 1, 0
             if state.epoch % state.experiment.train.eval_every == 0 or state.epoch == epochs:
                 # Ctrl-C stops an evaluation at once: last.pt has it still to come.
@@ -193,10 +196,8 @@ def train_epoch(
             _update_weights(state, bad_steps)
             state.train_seconds += time.perf_counter() - since
             asked = (interrupts.received is not None, saver.is_due)
-            stops, saves = all_agree(asked, state.step, device)
+            stops, saves = all_agree(asked, device, state.step, settings.accumulate)
             if stops:
-                # Perhaps another process was told, and this one is about to be.
-                interrupts.received = interrupts.received or signal.SIGTERM
                 break
             if saves:
                 bad_steps.settle()
