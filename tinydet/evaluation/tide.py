@@ -96,7 +96,7 @@ def tide(
         ValueError: an array has the wrong shape or content; the message names the image.
     """
     found, truth = check_inputs(detections, ground_truth, num_classes)
-    judged = _judge(found, truth)
+    judged = _by_score(found, truth)
     before = _average_precisions(judged, judged.labels, judged.outcome, judged.counted, num_classes)
     everything = range(len(SIZES))
     per_class = {
@@ -150,23 +150,36 @@ class _Judged:
     box_size: np.ndarray
 
 
-def _judge(found: Sequence[ImageDetections], truth: Sequence[GroundTruth]) -> _Judged:
-    order = np.argsort(-_joined([f.scores for f in found]), kind="stable")
-    outcome, box = (values[order] for values in match(found, truth, _FOREGROUND))
-    own_iou, own_box, other_iou, other_box = (v[order] for v in _overlaps(found, truth))
+def judge(
+    found: Sequence[ImageDetections], truth: Sequence[GroundTruth]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tell the errors of detections apart.
 
+    Args:
+        found: detections of each image, checked by `check_inputs`.
+        truth: ground truth of each image, checked as well.
+
+    Returns:
+        For the N detections of all images in order: (N,) RIGHT, WRONG or IGNORED as by `match`,
+        (N,) the name of the error, "" where it is not wrong, and (N,) the number over all images of
+        the box that it is on or its error is about, -1 if that is none.
+    """
+    outcome, box = match(found, truth, _FOREGROUND)
+    own_iou, own_box, other_iou, other_box = _overlaps(found, truth)
     # From the last to the first of those that may fit.
-    kind = np.full(len(order), "both", dtype=f"U{max(map(len, KINDS))}")
+    kind = np.full(len(outcome), "both", dtype=f"U{max(map(len, KINDS))}")
     kind[np.maximum(own_iou, other_iou) <= _BACKGROUND] = "background"
     kind[own_iou >= _FOREGROUND] = "duplicate"
     kind[other_iou >= _FOREGROUND] = "classification"
     kind[(own_iou >= _BACKGROUND) & (own_iou < _FOREGROUND)] = "localisation"
     kind[outcome != WRONG] = ""
-    has_none = (kind == "both") | (kind == "background")
     box = np.where(outcome == WRONG, np.where(kind == "classification", other_box, own_box), box)
-    box = np.where(has_none, -1, box)
+    return outcome, kind, np.where((kind == "both") | (kind == "background"), -1, box)
 
-    box_labels = _joined([t.labels for t in truth]).astype(np.int64)
+
+def _by_score(found: Sequence[ImageDetections], truth: Sequence[GroundTruth]) -> _Judged:
+    order = np.argsort(-_joined([f.scores for f in found]), kind="stable")
+    outcome, kind, box = (values[order] for values in judge(found, truth))
     counted = ~_joined([t.difficult for t in truth]).astype(bool)
     unfound = counted.copy()
     unfound[box[outcome == RIGHT]] = False
@@ -176,8 +189,18 @@ def _judge(found: Sequence[ImageDetections], truth: Sequence[GroundTruth]) -> _J
     sides = np.concatenate([f.boxes[:, 2:] - f.boxes[:, :2] for f in found] or [np.zeros((0, 2))])
     size = _sizes(sides.prod(axis=1))[order]
     size[box >= 0] = box_size[box[box >= 0]]
-    labels = _joined([f.labels for f in found]).astype(np.int64)[order]
-    return _Judged(labels, outcome, kind, box, size, box_labels, counted, unfound, missed, box_size)
+    return _Judged(
+        labels=_joined([f.labels for f in found]).astype(np.int64)[order],
+        outcome=outcome,
+        kind=kind,
+        box=box,
+        size=size,
+        box_labels=_joined([t.labels for t in truth]).astype(np.int64),
+        counted=counted,
+        unfound=unfound,
+        missed=missed,
+        box_size=box_size,
+    )
 
 
 def _overlaps(
