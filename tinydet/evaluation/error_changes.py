@@ -36,8 +36,13 @@ class ImageChange:
 
     @property
     def gain(self) -> float:
-        """How much less bad the image is (`ImageErrors.badness`); below 0 if it is worse."""
-        return self.base.badness - self.idea.badness
+        """Boxes found less those lost, plus the scores of wrong detections gone less those of new.
+
+        Above 0 the image is better than before: a mistake weighs as in `ImageErrors.badness`.
+        """
+        gone = self.base.detections.scores[self.gone].sum()
+        new = self.idea.detections.scores[self.new].sum()
+        return float(self.found.sum() - self.lost.sum() + gone - new)
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,16 @@ class ErrorChanges:
     idea: Tide
     images: list[ImageChange]
 
-    def improved(self, count: int) -> list[ImageChange]:
-        """Return the images that gained, at most `count`, those that gained most first."""
-        order = sorted(self.images, key=lambda change: -change.gain)
-        return [change for change in order[:count] if change.gain > 0]
+    @property
+    def improved(self) -> list[ImageChange]:
+        """The images that gained, those that gained most first."""
+        gained = [change for change in self.images if change.gain > 0]
+        return sorted(gained, key=lambda change: -change.gain)
 
-    def worsened(self, count: int) -> list[ImageChange]:
-        """Return the images that lost, at most `count`, those that lost most first."""
-        order = sorted(self.images, key=lambda change: change.gain)
-        return [change for change in order[:count] if change.gain < 0]
+    @property
+    def worsened(self) -> list[ImageChange]:
+        """The images that became worse, the worst of them first."""
+        return sorted((c for c in self.images if c.gain < 0), key=lambda change: change.gain)
 
 
 def compare_errors(

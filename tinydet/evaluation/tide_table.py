@@ -19,9 +19,9 @@ HEADS = {
     "false negative": "all fn",
 }
 LEGEND = (
-    "AP50 in %, and the points of it that mending all errors of one kind alone would win: cls wrong "
-    "class, loc badly localised, both, dup duplicate, bkg background, miss missed; all fp every "
-    "false positive, all fn every false negative. They do not add up: one error can hide another."
+    "AP50 in %, and the points of it that mending all errors of one kind alone would win: cls is a",
+    "wrong class, loc badly localised, both, dup duplicate, bkg background, miss missed; all fp",
+    "every false positive, all fn every false negative. They do not add up: one error can hide another.",
 )
 
 
@@ -31,7 +31,7 @@ def tide_lines(result: Tide, classes: Sequence[str]) -> list[str]:
 
 
 def tide_change_lines(base: Tide, idea: Tide, classes: Sequence[str]) -> list[str]:
-    """Return the table of the idea less that of the base: below 0 is lost no more."""
+    """Return the table of the idea less that of the base: below 0 less is lost."""
     rows = [
         (name, [b - a for a, b in zip(before, after, strict=True)])
         for (name, before), (_, after) in zip(
