@@ -21,7 +21,7 @@ HEADS = {
 LEGEND = (
     "AP50 in %, and the points of it that mending all errors of one kind alone would win: cls is a",
     "wrong class, loc badly localised, both, dup duplicate, bkg background, miss missed; all fp is",
-    "every false positive, all fn every false negative. They do not add up: an error can hide others.",
+    "every false positive, all fn every false negative. They do not add up: one may hide another.",
 )
 
 

@@ -9,7 +9,7 @@ from tinydet.report.run_files import LostAp
 _KINDS = (
     ("classification", "Classification", "cls", "right place, wrong class"),
     ("localisation", "Localisation", "loc", "right class, IoU 0.1 to 0.5"),
-    ("both", "Both", "both", "wrong class and IoU 0.1 to 0.5"),
+    ("both", "Both of these", "both", "wrong class, IoU 0.1 to 0.5"),
     ("duplicate", "Duplicate", "dup", "found already, more surely"),
     ("background", "Background", "bkg", "no object there"),
     ("missed", "Missed", "miss", "not found at all"),
@@ -37,8 +37,8 @@ def lost_by_size(lost: LostAp) -> Markup | None:
     for kind, name, short, what in _KINDS:
         head = element(
             "th",
-            f"{name} ({short})" if short != kind else name,
-            element("span", what, class_="note"),
+            name,
+            element("span", f"{short}: {what}", class_="note"),
             _bar(lost.all.get(kind, 0.0), most),
             scope="row",
         )

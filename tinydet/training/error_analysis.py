@@ -83,7 +83,9 @@ def error_lines(path: Path, other: Path | None, options: ErrorOptions) -> Iterat
     yield ""
     yield "the second less the first (of AP50 more is better, of what is lost less is)"
     yield from tide_change_lines(changes.base, changes.idea, index.classes)
-    names = [base.name, idea.name] if base.name != idea.name else [base.title, idea.title]
+    names = [base.name, idea.name]
+    if base.name == idea.name:
+        names = [f"{loaded.path.parent.name}/{loaded.path.name}" for loaded in (base, idea)]
     yield from _image_lines(changes, index, names, options.out)
 
 

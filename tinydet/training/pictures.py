@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,8 @@ def sample_images(metrics: Metrics, index: Index, count: int = 4) -> dict[str, T
 def draw_change(change: ImageChange, index: Index, names: Sequence[str]) -> Tensor | None:
     """Return the errors of two detectors side by side; None if the file is not there any more.
 
+    Thick and named are those that the other one does not make.
+
     Args:
         change: of one image.
         index: the split.
@@ -94,18 +97,17 @@ def draw_change(change: ImageChange, index: Index, names: Sequence[str]) -> Tens
     Returns:
         (3, H, W) uint8 RGB.
     """
-    drawings = [
-        _draw(index, change.index, errors, _ON_PAGE) for errors in (change.base, change.idea)
-    ]
-    known = [drawing for drawing in drawings if drawing is not None]
-    if len(known) < len(drawings):
-        return None
-    captions = [
-        f"{name}: {_caption(errors)}"
-        for name, errors in zip(names, (change.base, change.idea), strict=True)
-    ]
-    below = "truth blue and dashed, thick if missed; detections orange, thick if false"
-    return side_by_side(known, captions, f"{index.image_ids[change.index]}: {below}")
+    sides = ((change.base, change.found, change.gone), (change.idea, change.lost, change.new))
+    drawings, captions = [], []
+    for name, (errors, missed, wrong) in zip(names, sides, strict=True):
+        here_alone = replace(errors, missed=missed, wrong=wrong)
+        drawing = _draw(index, change.index, here_alone, _ON_PAGE)
+        if drawing is None:
+            return None
+        drawings.append(drawing)
+        captions.append(f"{name}: {_caption(errors)}")
+    below = "truth dashed, detections solid; thick and named: missed, or false, on this side alone"
+    return side_by_side(drawings, captions, f"{index.image_ids[change.index]}: {below}")
 
 
 def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> Tensor | None:
