@@ -9,13 +9,16 @@ from PIL import Image
 
 from tinydet.data.dataset import load_split
 from tinydet.evaluation.boxes import ImageDetections
+from tinydet.evaluation.error_changes import compare_errors
 from tinydet.evaluation.tide import tide
 from tinydet.evaluation.tide_table import tide_lines
 from tinydet.experiment_file import experiment_to_dict
+from tinydet.report.draw_errors import DETECTION_COLOR
 from tinydet.training import error_analysis
 from tinydet.training.checkpoint import save_checkpoint
 from tinydet.training.error_analysis import ErrorOptions, error_lines
 from tinydet.training.evaluate import ground_truth
+from tinydet.training.pictures import draw_change
 from tinydet.yolof.detector import build_detector
 
 CPU = ErrorOptions(device="cpu")
@@ -103,6 +106,20 @@ def test_without_a_change_there_is_no_picture(run, perfect_but, tmp_path):
     assert lines[-1] == "worsened, at scores of 0.3 or more: 0 of 8 images"
     row = next(line for line in lines if line.startswith("all "))
     assert row.split()[1] == "100.00"
+
+
+def test_what_both_do_wrong_is_drawn_thin(index):
+    truth = ground_truth(index)[0]
+    right = ImageDetections(truth.boxes, np.full(len(truth.labels), 0.9), truth.labels)
+    false = ImageDetections(np.array([[70, 70, 94, 94]]), np.array([0.5]), truth.labels[:1])
+    both = ImageDetections(*map(np.concatenate, zip(right, false, strict=True)))
+    orange = []
+    for idea in (both, right):
+        changes = compare_errors([both], [idea], [truth], len(index.classes))
+        picture = draw_change(changes.images[0], index, ["base", "idea"])
+        color = torch.tensor(DETECTION_COLOR, dtype=torch.uint8)[:, None, None]
+        orange.append(int((picture[:, :, :384] == color).all(0).sum()))
+    assert orange[0] < orange[1] - 200
 
 
 def test_mistakes_are_told_before_work_is_done(run, tiny_experiment, tmp_path):
