@@ -14,7 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluate",
         action="store_true",
-        help="first find curves and worst images again, with best.pt and the data set",
+        help="first find curves, kinds of errors and worst images again, with best.pt and the data",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; for --evaluate")
     return parser

@@ -13,6 +13,7 @@ from tinydet.report.draw_errors import (
     draw_errors,
     encode_jpeg,
     resize_between,
+    side_by_side,
 )
 
 GREY = torch.full((3, 300, 400), 128, dtype=torch.uint8)
@@ -76,6 +77,20 @@ def test_sizes_are_kept_within_bounds(height, width, expected):
     resized, factor = resize_between(image, 400, 600)
     assert tuple(resized.shape[1:]) == expected
     assert factor == pytest.approx(expected[0] / height)
+
+
+@settings(max_examples=20, deadline=None)
+@given(captions=st.lists(st.text(max_size=300), min_size=1, max_size=3))
+def test_pictures_stand_side_by_side_under_any_captions(captions):
+    pictures = [torch.full((3, 90, 120), 50 + 60 * i, dtype=torch.uint8) for i in range(3)]
+    out = side_by_side(pictures[: len(captions)], captions, captions[0])
+    assert out.dtype == torch.uint8
+    above = (out.shape[1] - 90) // 2
+    step = (out.shape[2] - 120) // max(1, len(captions) - 1) if len(captions) > 1 else 0
+    for i in range(len(captions)):
+        panel = out[:, above : above + 90, i * step : i * step + 120]
+        assert (panel == 50 + 60 * i).all()
+    assert (out[:, :above, -2:] == 255).all()  # no caption runs out of its place
 
 
 def test_a_jpeg_is_the_image():

@@ -1,10 +1,14 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinydet.evaluation.tide import KINDS, SUMS
+from tinydet.evaluation.tide_table import HEADS
+from tinydet.report import error_kinds
 from tinydet.report.page import render_page, write_page
 from tinydet.report.run_files import read_run, train_seconds
 
@@ -48,6 +52,11 @@ def _write(folder, name="tiny", word="cell", **files):
             "notes": [word],
             "data": [{"split": word, "problems": [word]}],
             "curves": {word: [1.0] * 60 + [0.0] * 41},
+            "lost": {
+                "all": {"localisation": 0.34, "missed": 0.17, word: 0.1},
+                "sizes": {"small": {"localisation": 0.123}, word: {}},
+                "classes": {word: {"localisation": 0.456, "missed": None}},
+            },
             "worst": [
                 {"name": word, "caption": word, "jpeg": JPEG, "width": 640, "height": 480},
             ],
@@ -71,6 +80,7 @@ def test_the_page_shows_what_the_run_says(tmp_path, read_html):
         *("50.0", "25.0", "12.5", "1.5", "best: 1", "2 of 3 epochs", "tested on 7 images"),
         *("Losses", "Learning rate", "Average precision", "Precision and recall", "Worst images"),
         *("Problems found in the data", "How it was made"),
+        *("Where AP50 is lost", "Localisation", "34.0", "12.3", "45.6"),
     ):
         assert words in read.text, words
     assert f"data:image/jpeg;base64,{JPEG}" in read.values
@@ -111,7 +121,9 @@ def test_no_element_and_no_attribute_comes_from_data(word, tmp_path_factory, rea
     file=st.sampled_from(["experiment.json", "metrics.json", "report.json", "sessions.json"]),
     value=JSON
     | st.dictionaries(
-        st.sampled_from(["per_class", "curves", "worst", "data", "notes", "epochs", "model", "a"]),
+        st.sampled_from(
+            ["per_class", "curves", "worst", "lost", "data", "notes", "epochs", "model", "a"]
+        ),
         JSON | st.lists(st.dictionaries(st.sampled_from(["jpeg", "width", "split"]), JSON)),
     ),
 )
@@ -125,6 +137,24 @@ def test_an_image_that_is_no_jpeg_in_base64_is_not_shown(tmp_path, read_html):
         worst = [{"name": "a", "caption": "b", "jpeg": jpeg, "width": 1, "height": 1}]
         page = write_page(_write(tmp_path, **{"report.json": {"worst": worst}})).read_text()
         assert not [tag for tag, _ in read_html(page).elements if tag == "img"]
+
+
+def test_kinds_of_errors_have_bars_by_what_they_cost(tmp_path):
+    page = write_page(_write(tmp_path)).read_text()
+    bars = re.findall(r'<rect class="track"[^>]*/><rect width="([0-9.]+)"', page)
+    assert bars == ["0.0", "100.0", "0.0", "0.0", "0.0", "50.0"]  # of the largest
+
+
+def test_a_run_of_before_kinds_of_errors_has_a_page(tmp_path, read_html):
+    page = write_page(_write(tmp_path, **{"report.json": {"curves": {}}})).read_text()
+    assert "Where AP50 is lost" not in read_html(page).text
+    assert "By class" not in read_html(page).text
+
+
+def test_the_page_knows_the_kinds_that_are_written():
+    names = [name for name, *_ in (*error_kinds._KINDS, *error_kinds._SUMS)]
+    assert names == [*KINDS, *SUMS]
+    assert [short for _, _, short, _ in error_kinds._KINDS] == [HEADS[kind] for kind in KINDS]
 
 
 def test_a_run_without_an_evaluation_has_a_page(tmp_path, read_html):

@@ -75,6 +75,7 @@ def test_the_page_is_made_anew_from_the_folder(run_dir):
     ("arguments", "says"),
     [
         (["tools/report.py", "gone"], "gone: not a run's folder"),
+        (["tools/errors.py", "gone.pt"], "gone.pt: no such checkpoint"),
         (["tools/analyze_logs.py", "summary", "gone.jsonl"], "gone.jsonl: No such file"),
         (["tools/analyze_logs.py", "summary", "tools"], "tools: a folder without log.jsonl; name"),
     ],

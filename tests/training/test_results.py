@@ -96,6 +96,10 @@ def test_the_page_is_made_of_what_was_measured(run):
     (session,) = json.loads((run / "sessions.json").read_text())
     page = (run / "report.html").read_text()
     assert session["torch"] in page
+    lost = details["lost"]["all"]
+    known = [row["AP50"] for row in metrics["per_class"].values() if row["AP50"] is not None]
+    assert all(0 <= value <= 1 - np.mean(known) + 1e-6 for value in lost.values())
+    assert "Where AP50 is lost" in page
     assert 0 < len(details["worst"]) <= 6
     assert all(image["jpeg"] in page for image in details["worst"])
     least = inspect.signature(image_errors).parameters["min_score"].default

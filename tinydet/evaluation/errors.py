@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections, check_inputs
-from tinydet.evaluation.voc import RIGHT, WRONG, match
+from tinydet.evaluation.tide import judge
+from tinydet.evaluation.voc import RIGHT
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class ImageErrors:
     Attributes:
         detections: those with the least score asked for, or more.
         wrong: (N,) bool, detections that are false positives or duplicates.
+        kinds: (N,) what is wrong with them, of `tide.KINDS`; "" if nothing is.
         truth: all boxes of the image.
         missed: (M,) bool, boxes that count and that no detection found.
     """
 
     detections: ImageDetections
     wrong: np.ndarray
+    kinds: np.ndarray
     truth: GroundTruth
     missed: np.ndarray
 
@@ -38,7 +41,6 @@ def image_errors(
     ground_truth: Sequence[GroundTruth],
     num_classes: int,
     min_score: float = 0.3,
-    iou: float = 0.5,
 ) -> list[ImageErrors]:
     """Match the surer detections as the VOC metric does, and return the errors of every image.
 
@@ -47,16 +49,18 @@ def image_errors(
         ground_truth: one an image, in the same order.
         num_classes: number of classes K.
         min_score: detections below it are left out, as a user would who draws them.
-        iou: smallest intersection over union of a true positive.
 
     Raises:
         ValueError: an array has the wrong shape or content; the message names the image.
     """
     found, truth = check_inputs(detections, ground_truth, num_classes)
     kept = [ImageDetections(*(part[f.scores >= min_score] for part in f)) for f in found]
-    outcome, box = match(kept, truth, iou)
+    outcome, kind, box = judge(kept, truth)
     missed = ~np.concatenate([t.difficult for t in truth] or [np.zeros(0, bool)])
     missed[box[outcome == RIGHT]] = False
-    wrong = np.split(outcome == WRONG, np.cumsum([len(f.labels) for f in kept])[:-1])
+    kinds = np.split(kind, np.cumsum([len(f.labels) for f in kept])[:-1])
     missed = np.split(missed, np.cumsum([len(t.labels) for t in truth])[:-1])
-    return [ImageErrors(*of_image) for of_image in zip(kept, wrong, truth, missed, strict=False)]
+    return [
+        ImageErrors(found, kinds != "", kinds, annotated, unfound)
+        for found, kinds, annotated, unfound in zip(kept, kinds, truth, missed, strict=False)
+    ]

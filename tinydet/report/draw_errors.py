@@ -92,8 +92,47 @@ def _draw_box(
 
 def _one_line(name: str) -> str:
     """Return a name that can be drawn, whatever it holds."""
-    name = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    name = _printable(name)
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+
+
+def _printable(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def side_by_side(pictures: Sequence[Tensor], captions: Sequence[str], below: str) -> Tensor:
+    """Return pictures of the same image in a row, each under its caption.
+
+    Args:
+        pictures: (3, H, W) uint8 RGB, all of one size.
+        captions: a line for each; what does not fit is cut off.
+        below: a line below them.
+
+    Returns:
+        (3, H', W') uint8 RGB.
+    """
+    panels = [to_pil(picture) for picture in pictures]
+    width, height = panels[0].size
+    font = ImageFont.load_default(size=max(11, round(width / 42)))
+    line = sum(font.getmetrics()) + 8
+    gap = max(4, width // 100)
+    size = (len(panels) * (width + gap) - gap, height + 2 * line)
+    canvas = Image.new("RGB", size, (255, 255, 255))
+    draw = ImageDraw.Draw(canvas)
+    for i, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        left = i * (width + gap)
+        canvas.paste(panel, (left, line))
+        draw.text((left + 4, 4), _fitted(caption, width - 8, font), fill=(0, 0, 0), font=font)
+    text = _fitted(below, size[0] - 8, font)
+    draw.text((4, line + height + 4), text, fill=(90, 90, 90), font=font)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+
+
+def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    text = _printable(text)[:400]
+    while text and font.getlength(text) > width:
+        text = text[:-4] + "..." if len(text) > 4 else ""
+    return text
 
 
 def resize_between(image: Tensor, shortest: int, longest: int) -> tuple[Tensor, float]:

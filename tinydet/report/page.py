@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tinydet.atomic import write_text
 from tinydet.report import page_parts as parts
+from tinydet.report.error_kinds import LOST, lost_by_class, lost_by_size
 from tinydet.report.html import Markup, clip, element, join
 from tinydet.report.run_files import RunRecord, read_run
 
@@ -53,6 +54,7 @@ def render_page(run: RunRecord) -> str:
             "there or beyond.",
             parts.precision_recall_curves(run.classes),
         ),
+        _section("Where AP50 is lost", LOST, lost_by_size(run.lost), lost_by_class(run.lost)),
         _section("Worst images", parts.WORST, parts.worst_images(run.images)),
         _section("Problems found in the data", "", parts.data_problems(run.data)),
         _section("How it was made", "", parts.sessions(run), parts.experiment(run)),

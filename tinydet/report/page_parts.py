@@ -17,7 +17,7 @@ _TEXT = 2000  # characters shown of a line
 
 WORST = (
     "Missed objects, plus the scores of false detections: the images with the highest sums, at "
-    "IoU 0.5. Detections below a score of 0.3 are left out."
+    "IoU 0.5. Detections below a score of 0.3 are left out. Behind a score is the kind of error."
 )
 
 

@@ -53,6 +53,21 @@ class BadImage:
 
 
 @dataclass(frozen=True)
+class LostAp:
+    """The AP50 that each kind of error costs, as fractions by the kind's name.
+
+    Attributes:
+        all: empty if not recorded.
+        sizes: the same for each size of objects.
+        classes: the same of each class.
+    """
+
+    all: dict[str, float]
+    sizes: dict[str, dict[str, float]]
+    classes: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run as its folder tells it.
 
@@ -63,6 +78,7 @@ class RunRecord:
         classes: a result a class.
         log: the lines of log.jsonl.
         notes: what the run chose by itself, a sentence each.
+        lost: to each kind of error.
         images: the worst, the worst first.
         data: name of each split, and the problems found in it.
         sessions: how it was started, each time: pairs of a name and a value.
@@ -74,6 +90,7 @@ class RunRecord:
     classes: list[ClassResult]
     log: LogRecords
     notes: list[str]
+    lost: LostAp
     images: list[BadImage]
     data: list[tuple[str, list[str]]]
     sessions: list[dict[str, str]]
@@ -100,10 +117,11 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=str(experiment.get("name") or run_dir.resolve().parent.name),
         experiment=experiment,
-        metrics={k: value for k, v in metrics.items() if (value := number(v)) is not None},
+        metrics=_numbers(metrics),
         classes=classes,
         log=read_log(log) if log.is_file() else LogRecords(),
         notes=[str(note) for note in _list(details.get("notes"))],
+        lost=_lost_ap(_dict(details.get("lost"))),
         images=[_bad_image(_dict(image)) for image in _list(details.get("worst"))],
         data=[
             (str(_dict(split).get("split")), [str(p) for p in _list(_dict(split).get("problems"))])
@@ -122,6 +140,19 @@ def train_seconds(run_dir: Path) -> float | None:
         return number(_dict(read_json(run_dir / "metrics.json")).get("train_seconds"))
     except ValueError:
         return None
+
+
+def _lost_ap(values: dict[str, Any]) -> LostAp:
+    sizes, classes = (
+        {str(name): _numbers(lost) for name, lost in _dict(values.get(key)).items()}
+        for key in ("sizes", "classes")
+    )
+    return LostAp(_numbers(values.get("all")), sizes, classes)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    known = ((str(key), number(value)) for key, value in _dict(values).items())
+    return {key: value for key, value in known if value is not None}
 
 
 def _bad_image(values: dict[str, Any]) -> BadImage:

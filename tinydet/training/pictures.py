@@ -1,9 +1,11 @@
-"""Detections drawn on test images: the worst for the report, a fixed few for TensorBoard."""
+"""Detections drawn on test images: the worst, a fixed few, or those of two detectors."""
 
 from __future__ import annotations
 
 import base64
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ from torch import Tensor
 from tinydet.data.image import read_image
 from tinydet.data.index import Index
 from tinydet.evaluation import Metrics
+from tinydet.evaluation.error_changes import ImageChange
 from tinydet.evaluation.errors import ImageErrors, image_errors
-from tinydet.report.draw_errors import draw_errors, encode_jpeg, resize_between
+from tinydet.evaluation.tide_table import HEADS
+from tinydet.report.draw_errors import draw_errors, encode_jpeg, resize_between, side_by_side
 from tinydet.training.evaluate import ground_truth
 
 logger = logging.getLogger(__name__)
@@ -45,13 +49,10 @@ def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[st
         drawing = _draw(index, i, errors[i], _ON_PAGE)
         if drawing is None:
             continue
-        missed, wrong = int(errors[i].missed.sum()), errors[i].detections.scores[errors[i].wrong]
-        surest = f", the surest at {wrong.max():.2f}" if len(wrong) else ""
         worst.append(
             {
                 "name": index.image_ids[i],
-                "caption": f"{missed} of {_counted(errors[i])} objects missed, "
-                f"{len(wrong)} false detections{surest}",
+                "caption": _caption(errors[i]),
                 "jpeg": base64.b64encode(encode_jpeg(drawing)).decode(),
                 "width": drawing.shape[2],
                 "height": drawing.shape[1],
@@ -83,6 +84,32 @@ def sample_images(metrics: Metrics, index: Index, count: int = 4) -> dict[str, T
     return {name: drawing for name, drawing in drawn.items() if drawing is not None}
 
 
+def draw_change(change: ImageChange, index: Index, names: Sequence[str]) -> Tensor | None:
+    """Return the errors of two detectors side by side; None if the file is not there any more.
+
+    Thick and named are those that the other one does not make.
+
+    Args:
+        change: of one image.
+        index: the split.
+        names: of the base and of the idea.
+
+    Returns:
+        (3, H, W) uint8 RGB.
+    """
+    sides = ((change.base, change.found, change.gone), (change.idea, change.lost, change.new))
+    drawings, captions = [], []
+    for name, (errors, missed, wrong) in zip(names, sides, strict=True):
+        here_alone = replace(errors, missed=missed, wrong=wrong)
+        drawing = _draw(index, change.index, here_alone, _ON_PAGE)
+        if drawing is None:
+            return None
+        drawings.append(drawing)
+        captions.append(f"{name}: {_caption(errors)}")
+    below = "truth dashed, detections solid; thick and named: missed, or false, on this side alone"
+    return side_by_side(drawings, captions, f"{index.image_ids[change.index]}: {below}")
+
+
 def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> Tensor | None:
     """Return an image with its errors; None if its file is not there any more."""
     try:
@@ -99,10 +126,16 @@ def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> 
         [names[label] for label in errors.truth.labels],
         errors.missed,
         factor * found.boxes[order],
-        [f"{names[found.labels[i]]} {found.scores[i]:.2f}" for i in order],
+        [
+            f"{names[found.labels[i]]} {found.scores[i]:.2f} {HEADS.get(errors.kinds[i], '')}"
+            for i in order
+        ],
         errors.wrong[order],
     )
 
 
-def _counted(errors: ImageErrors) -> int:
-    return int((~errors.truth.difficult).sum())
+def _caption(errors: ImageErrors) -> str:
+    missed, counted = int(errors.missed.sum()), int((~errors.truth.difficult).sum())
+    wrong = errors.detections.scores[errors.wrong]
+    surest = f", the surest at {wrong.max():.2f}" if len(wrong) else ""
+    return f"{missed} of {counted} objects missed, {len(wrong)} false detections{surest}"

@@ -14,13 +14,15 @@ from tinydet.config import Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
 from tinydet.evaluation import Metrics
+from tinydet.evaluation.tide import tide
+from tinydet.evaluation.tide_table import tide_as_dict
 from tinydet.evaluation.voc import interpolated_precision
 from tinydet.experiment_file import experiment_to_dict, load_experiment
 from tinydet.report.page import write_page
 from tinydet.report.run_files import read_json
 from tinydet.training.checkpoint import load_detector
 from tinydet.training.device import pick_device
-from tinydet.training.evaluate import evaluate_detector
+from tinydet.training.evaluate import evaluate_detector, ground_truth
 from tinydet.training.pictures import worst_images
 from tinydet.training.session import this_session
 from tinydet.training.state import TrainingState
@@ -90,6 +92,7 @@ def write_details(
         notes: what the run chose by itself, a sentence each.
     """
     voc = metrics.voc
+    errors = tide(metrics.detections, ground_truth(test_index), len(metrics.classes))
     details = {
         "notes": list(notes),
         "data": [
@@ -103,6 +106,7 @@ def write_details(
             )
             if boxes
         },
+        "lost": tide_as_dict(errors, metrics.classes),
         "worst": worst_images(metrics, test_index),
     }
     write_json(run_dir / "report.json", details)

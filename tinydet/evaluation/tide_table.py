@@ -1,0 +1,86 @@
+"""What each kind of error costs, as lines to print and as plain numbers to write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tinydet.evaluation.tide import KINDS, SIZES, SUMS, Tide
+
+HEADS = {
+    "classification": "cls",
+    "localisation": "loc",
+    "both": "both",
+    "duplicate": "dup",
+    "background": "bkg",
+    "missed": "miss",
+    "false positive": "all fp",
+    "false negative": "all fn",
+}
+LEGEND = (
+    "AP50 in %, and the points of it that mending all errors of one kind alone would win: cls is a",
+    "wrong class, loc badly localised, both, dup duplicate, bkg background, miss missed; all fp is",
+    "every false positive, all fn every false negative. They do not add up: one may hide another.",
+)
+
+
+def tide_lines(result: Tide, classes: Sequence[str]) -> list[str]:
+    """Return a table in percent: all, by size of the object, by class; "-" is unknown."""
+    return _lines(_rows(result, classes), ".2f")
+
+
+def tide_change_lines(base: Tide, idea: Tide, classes: Sequence[str]) -> list[str]:
+    """Return the table of the idea less that of the base: below 0 less is lost."""
+    rows = [
+        (name, [b - a for a, b in zip(before, after, strict=True)])
+        for (name, before), (_, after) in zip(
+            _rows(base, classes), _rows(idea, classes), strict=True
+        )
+    ]
+    return _lines(rows, "+.2f")
+
+
+def tide_as_dict(result: Tide, classes: Sequence[str]) -> dict[str, Any]:
+    """Return plain numbers and names, None for NaN.
+
+    "all" has what each kind costs by its name, "sizes" and "classes" such a dict for each.
+    """
+    return {
+        "all": _plain(result.lost),
+        "sizes": {size: _plain(lost) for size, lost in result.lost_by_size.items()},
+        "classes": {
+            name: _plain({kind: lost[k] for kind, lost in result.lost_per_class.items()})
+            for k, name in enumerate(classes)
+        },
+    }
+
+
+def _plain(lost: dict[str, float]) -> dict[str, float | None]:
+    return {kind: None if math.isnan(v) else round(float(v), 6) for kind, v in lost.items()}
+
+
+def _rows(result: Tide, classes: Sequence[str]) -> list[tuple[str, list[float]]]:
+    """Return the name of each row, then AP50 and what each kind costs; sizes have no AP50."""
+    kinds = KINDS + SUMS
+    return [
+        ("all", [result.ap50, *(result.lost[kind] for kind in kinds)]),
+        *(
+            (f"  {size}", [math.nan, *(result.lost_by_size[size][kind] for kind in kinds)])
+            for size in SIZES
+        ),
+        *(
+            (name, [result.ap50_per_class[k], *(result.lost_per_class[kind][k] for kind in kinds)])
+            for k, name in enumerate(classes)
+        ),
+    ]
+
+
+def _lines(rows: Sequence[tuple[str, list[float]]], form: str) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    heads = ["AP50", *HEADS.values()]
+    lines = [f"{'':{width}}" + "".join(f"  {head:>6}" for head in heads)]
+    for name, values in rows:
+        cells = ("-" if math.isnan(v) else format(100 * v, form) for v in values)
+        lines.append(f"{name:{width}}" + "".join(f"  {cell:>6}" for cell in cells))
+    return lines
