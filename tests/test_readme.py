@@ -20,7 +20,7 @@ def commands(text):
     lines = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     parts = (part for line in lines.splitlines() for part in line.split(" && "))
     split = (shlex.split(part, comments=True) for part in parts)
-    return [words for words in split if words and shlex.join(words) not in NOT_OURS]
+    return [words for words in split if words and " ".join(words) not in NOT_OURS]
 
 
 def chapter(title):

@@ -17,6 +17,7 @@ say python tools/speed.py $quickstart --images 50
 say python tools/flops.py $quickstart --shape 160 160
 say python tools/image_demo.py datasets/shapes/JPEGImages/test_00000.jpg $quickstart \
     --out "${run}detections.jpg"
+say python tools/errors.py "$run" --out "${run}errors"
 
 # A folder in VOC layout, such as one's own; the experiment's own backbone wants its ImageNet weights.
 say python tools/train.py experiments/custom_voc.py --set data.root=datasets/shapes "${short[@]}" \
