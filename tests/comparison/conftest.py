@@ -23,12 +23,17 @@ def rendered(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def folder(tmp_path, rendered, monkeypatch):
-    """A working folder with experiments on two dozen images: base, its copy, and an idea."""
-    monkeypatch.chdir(tmp_path)
+def write_experiments(rendered):
+    """Put base, its copy and an idea, on two dozen images, into the working folder."""
     Path("set").symlink_to(rendered)
     Path("base.py").write_text(_EXPERIMENT.format(lr="2e-3"))
     Path("copy.py").write_text("from base import experiment\n")
     Path("idea.py").write_text(_EXPERIMENT.format(lr="1e-3"))
+
+
+@pytest.fixture
+def folder(tmp_path, rendered, monkeypatch):
+    """A working folder with experiments."""
+    monkeypatch.chdir(tmp_path)
+    write_experiments(rendered)
     return tmp_path

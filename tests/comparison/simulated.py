@@ -9,6 +9,7 @@ is fooled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class World:
         idea_luck: standard deviation of what suits a network in an object, whatever the seed.
     """
 
-    images: int = 100
+    images: int = 60
     classes: int = 3
     seed_luck: float = 0.06
     own_luck: float = 0.4
@@ -114,17 +115,16 @@ def draw_run(
 
 
 def draw_comparison(
-    world: World, effect: float, seeds: int, number: int, draws: int = 300, ideas: int = 1
+    world: World, effects: Sequence[float], seeds: int, number: int, draws: int = 200
 ) -> list[Scores]:
     """Draw a base and ideas, and score them on AP50 as a comparison does.
 
     Args:
         world: how runs vary.
-        effect: of every idea on how well its network sees.
+        effects: of each idea on how well its network sees.
         seeds: of each experiment.
         number: of the comparison; each has its own random numbers.
         draws: of the bootstrap over images.
-        ideas: compared with the base.
 
     Returns:
         The scores of the base, then those of each idea.
@@ -135,8 +135,7 @@ def draw_comparison(
     weights = rng.multinomial(images, np.full(images, 1 / images), size=draws)
     weights = np.concatenate([np.ones((1, images)), weights])
     scores = []
-    for idea in range(ideas + 1):
-        skill = effect if idea else 0.0
+    for skill in (0.0, *effects):
         taste = rng.normal(0, world.idea_luck, len(scene.difficulty))
         values = []
         for _ in range(seeds):

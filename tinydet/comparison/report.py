@@ -266,9 +266,9 @@ def _legend(report: Report) -> list[str]:
     return [
         f"Verdicts are about {report.metric}, at {100 * report.confidence:.4g} % confidence"
         f"{together}.",
-        f"{report.data}, {report.images} images; a budget of {report.budget} a run; the last epoch; mean ± "
-        "standard deviation of a seed; differences in points; helps: the probability that the true "
-        "difference is above 0.",
+        f"{report.data}, {report.images} images; a budget of {report.budget} a run; last epoch; "
+        "mean ± standard deviation of a seed; differences in points; helps: the probability that "
+        "the true difference is above 0.",
         f"Folded networks timed in turns on {report.timed_on}.",
         *problems,
     ]

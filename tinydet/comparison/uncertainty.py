@@ -28,6 +28,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch.special import ndtr
 
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(200)
 
@@ -63,7 +65,7 @@ class Error:
         )
         weights = np.exp(log_density) * _NODE_WEIGHTS * (high - low) / 2
         deviation = np.sqrt(self.image_variance + self.seed_variance * self.freedom / chi**2)
-        tails = [math.erfc(z) / 2 for z in abs(value) / deviation / math.sqrt(2)]
+        tails = ndtr(torch.from_numpy(-abs(value) / deviation)).numpy()
         tail = float(weights @ tails / weights.sum())
         return tail if value < 0 else 1 - tail
 
