@@ -2,9 +2,11 @@
 
 Every object has a difficulty, part of it its image's. A run sees an object as well as its network
 sees on the whole, plus this seed's luck on the whole, plus this run's luck with this object;
-what is left decides whether it is found, how surely, and how exactly. What is no object but
-looks like one is in the images as well, likelier in some, and the better a run sees, the less it
-is fooled.
+what is left decides whether it is found, how surely, and how exactly. Things that are no object
+but look like one are in the images as well, and the better a run sees, the less it is fooled.
+
+Objects do not touch, so a detection can only belong to its own object: what is right is known
+without matching. `as_detections` makes boxes of it all, to show that matching finds the same.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import numpy as np
 
 from tinydet.comparison.uncertainty import Scores
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections
-from tinydet.evaluation.weighted import voc_matches, weighted_area_ap
+from tinydet.evaluation.weighted import ClassMatches, weighted_area_ap
 
 _SIDE = 40.0  # of an object, in pixels
-_CELL = 100.0  # objects do not touch
+_CELL = 100.0
+_LEAST_SCORE = 0.05
 
 
 @dataclass(frozen=True)
@@ -31,87 +34,114 @@ class World:
         classes: of objects.
         seed_luck: standard deviation of a seed's luck on the whole.
         own_luck: standard deviation of a run's luck with an object.
-        idea_luck: standard deviation of what suits a network in an object, whatever the seed.
+        taste: standard deviation of what suits a network in an object, whatever the seed.
     """
 
     images: int = 60
     classes: int = 3
     seed_luck: float = 0.06
     own_luck: float = 0.4
-    idea_luck: float = 0.15
+    taste: float = 0.15
 
 
 @dataclass(frozen=True)
-class Scene:
-    """The test images, and what makes them hard.
+class Things:
+    """Objects of the test images, or what only looks like one.
 
     Attributes:
-        truth: of each image.
-        difficulty: of each object, all images one after another.
-        traps: as objects, what is none.
-        trap_difficulty: of each trap.
+        images: (N,) number of each one's image, ascending.
+        labels: (N,).
+        difficulty: (N,) of telling what it is.
     """
 
-    truth: list[GroundTruth]
+    images: np.ndarray
+    labels: np.ndarray
     difficulty: np.ndarray
-    traps: list[GroundTruth]
-    trap_difficulty: np.ndarray
 
 
-def draw_scene(world: World, rng: np.random.Generator) -> Scene:
-    """Draw the images of a comparison."""
+@dataclass(frozen=True)
+class Run:
+    """What a run makes of the objects, then of the other things.
+
+    Attributes:
+        scores: (N + M,); below 0.05 it is no detection.
+        iou: (N + M,) with the object; 0 where there is none.
+    """
+
+    scores: np.ndarray
+    iou: np.ndarray
+
+
+def draw_scene(world: World, rng: np.random.Generator) -> tuple[Things, Things]:
+    """Draw the objects of a comparison's test images, and what looks like one."""
     of_image = rng.normal(0, 0.5, world.images)
-    parts = []
+    drawn = []
     for mean in (2.0, 1.5):
         counts = rng.poisson(mean * np.exp(0.4 * rng.normal(size=world.images)))
-        boxes = [_boxes(count, int(mean == 1.5)) for count in counts]
-        labels = [rng.integers(0, world.classes, count) for count in counts]
-        objects = [
-            GroundTruth(b, k, np.zeros(len(k), bool)) for b, k in zip(boxes, labels, strict=True)
-        ]
-        difficulty = np.repeat(of_image, counts) + rng.normal(0, 0.8, counts.sum())
-        parts += [objects, difficulty]
-    return Scene(*parts)
-
-
-def _boxes(count: int, row: int) -> np.ndarray:
-    left = _CELL * np.arange(count)
-    top = np.full(count, _CELL * row)
-    return np.stack([left, top, left + _SIDE, top + _SIDE], axis=1)
+        images = np.repeat(np.arange(world.images), counts)
+        labels = rng.integers(0, world.classes, len(images))
+        drawn.append(Things(images, labels, of_image[images] + rng.normal(0, 0.8, len(images))))
+    return drawn[0], drawn[1]
 
 
 def draw_run(
-    world: World, scene: Scene, skill: float, taste: np.ndarray, rng: np.random.Generator
-) -> list[ImageDetections]:
-    """Draw one run's detections.
+    world: World,
+    scene: tuple[Things, Things],
+    skill: float,
+    taste: np.ndarray,
+    rng: np.random.Generator,
+) -> Run:
+    """Draw one run.
 
     Args:
         world: how runs vary.
         scene: the images.
         skill: how well its network sees.
         taste: how much better than that it sees each object.
-        rng: of this run alone.
+        rng: random numbers.
     """
+    objects, others = (things.difficulty for things in scene)
     skill = skill + rng.normal(0, world.seed_luck)
-    luck = rng.normal(0, world.own_luck, len(taste))
-    seen = 1.3 + skill + taste + luck - scene.difficulty
-    sure = 1 / (1 + np.exp(-1.5 * (seen + rng.normal(0, 0.3, len(seen)))))
+    seen = 1.3 + skill + taste + rng.normal(0, world.own_luck, len(objects)) - objects
+    fooled = -0.2 - skill + rng.normal(0, world.own_luck, len(others)) - others
+    sure = np.concatenate([seen + rng.normal(0, 0.3, len(seen)), fooled])
     iou = np.clip(0.72 + 0.1 * seen + rng.normal(0, 0.08, len(seen)), 0.05, 0.97)
-    shift = _SIDE * (1 - iou) / (1 + iou)  # gives squares this very IoU
-    fooled = -0.2 - skill + rng.normal(0, world.own_luck, len(scene.trap_difficulty))
-    fooled = 1 / (1 + np.exp(-1.5 * (fooled - scene.trap_difficulty)))
-    found, begin, trap_begin = [], 0, 0
-    for truth, traps in zip(scene.truth, scene.traps, strict=True):
-        own = slice(begin, begin + len(truth.labels))
-        trap = slice(trap_begin, trap_begin + len(traps.labels))
-        begin, trap_begin = own.stop, trap.stop
-        boxes = truth.boxes + shift[own, None] * np.array([1.0, 0, 1, 0])
-        scores = np.concatenate([sure[own], fooled[trap]])
-        kept = scores > 0.05
-        boxes = np.concatenate([boxes, traps.boxes])[kept]
-        labels = np.concatenate([truth.labels, traps.labels])[kept]
-        found.append(ImageDetections(boxes, scores[kept], labels))
-    return found
+    return Run(1 / (1 + np.exp(-1.5 * sure)), np.concatenate([iou, np.zeros(len(others))]))
+
+
+def as_matches(world: World, scene: tuple[Things, Things], run: Run) -> list[ClassMatches]:
+    """Return what `voc_matches` finds in a run."""
+    objects, others = scene
+    images = np.concatenate([objects.images, others.images])
+    labels = np.concatenate([objects.labels, others.labels])
+    matches = []
+    for label in range(world.classes):
+        rows = np.flatnonzero((labels == label) & (run.scores > _LEAST_SCORE))
+        rows = rows[np.argsort(-run.scores[rows])]
+        boxes = np.bincount(objects.images[objects.labels == label], minlength=world.images)
+        right = run.iou[None, rows] >= 0.5
+        matches.append(ClassMatches(images[rows], right, np.zeros_like(right), boxes))
+    return matches
+
+
+def as_detections(
+    world: World, scene: tuple[Things, Things], run: Run
+) -> tuple[list[ImageDetections], list[GroundTruth]]:
+    """Return a run's detections as boxes, and the ground truth."""
+    objects, others = scene
+    left = _CELL * np.arange(len(run.scores))
+    boxes = np.stack([left, np.zeros_like(left), left + _SIDE, np.full_like(left, _SIDE)], axis=1)
+    shift = _SIDE * (1 - run.iou) / (1 + run.iou)  # gives squares this very IoU
+    moved = boxes + shift[:, None] * np.array([1.0, 0, 1, 0])
+    images = np.concatenate([objects.images, others.images])
+    labels = np.concatenate([objects.labels, others.labels])
+    found, truth = [], []
+    for image in range(world.images):
+        rows = (images == image) & (run.scores > _LEAST_SCORE)
+        found.append(ImageDetections(moved[rows], run.scores[rows], labels[rows]))
+        rows = np.flatnonzero(objects.images == image)
+        truth.append(GroundTruth(boxes[rows], labels[rows], np.zeros(len(rows), bool)))
+    return found, truth
 
 
 def draw_comparison(
@@ -131,17 +161,14 @@ def draw_comparison(
     """
     rng = np.random.default_rng([number, 77])
     scene = draw_scene(world, rng)
-    images = len(scene.truth)
+    images = world.images
     weights = rng.multinomial(images, np.full(images, 1 / images), size=draws)
     weights = np.concatenate([np.ones((1, images)), weights])
     scores = []
     for skill in (0.0, *effects):
-        taste = rng.normal(0, world.idea_luck, len(scene.difficulty))
-        values = []
-        for _ in range(seeds):
-            found = draw_run(world, scene, skill, taste, rng)
-            matches = voc_matches(found, scene.truth, world.classes)
-            values.append(weighted_area_ap(matches, weights))
+        taste = rng.normal(0, world.taste, len(scene[0].difficulty))
+        runs = [draw_run(world, scene, skill, taste, rng) for _ in range(seeds)]
+        values = [weighted_area_ap(as_matches(world, scene, run), weights) for run in runs]
         values = np.array(values)
         scores.append(Scores(values[:, 0], values[:, 1:]))
     return scores

@@ -3,15 +3,23 @@ import pytest
 
 from tinydet.comparison.uncertainty import Difference, difference
 from tinydet.comparison.verdict import hopeless, judge, looks_of
+from tinydet.evaluation.weighted import voc_matches, weighted_area_ap
 
-from .simulated import World, draw_comparison
+from .simulated import (
+    World,
+    as_detections,
+    as_matches,
+    draw_comparison,
+    draw_run,
+    draw_scene,
+)
 
 
 def _difference(points, image=0.0, seed=0.005, seeds=3):
     return Difference(points / 100, image**2, (seed**2, seed**2), seeds)
 
 
-def test_better_and_worse_are_said_where_the_interval_leaves_out_nothing():
+def test_better_and_worse_are_said_where_the_interval_leaves_out_0():
     better = judge(_difference(4), 0.95, 1, "AP50")
     assert (better.kind, better.more_seeds) == ("better", None)
     low, high = _difference(4).interval(0.95)
@@ -56,7 +64,7 @@ def test_images_may_be_too_few_for_any_number_of_seeds():
 def test_a_difference_may_be_too_small_for_any_number_of_seeds():
     verdict = judge(_difference(0.02), 0.95, 1, "AP50")
     assert verdict.more_seeds is None
-    assert "100 seeds would not: the difference is small if there is one" in verdict.reason
+    assert "100 seeds would not, the difference is small if there is one" in verdict.reason
 
 
 def test_no_difference_and_no_variance():
@@ -86,6 +94,18 @@ def test_what_helps_is_rarely_dropped_and_what_harms_much_is_dropped():
 
     assert dropped(0.0) <= 0.05 + 0.014  # two standard errors
     assert dropped(-0.2) > 0.9
+
+
+def test_what_is_simulated_is_what_matching_finds():
+    world, rng = World(), np.random.default_rng(0)
+    scene = draw_scene(world, rng)
+    run = draw_run(world, scene, 0.0, np.zeros(len(scene[0].labels)), rng)
+    detections, truth = as_detections(world, scene, run)
+    weights = rng.multinomial(60, np.full(60, 1 / 60), size=20)
+    np.testing.assert_allclose(
+        weighted_area_ap(as_matches(world, scene, run), weights),
+        weighted_area_ap(voc_matches(detections, truth, world.classes), weights),
+    )
 
 
 def test_no_effect_is_rarely_called_one():

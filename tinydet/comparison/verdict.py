@@ -62,18 +62,18 @@ def judge(found: Difference, confidence: float, ideas: int, metric: str) -> Verd
             "can't tell yet",
             low,
             high,
-            f"about {more} more seed{'s'[: more > 1]} would, if the difference is the "
+            f"about {more} more seed{'s'[: more > 1]}, if the difference is the "
             f"{_points(found.estimate)} points it looks; {bound}",
             more,
         )
     limit = Error(found.image_variance, 0.0, 1.0).quantile((1 + single) / 2)
     if limit >= abs(found.estimate) > 0 and limit > 0:
         reason = (
-            "nor would more seeds: these test images alone leave "
+            "more seeds would not tell either, these test images alone leave "
             f"±{100 * limit:.1f} points open; {bound}"
         )
     else:
-        reason = f"{MOST_SEEDS} seeds would not: the difference is small if there is one; {bound}"
+        reason = f"{MOST_SEEDS} seeds would not, the difference is small if there is one; {bound}"
     return Verdict("can't tell yet", low, high, reason)
 
 

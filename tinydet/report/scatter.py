@@ -140,11 +140,13 @@ def _write_names(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
         name = axes.annotate(
             point.name,
             (point.x, point.y),
-            xytext=(7 if side == "left" else -7, 0),
+            # Above the bar, if there is one.
+            xytext=(7 if side == "left" else -7, 8 if point.x_bar else 0),
             textcoords="offset points",
             ha=side,
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
         )
         box = name.get_window_extent()
         for other in sorted(taken, key=lambda other: -other.y1):
