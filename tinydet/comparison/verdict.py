@@ -35,8 +35,10 @@ class Verdict:
         return f"{self.kind}: {self.reason}"
 
 
-def judge(found: Difference, confidence: float, ideas: int, metric: str) -> Verdict:
-    """Judge an idea by its difference from the base.
+def decide(
+    found: Difference, confidence: float, ideas: int
+) -> tuple[Literal["better", "worse", "can't tell yet"], float, float]:
+    """Return the verdict on an idea, and the interval it rests on.
 
     "better" and "worse" are said where the interval leaves out 0. Of several ideas judged at once
     each gets an interval of a higher confidence, so that all of them together hold with the
@@ -45,36 +47,48 @@ def judge(found: Difference, confidence: float, ideas: int, metric: str) -> Verd
     match the verdicts.
 
     Args:
-        found: the difference.
+        found: the difference from the base.
         confidence: that no verdict of this comparison is wrong, such as 0.95.
         ideas: that are compared with the base, those dropped on the way included.
+    """
+    low, high = found.interval(_single(confidence, ideas))
+    return "better" if low > 0 else "worse" if high < 0 else "can't tell yet", low, high
+
+
+def judge(found: Difference, confidence: float, ideas: int, metric: str) -> Verdict:
+    """Return the verdict of `decide` with its reason, and what it would take where it is open.
+
+    Args:
+        found: the difference from the base.
+        confidence: that no verdict of this comparison is wrong.
+        ideas: that are compared with the base.
         metric: its name.
     """
-    single = 1 - (1 - confidence) / ideas
-    low, high = found.interval(single)
-    if low > 0 or high < 0:
-        kind = "better" if low > 0 else "worse"
+    kind, low, high = decide(found, confidence, ideas)
+    if kind != "can't tell yet":
         return Verdict(kind, low, high, f"{metric} {_points(low)} to {_points(high)} points")
+    single = _single(confidence, ideas)
     more = _more_seeds(found, single)
-    bound = f"it is between {_points(low)} and {_points(high)} points"
-    if more is not None:
-        return Verdict(
-            "can't tell yet",
-            low,
-            high,
-            f"about {more} more seed{'s'[: more > 1]}, if the difference is the "
-            f"{_points(found.estimate)} points it looks; {bound}",
-            more,
-        )
     limit = Error(found.image_variance, 0.0, 1.0).quantile((1 + single) / 2)
-    if limit >= abs(found.estimate) > 0 and limit > 0:
+    if more is not None:
+        reason = (
+            f"about {more} more seed{'s'[: more > 1]}, if the difference is the "
+            f"{_points(found.estimate)} points it looks"
+        )
+    elif limit >= abs(found.estimate) > 0:
         reason = (
             "more seeds would not tell either, these test images alone leave "
-            f"±{100 * limit:.1f} points open; {bound}"
+            f"±{100 * limit:.1f} points open"
         )
     else:
-        reason = f"{MOST_SEEDS} seeds would not, the difference is small if there is one; {bound}"
-    return Verdict("can't tell yet", low, high, reason)
+        reason = f"{MOST_SEEDS} seeds would not, the difference is small if there is one"
+    reason += f"; it is between {_points(low)} and {_points(high)} points"
+    return Verdict(kind, low, high, reason, more)
+
+
+def _single(confidence: float, ideas: int) -> float:
+    """Return the confidence of each of several intervals that hold together with `confidence`."""
+    return 1 - (1 - confidence) / ideas
 
 
 def _more_seeds(found: Difference, confidence: float) -> int | None:
@@ -82,8 +96,8 @@ def _more_seeds(found: Difference, confidence: float) -> int | None:
 
     def enough(seeds: int) -> bool:
         error = found.error(seeds)
-        needed = error.quantile((1 + confidence) / 2) + error.quantile(_POWER)
-        return needed <= abs(found.estimate)
+        rest = abs(found.estimate) - error.quantile((1 + confidence) / 2)
+        return rest > 0 and error.below(rest) >= _POWER
 
     if not found.estimate or not enough(MOST_SEEDS):
         return None
