@@ -7,7 +7,7 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 from matplotlib.collections import LineCollection
 
-from tinydet.report.scatter import Point, draw_scatter, save_figure
+from tinydet.report.scatter import Point, draw_scatter, pareto_front, save_figure
 
 _POINTS = [
     Point("small", 8.5, 61.0, "VOC2007 test"),
@@ -44,6 +44,46 @@ def test_draw_scatter__a_spread_is_a_bar_of_twice_its_length():
     (axes,) = draw_scatter([Point("p", 3.0, 50.0, spread=1.5), Point("q", 4.0, 9.0)], "x", "y").axes
     (bar,) = [c for c in axes.collections if isinstance(c, LineCollection)]
     assert [segment.tolist() for segment in bar.get_segments()] == [[[3, 48.5], [3, 51.5]]]
+
+
+def test_draw_scatter__bars_end_where_they_are_told():
+    point = Point("p", 3.0, 50.0, x_bar=(2.5, 4.0), y_bar=(49.0, 53.0))
+    (axes,) = draw_scatter([point, Point("q", 4.0, 9.0)], "x", "y").axes
+    bars = [c for c in axes.collections if isinstance(c, LineCollection)]
+    assert sorted(segment.tolist() for bar in bars for segment in bar.get_segments()) == [
+        [[2.5, 50], [4.0, 50]],
+        [[3.0, 49], [3.0, 53]],
+    ]
+
+
+def _slow_front(points):
+    return {
+        p.name
+        for p in points
+        if all(
+            q.x > p.x or q.y < p.y or (q.x, q.y) == (p.x, p.y) or (q.x == p.x and q.y <= p.y)
+            for q in points
+        )
+    }
+
+
+def test_pareto_front():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = [Point(str(i), *xy) for i, xy in enumerate(rng.integers(0, 5, (8, 2)).tolist())]
+        front = pareto_front(points)
+        assert {point.name for point in front} == _slow_front(points)
+        assert [p.x for p in front] == sorted(p.x for p in front)
+        assert [p.y for p in front] == sorted(p.y for p in front)
+    assert [p.name for p in pareto_front(_POINTS)] == ["small", "other"]
+
+
+def test_draw_scatter__the_front_goes_through_its_points():
+    (axes,) = draw_scatter(_POINTS, "x", "y", front=True).axes
+    (line,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
+    assert line.get_xydata().tolist() == [[8.5, 61.0], [12.0, 80.0]]
+    (axes,) = draw_scatter(_POINTS, "x", "y").axes
+    assert not axes.lines
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tinydet.data.training_images import TrainingImages
-from tinydet.training.profile import profile_training
+from tinydet.training.profile import profile_training, time_steps
 
 
 def test_a_profile_tells_of_every_part_and_leaves_no_run(tiny_experiment, tmp_path, monkeypatch):
@@ -39,3 +39,17 @@ def test_waiting_for_data_is_told_apart(tiny_experiment, monkeypatch):
 def test_too_few_steps_are_told(tiny_experiment):
     with pytest.raises(ValueError, match="an epoch has 3 steps"):
         list(profile_training(tiny_experiment, steps=3))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_steps_are_timed_over_as_many_epochs_as_it_takes(tiny_experiment, steps, monkeypatch):
+    read = TrainingImages.read
+
+    def slowly(images, i):
+        time.sleep(0.02)
+        return read(images, i)
+
+    monkeypatch.setattr(TrainingImages, "read", slowly)
+    timed = time_steps(tiny_experiment, steps)  # of 8 images, 3 an epoch
+    assert (timed.steps_an_epoch, timed.dtype, timed.memory_format) == (3, "float32", "contiguous")
+    assert timed.seconds >= 8 * 0.02

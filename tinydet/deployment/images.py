@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tinydet.config import Experiment
+from tinydet.config import Data, Experiment
 from tinydet.data.dataset import is_missing, load_split
 from tinydet.data.loader import make_test_loader
 from tinydet.data.voc import VocDataset
@@ -55,6 +55,13 @@ def sample_images(
             break
     found = sum(len(batch) for batch in batches)
     return SampleImages(tuple(batches), f"{found} images of {data.root} ({index.split})", True)
+
+
+def largest_input(data: Data) -> tuple[int, int]:
+    """Return the (H, W) of the largest input, a landscape, in whole strides."""
+    short = min(data.image_size, data.short_side) if data.keep_ratio and data.short_side else 0
+    height, width = (-(-side // 32) * 32 for side in (short or data.image_size, data.image_size))
+    return height, width
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -20,7 +20,7 @@ from tinydet.atomic import write_text
 from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, compare_counters, count
 from tinydet.deployment.forms import assumed_classes, both_forms
-from tinydet.deployment.images import random_images
+from tinydet.deployment.images import largest_input, random_images
 from tinydet.deployment.measured import newest_measured, train_command
 from tinydet.deployment.speed import clock_for, measure
 from tinydet.deployment.zoo_table import ZooRow, percent, write_zoo
@@ -127,7 +127,7 @@ def run_experiment_zoo(files: Sequence[Path], options: ExperimentZooOptions) -> 
 def _begin(file: Path, options: ExperimentZooOptions, where: str) -> _Entry:
     plain = load_experiment(file)
     experiment = load_experiment(file, options.overrides)
-    size = options.size or _own_size(experiment)
+    size = options.size or largest_input(experiment.data)
     measured = newest_measured(experiment, options.runs)
     ran = measured.experiment if measured else experiment
     if measured and len(measured.ap50) > 1:
@@ -143,14 +143,6 @@ def _begin(file: Path, options: ExperimentZooOptions, where: str) -> _Entry:
     settings = json.dumps([experiment.name, model, classes, size, where, versions])
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return _Entry(file, row, size, experiment, key)
-
-
-def _own_size(experiment: Experiment) -> tuple[int, int]:
-    """Return the (H, W) of the largest input, a landscape, in whole strides."""
-    data = experiment.data
-    short = min(data.image_size, data.short_side) if data.keep_ratio and data.short_side else 0
-    height, width = (-(-side // 32) * 32 for side in (short or data.image_size, data.image_size))
-    return height, width
 
 
 def _recall(entry: _Entry, records: Sequence[dict[str, Any]]) -> bool:

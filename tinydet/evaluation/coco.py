@@ -81,6 +81,85 @@ def evaluate_coco(
     Raises:
         ValueError: an array has the wrong shape or content; the message names the image.
     """
+    evaluation = _matched(detections, ground_truth, num_classes)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+    # (T thresholds, R recalls, K, A areas, 1), -1 where there is nothing to find
+    precision = evaluation.eval["precision"][..., 0]
+    return CocoResult(
+        ap=_mean(precision[..., 0]),
+        ap50=_mean(precision[0, ..., 0]),
+        ap75=_mean(precision[5, ..., 0]),
+        ap_small=_mean(precision[..., 1]),
+        ap_medium=_mean(precision[..., 2]),
+        ap_large=_mean(precision[..., 3]),
+        ap_per_class=np.array([_mean(precision[:, :, k, 0]) for k in range(num_classes)]),
+    )
+
+
+@dataclass(frozen=True)
+class CocoMatches:
+    """The detections of one class in all images, each matched with the ground truth.
+
+    Attributes:
+        scores: (N,) by image, and in an image descending; at most 100 of each.
+        images: (N,) number of the image.
+        right: (T, N) bool, true positives at the IoU thresholds 0.5, 0.55, ... 0.95.
+        ignored: (T, N) bool, neither right nor wrong.
+        boxes: (I,) boxes to find in each image.
+    """
+
+    scores: np.ndarray
+    images: np.ndarray
+    right: np.ndarray
+    ignored: np.ndarray
+    boxes: np.ndarray
+
+
+def match_coco(
+    detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    ground_truth: Sequence[GroundTruth],
+    num_classes: int,
+) -> list[CocoMatches]:
+    """Return how `evaluate_coco` judges each detection, objects of all sizes together, by class.
+
+    Arguments and errors as there.
+    """
+    evaluation = _matched(detections, ground_truth, num_classes, all_sizes=False)
+    thresholds, num_images = len(evaluation.params.iouThrs), len(ground_truth)
+    matches = []
+    for label in range(num_classes):
+        # None is an image with neither detections nor boxes of the class.
+        images = evaluation.evalImgs[label * num_images : (label + 1) * num_images]
+        there = [image for image in images if image is not None]
+        boxes = np.zeros(num_images)
+        for image in there:
+            boxes[image["image_id"]] = np.count_nonzero(image["gtIgnore"] == 0)
+        none = np.zeros((thresholds, 0), bool)
+        ignored = np.concatenate([none, *(i["dtIgnore"] for i in there)], axis=1).astype(bool)
+        matched = np.concatenate([none, *(i["dtMatches"] for i in there)], axis=1) > 0
+        matches.append(
+            CocoMatches(
+                scores=np.concatenate([np.zeros(0), *(i["dtScores"] for i in there)]),
+                images=np.repeat(
+                    np.array([i["image_id"] for i in there], np.int64),
+                    [len(i["dtScores"]) for i in there],
+                ),
+                right=matched & ~ignored,
+                ignored=ignored,
+                boxes=boxes,
+            )
+        )
+    return matches
+
+
+def _matched(
+    detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    ground_truth: Sequence[GroundTruth],
+    num_classes: int,
+    all_sizes: bool = True,
+) -> COCOeval:
+    """Return pycocotools' evaluation with every image matched."""
     found, truth = check_inputs(detections, ground_truth, num_classes)
     rows: list[dict[str, Any]]  # one a box, in order
     rows = [
@@ -95,20 +174,12 @@ def evaluate_coco(
     found_set = _data_set([(f.boxes, f.labels) for f in found], rows, num_classes)
     evaluation = _Evaluation(truth_set, found_set, "bbox")
     evaluation.params.maxDets = [100]
+    if not all_sizes:
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]
+        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
-        evaluation.accumulate()
-    # (T thresholds, R recalls, K, A areas, 1), -1 where there is nothing to find
-    precision = evaluation.eval["precision"][..., 0]
-    return CocoResult(
-        ap=_mean(precision[..., 0]),
-        ap50=_mean(precision[0, ..., 0]),
-        ap75=_mean(precision[5, ..., 0]),
-        ap_small=_mean(precision[..., 1]),
-        ap_medium=_mean(precision[..., 2]),
-        ap_large=_mean(precision[..., 3]),
-        ap_per_class=np.array([_mean(precision[:, :, k, 0]) for k in range(num_classes)]),
-    )
+    return evaluation
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -26,6 +26,8 @@ class Point:
         y: position, in the plot's units.
         group: points of one group have a colour, told in the legend if there is more than one.
         spread: half the length of a bar along y; 0 draws none.
+        x_bar: where a bar along x begins and ends; None draws none.
+        y_bar: the same along y.
     """
 
     name: str
@@ -33,9 +35,30 @@ class Point:
     y: float
     group: str = ""
     spread: float = 0.0
+    x_bar: tuple[float, float] | None = None
+    y_bar: tuple[float, float] | None = None
 
 
-def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, title: str = "") -> Figure:
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other beats: none is as far left and as high, and better in one.
+
+    Returns:
+        From left to right; of equal points all.
+    """
+    return sorted(
+        (p for p in points if not any(_beats(other, p) for other in points)),
+        key=lambda point: point.x,
+    )
+
+
+def _beats(one: Point, other: Point) -> bool:
+    no_worse = one.x <= other.x and one.y >= other.y
+    return no_worse and (one.x, one.y) != (other.x, other.y)
+
+
+def draw_scatter(
+    points: Sequence[Point], x_label: str, y_label: str, title: str = "", front: bool = False
+) -> Figure:
     """Return a figure with one mark and one name for each point.
 
     The x axis is logarithmic when the positions are positive and span a decade.
@@ -45,6 +68,7 @@ def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, title: str
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
         title: above the plot.
+        front: join the points of `pareto_front` by steps.
 
     Raises:
         ValueError: there is no point, or matplotlib is missing.
@@ -65,6 +89,18 @@ def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, title: str
     for p in points:
         if p.spread:
             axes.errorbar(p.x, p.y, p.spread, fmt="none", ecolor="gray", elinewidth=1, capsize=3)
+        _draw_bars(axes, p)
+    if front:
+        best = pareto_front(points)
+        axes.step(
+            *([p.x for p in best], [p.y for p in best]),
+            where="post",
+            color="gray",
+            linestyle="--",
+            linewidth=1,
+            zorder=1,
+            label="Pareto front",
+        )
     xs = [point.x for point in points]
     if min(xs) > 0 and max(xs) / min(xs) >= _LOG_FROM:
         axes.set_xscale("log")
@@ -72,9 +108,24 @@ def draw_scatter(points: Sequence[Point], x_label: str, y_label: str, title: str
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
     if len(groups) > 1:
-        axes.legend()
+        axes.legend(fontsize=8, framealpha=0.8)
     _write_names(figure, axes, points)
     return figure
+
+
+def _draw_bars(axes: Any, point: Point) -> None:
+    for name, bar, at in (("xerr", point.x_bar, point.x), ("yerr", point.y_bar, point.y)):
+        if bar is not None:
+            error = [[max(0.0, at - bar[0])], [max(0.0, bar[1] - at)]]
+            axes.errorbar(
+                *(point.x, point.y),
+                **{name: error},
+                fmt="none",
+                ecolor="gray",
+                elinewidth=1,
+                capsize=3,
+                zorder=1,
+            )
 
 
 def _write_names(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
@@ -89,11 +140,13 @@ def _write_names(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
         name = axes.annotate(
             point.name,
             (point.x, point.y),
-            xytext=(7 if side == "left" else -7, 0),
+            # Above the bar, if there is one.
+            xytext=(7 if side == "left" else -7, 8 if point.x_bar else 0),
             textcoords="offset points",
             ha=side,
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
         )
         box = name.get_window_extent()
         for other in sorted(taken, key=lambda other: -other.y1):

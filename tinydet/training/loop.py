@@ -22,6 +22,7 @@ from tinydet.data.loader import (
 )
 from tinydet.data.seeding import seed_globally
 from tinydet.data.voc import VocDataset
+from tinydet.evaluation.saved_detections import save_detections
 from tinydet.training.checkpoint import build_unloaded, previous_of, read_last
 from tinydet.training.device import pick_device
 from tinydet.training.distributed import (
@@ -244,6 +245,8 @@ def _evaluate(
     if is_best and not saver.save_best():
         is_best, state.best_ap50 = False, best_before
     if rank() == 0:
+        with going_on(found := run_dir / "detections.npz"):
+            save_detections(found, indexes[1].image_ids, metrics.classes, metrics.detections)
         with going_on(run_dir / "metrics.json"):
             write_results(run_dir, state, metrics, is_best, *indexes)
     logger.info(

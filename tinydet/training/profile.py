@@ -10,7 +10,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from dataclasses import dataclass
+from itertools import count, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -29,6 +30,53 @@ from tinydet.training.state import TrainingState
 _ROUNDS = 5  # in each, loop and bare step have a turn
 _WARM_UP = 4  # steps of a turn that are not timed: batches made in advance are used up in them
 _PARTS = ("forward", "losses", "backward", "optimiser")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step of the whole loop takes, and how the step was made.
+
+    Attributes:
+        seconds: the median.
+        steps_an_epoch: of the training split.
+        dtype: what it computes in, "auto" resolved.
+        memory_format: of its weights and images, "auto" resolved.
+    """
+
+    seconds: float
+    steps_an_epoch: int
+    dtype: str
+    memory_format: str
+
+
+def time_steps(experiment: Experiment, steps: int = 20) -> StepTime:
+    """Train some steps, throw them away, and return how long one takes, its data included.
+
+    Args:
+        experiment: what is trained.
+        steps: to be timed, after some to warm up in each epoch.
+
+    Raises:
+        ConfigError: a field of the experiment cannot be met.
+    """
+    device = pick_device(experiment.train.device)
+    state, loader, _, _ = prepare(experiment, device)
+    warm_up = min(_WARM_UP, len(loader) // 2)
+    part = _Part(loader, min(len(loader), warm_up + steps), device)
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bad_steps, saver = BadSteps(state, Path(folder)), Saver(Path(folder), state)
+        for epoch in count():
+            state.epoch, state.step = epoch, 0
+            with RunLog(Path(folder), part.number) as log:
+                train_epoch(state, part, device, log, bad_steps, saver, Interrupts())
+            seconds += part.steps[warm_up:]
+            if len(seconds) >= steps:
+                break
+    precision = state.precision
+    return StepTime(
+        statistics.median(seconds), len(loader), precision.dtype, precision.memory_format
+    )
 
 
 def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
@@ -88,7 +136,7 @@ class _Part:
 
     def __init__(self, loader: DetectionLoader, number: int, device: torch.device) -> None:
         self._loader = loader
-        self._number = number
+        self.number = number
         self._device = device
         self.steps: list[float] = []
         self.waits: list[float] = []
@@ -98,7 +146,7 @@ class _Part:
 
     def __iter__(self) -> Iterator[Batch]:
         self.steps, self.waits = [], []
-        batches = islice(self._loader, self._number)
+        batches = islice(self._loader, self.number)
         begin = time.perf_counter()
         for batch in batches:
             arrived = time.perf_counter()

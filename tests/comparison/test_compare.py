@@ -1,0 +1,263 @@
+"""Whole comparisons of networks that train in a second."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinydet.comparison import compare as compare_module
+from tinydet.comparison.compare import CompareOptions, compare
+from tinydet.comparison.runs import finished_run
+from tinydet.config import ConfigError
+from tinydet.evaluation import ImageDetections, evaluate
+from tinydet.evaluation.saved_detections import load_detections
+from tinydet.experiment_file import load_experiment
+from tinydet.training.divergence import DivergedError
+
+_SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "compare.py"
+_FILES = [Path("base.py"), Path("copy.py"), Path("idea.py")]
+# Networks so little trained are sure of nothing: everything counts as detected.
+_SET = ("model.score_threshold=0", "model.max_detections=20", "train.save_minutes=0")
+_OPTIONS = CompareOptions(seeds=2, budget="2epochs", resamples=100, overrides=_SET)
+
+
+@pytest.fixture(autouse=True)
+def _without_prices(monkeypatch):
+    # Exporting takes longer than all else here; test_price.py has it.
+    monkeypatch.setattr(compare_module, "prices", lambda *_: ({}, "nowhere"))
+
+
+def _result(folder):
+    (path,) = folder.glob("runs/compare/*/comparison.json")
+    return _without_what_varies(json.loads(path.read_text()))
+
+
+def _without_what_varies(content):
+    for one in content["experiments"]:
+        del one["training_speed_ratio"], one["runs"]
+    return content
+
+
+@pytest.fixture(scope="module")
+def compared(rendered, tmp_path_factory):
+    """The folder of a finished comparison, and what it told."""
+    folder = tmp_path_factory.mktemp("whole")
+    from .conftest import write_experiments
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(compare_module, "prices", lambda *_: ({}, "nowhere"))
+        write_experiments(rendered)
+        told = list(compare(_FILES, _OPTIONS))
+    return folder, told
+
+
+def test_the_copy_is_the_same_and_the_idea_is_not(compared):
+    folder, told = compared
+    base, copy, idea = _result(folder)["experiments"]
+    assert base["verdict"] is None
+    assert copy["verdict"]["kind"] == "the same"
+    assert "copy: the same: all 2 runs find exactly what the base's find" in told
+    assert copy["scores"] == base["scores"] != idea["scores"]
+    assert idea["verdict"]["kind"] in ("better", "worse", "can't tell yet")
+    assert idea["differences"]["AP50"]["estimate"] == pytest.approx(
+        np.mean(idea["scores"]["AP50"]) - np.mean(base["scores"]["AP50"])
+    )
+
+
+def test_scores_are_the_runs_own_metrics(compared):
+    folder, _ = compared
+    for one in _result(folder)["experiments"]:
+        for seed in range(2):
+            run = folder / "runs" / one["name"] / str(seed + 1)
+            metrics = json.loads((run / "metrics.json").read_text())
+            assert metrics["epochs"] == metrics["best_epoch"] == 2
+            for metric in ("AP50", "AP"):
+                assert one["scores"][metric][seed] == pytest.approx(metrics[metric], rel=1e-9)
+
+
+def test_every_experiment_sees_the_same_seeds_and_dtype(compared):
+    folder, _ = compared
+    for name in ("base", "copy", "idea"):
+        ran = [load_experiment(folder / "runs" / name / n / "experiment.json") for n in "12"]
+        assert [experiment.train.seed for experiment in ran] == [0, 1]
+        assert {experiment.train.dtype for experiment in ran} == {"float32"}
+    saved = [load_detections(folder / "runs" / "base" / n / "detections.npz") for n in "12"]
+    assert not saved[0].same_as(saved[1])
+
+
+def test_tables(compared):
+    folder, told = compared
+    (path,) = folder.glob("runs/compare/*/comparison.md")
+    text = path.read_text()
+    assert text.startswith("# base and its ideas\n\n- **copy** is the same: ")
+    assert text.count("| base |") == text.count("| idea |") == 2
+    assert any(
+        "each interval is of 97.5 %, so that all 2 together hold with 95 %" in t for t in told
+    )
+    assert not list(path.parent.glob("*.png"))
+    assert any(line.startswith("wrote ") and "comparison.md" in line for line in told)
+
+
+@pytest.fixture
+def finished(compared, tmp_path, monkeypatch):
+    """A copy of the finished comparison to work in."""
+    shutil.copytree(compared[0], tmp_path / "copied", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def _no_training(*_):
+    raise AssertionError("trained again")
+
+
+def test_started_again_nothing_is_trained_and_all_is_the_same(compared, finished, monkeypatch):
+    monkeypatch.setattr(compare_module, "train_run", _no_training)
+    shutil.rmtree(finished / "runs" / "compare")
+    # Found from the weights alone, as for runs older than saved detections.
+    (finished / "runs" / "idea" / "2" / "detections.npz").unlink()
+    told = list(compare(_FILES, _OPTIONS))
+    assert sum("finished in runs/" in line for line in told) == 6
+    assert _result(finished) == _result(compared[0])
+
+
+def test_another_comparison_uses_the_runs_of_the_first(finished, monkeypatch):
+    trained = []
+
+    def train_run(experiment):
+        trained.append((experiment.name, experiment.train.seed))
+        raise DivergedError("no number")
+
+    monkeypatch.setattr(compare_module, "train_run", train_run)
+    Path("other.py").write_text(Path("idea.py").read_text().replace("1e-3", "3e-3"))
+    told = list(compare([finished / n for n in ("base.py", "other.py", "idea.py")], _OPTIONS))
+    assert trained == [("other", 0)]
+    assert "other: can't tell yet: seed 1 failed: no number" in told
+    assert any(line.startswith("idea: ") for line in told[-9:])
+
+
+def test_a_base_that_fails_ends_the_comparison(finished, monkeypatch):
+    def train_run(experiment):
+        raise DivergedError(f"{experiment.name} is lost")
+
+    monkeypatch.setattr(compare_module, "train_run", train_run)
+    with pytest.raises(ValueError, match="base, seed 3 of 3: base is lost"):
+        list(compare(_FILES, replace(_OPTIONS, seeds=3)))
+    del finished
+
+
+def test_halving_drops_what_is_hopeless_and_trains_it_no_more(finished, monkeypatch):
+    """After two seeds the idea finds nothing, the base a lot; the third is the base's alone."""
+    trained = []
+
+    def train_run(experiment):
+        trained.append((experiment.name, experiment.train.seed))
+        return Path("runs") / experiment.name / "1"
+
+    def found(run, experiment, index):
+        saved = load_detections(run / "detections.npz")
+        rng = np.random.default_rng([ord(run.name), len(experiment.name)])
+        detections = []
+        for i in range(len(index)):
+            truth = index.objects(i)
+            kept = rng.random(len(truth.labels)) < (0.9 if run.parts[1] != "idea" else 0.02)
+            detections.append(
+                ImageDetections(truth.boxes[kept], rng.random(kept.sum()), truth.labels[kept])
+            )
+        return replace(saved, detections=detections)
+
+    monkeypatch.setattr(compare_module, "train_run", train_run)
+    monkeypatch.setattr(compare_module, "run_detections", found)
+    options = replace(_OPTIONS, seeds=3, halving=True, confidence=0.9)
+    told = list(compare([Path("base.py"), Path("idea.py")], options))
+    assert trained == [("base", 2)]
+    (dropped,) = [
+        line for line in told if line.startswith("idea: dropped: after 2 seeds; no better")
+    ]
+    assert "% confidence" in dropped
+    del finished
+
+
+def test_killed_and_started_again_it_ends_with_the_same_verdict(finished, folder):
+    files = [Path("base.py"), Path("idea.py")]
+    os.chdir(finished)
+    list(compare(files, replace(_OPTIONS, folder=Path("runs/compare/two"))))
+    os.chdir(folder)
+    options = ["--seeds", "2", "--budget", "2epochs", "--set", *_SET]
+    with Path("out.txt").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(_SCRIPT), *map(str, files), *options],
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    # In the middle of the second run: its first step is saved, its last one is not.
+    while not Path("runs/idea/1/last.previous.pt").is_file():
+        assert process.poll() is None, Path("out.txt").read_text()
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not Path("runs/idea/1/metrics.json").exists()
+    told = list(compare(files, _OPTIONS))
+    assert told[3].startswith("base, seed 1 of 2: finished in")
+    assert told[4] == "idea, seed 1 of 2: training"
+    assert sorted(path.name for path in Path("runs/idea").iterdir()) == ["1", "2"]
+    whole = finished / "runs" / "compare" / "two" / "comparison.json"
+    assert _result(folder) == _without_what_varies(json.loads(whole.read_text()))
+
+
+def test_a_run_of_other_settings_is_no_run_of_this(compared, monkeypatch):
+    folder, _ = compared
+    monkeypatch.chdir(folder)
+    ran = load_experiment("runs/base/1/experiment.json")
+    assert finished_run(ran) == Path("runs/base/1")
+    elsewhere = replace(ran, train=replace(ran.train, device="auto", eval_every=1))
+    assert finished_run(elsewhere) == Path("runs/base/1")
+    for other in (
+        replace(ran, train=replace(ran.train, seed=7)),
+        replace(ran, train=replace(ran.train, epochs=3)),
+        replace(ran, train=replace(ran.train, dtype="bfloat16")),
+        replace(ran, optim=replace(ran.optim, lr=0.1)),
+        replace(ran, name="idea"),
+    ):
+        assert finished_run(other) is None
+
+
+def test_saved_detections_are_those_of_the_metrics(compared, monkeypatch):
+    folder, _ = compared
+    monkeypatch.chdir(folder)
+    from tinydet.data.dataset import load_split
+    from tinydet.training.evaluate import ground_truth
+
+    experiment = load_experiment("runs/idea/1/experiment.json")
+    index = load_split(experiment.data, "test")
+    saved = load_detections(Path("runs/idea/1/detections.npz"))
+    metrics = evaluate(saved.detections, ground_truth(index), index.classes)
+    written = json.loads(Path("runs/idea/1/metrics.json").read_text())
+    assert metrics.as_dict()["AP"] == pytest.approx(written["AP"])
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 1}, "--seeds 1: one run does not tell"),
+        ({"metric": "mAP"}, "--metric mAP: take one of AP50, AP"),
+        ({"confidence": 95}, "--confidence 95: from 0.5 to below 1"),
+        ({"budget": "lots"}, "--budget lots: give the time"),
+    ],
+)
+def test_wrong_options_are_one_line(change, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        list(compare(_FILES, replace(_OPTIONS, **change)))
+    assert not Path("runs").exists()
