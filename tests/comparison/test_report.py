@@ -15,6 +15,7 @@ from tinydet.comparison.report import (
 )
 from tinydet.comparison.uncertainty import Difference
 from tinydet.comparison.verdict import Verdict, judge
+from tinydet.evaluation.tide import KINDS
 
 pytest.importorskip("matplotlib")
 
@@ -34,6 +35,7 @@ def _outcome(name, ap50, points=None, ms=9.5):
         scores={"AP50": [ap50 - 0.01, ap50, ap50 + 0.01], "AP": [ap50 / 2] * 3},
         differences=found,
         verdict=judge(found["AP50"], 0.95, 2, "AP50") if found else None,
+        lost={kind: (ap50 - 0.7) / (10 + i) for i, kind in enumerate(KINDS)},
         training_speed=0.8 if found else 1.0,
         price=Price(1_660_000, 880_000_000, ms, (ms - 0.2, ms + 0.3), ms / 9.5, (0.98, 1.3)),
     )
@@ -59,6 +61,12 @@ def test_lines(report):
     assert f"{100 * 0.1:+.1f} (" in text
     assert "more: better: AP50 " in text
     assert "no: can't tell yet: " in text
+    # 0.1 and 0.2 over 10 for classification, over 15 for missed, in points.
+    errors = [line.split() for line in lines if line.startswith(("plain", "more "))][2:4]
+    assert [(row[0], row[1], row[-1]) for row in errors] == [
+        ("plain", "1.00", "0.67"),
+        ("more", "2.00", "1.33"),
+    ]
     assert "1.16 (0.98 to 1.30)" in text
     assert "each interval is of 97.5 %, so that all 2 together hold with 95 %" in text
     assert max(len(line) for line in lines[1:4]) < 140
@@ -73,7 +81,8 @@ def test_a_single_idea_has_the_interval_that_was_asked_for(report):
 def test_markdown(report):
     tables = [line for line in markdown(report).splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables[:5]} == {10}
-    assert {line.count("|") for line in tables[5:]} == {7}
+    assert {line.count("|") for line in tables[5:10]} == {8}
+    assert {line.count("|") for line in tables[10:]} == {7}
     assert "- **more** is better: AP50 +" in markdown(report)
 
 

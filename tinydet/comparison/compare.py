@@ -20,7 +20,9 @@ from tinydet.config import ConfigError, Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
 from tinydet.evaluation.boxes import GroundTruth
+from tinydet.evaluation.error_changes import compare_errors
 from tinydet.evaluation.saved_detections import SavedDetections
+from tinydet.evaluation.tide import KINDS, tide
 from tinydet.evaluation.weighted import (
     coco_matches,
     voc_matches,
@@ -28,6 +30,7 @@ from tinydet.evaluation.weighted import (
     weighted_coco_ap,
 )
 from tinydet.training.divergence import DivergedError
+from tinydet.training.error_analysis import image_change_lines
 from tinydet.training.evaluate import ground_truth
 
 logger = logging.getLogger(__name__)
@@ -67,9 +70,17 @@ class _Entry:
     experiment: Experiment
     runs: list[Path] = field(default_factory=list)
     detections: list[SavedDetections] = field(default_factory=list)
+    lost: list[dict[str, float]] = field(default_factory=list)  # to errors, of each seed
     values: dict[str, list[np.ndarray]] = field(default_factory=lambda: {m: [] for m in METRICS})
     ended: str = ""  # why no further seed of it is trained
     dropped: bool = False
+
+    @property
+    def mean_lost(self) -> dict[str, float]:
+        return {
+            kind: float(np.mean([lost[kind] for lost in self.lost]))
+            for kind in (KINDS if self.lost else ())
+        }
 
     def scores(self, metric: str) -> Scores:
         values = np.array(self.values[metric])
@@ -111,6 +122,8 @@ def compare(files: Sequence[Path], options: CompareOptions) -> Iterator[str]:
     report = _report(plan, entries, options, index)
     yield from report_lines(report)
     yield from (f"wrote       {path}" for path in write_report(report, plan.folder))
+    for idea in entries[1:]:
+        yield from _changes(entries[0], idea, index, truth, plan.folder)
 
 
 def _check(options: CompareOptions) -> None:
@@ -161,6 +174,7 @@ def _score(entry: _Entry, index: Index, truth: Sequence[GroundTruth], weights: n
     entry.detections.append(saved)
     classes = len(index.classes)
     matches = voc_matches(saved.detections, truth, classes)
+    entry.lost.append(tide(saved.detections, truth, classes).lost)
     entry.values["AP50"].append(weighted_area_ap(matches, weights))
     matches = coco_matches(saved.detections, truth, classes)
     entry.values["AP"].append(weighted_coco_ap(matches, weights))
@@ -208,6 +222,7 @@ def _report(plan: Plan, entries: Sequence[_Entry], options: CompareOptions, inde
                 verdict=None
                 if entry is base
                 else _verdict(base, entry, found, options, len(ideas)),
+                lost=entry.mean_lost,
                 training_speed=_speed_ratio(base, entry),
                 price=priced.get(entry.experiment.name),
             )
@@ -221,6 +236,20 @@ def _report(plan: Plan, entries: Sequence[_Entry], options: CompareOptions, inde
         data=f"{index.root} ({index.split})",
         timed_on=where,
     )
+
+
+def _changes(
+    base: _Entry, idea: _Entry, index: Index, truth: Sequence[GroundTruth], folder: Path
+) -> Iterator[str]:
+    """Yield the images on which an idea's first run differs most from the base's, and draw them."""
+    if not idea.detections or base.detections[0].same_as(idea.detections[0]):
+        return
+    names = [entry.experiment.name for entry in (base, idea)]
+    found = [entry.detections[0].detections for entry in (base, idea)]
+    yield ""
+    yield f"{names[1]} beside {names[0]}, the first seed"
+    changes = compare_errors(*found, truth, len(index.classes))
+    yield from image_change_lines(changes, index, names, folder / names[1])
 
 
 def _verdict(

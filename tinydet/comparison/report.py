@@ -13,6 +13,7 @@ from tinydet.atomic import write_text
 from tinydet.comparison.price import Price
 from tinydet.comparison.uncertainty import Difference
 from tinydet.comparison.verdict import Verdict
+from tinydet.evaluation.tide import KINDS
 from tinydet.report.scatter import Point, draw_scatter, save_figure
 from tinydet.training.results import write_json
 
@@ -35,6 +36,7 @@ class Outcome:
         differences: from the base, of each metric; empty for the base, and where there are not
             two runs.
         verdict: None for the base.
+        lost: AP50 that each kind of error costs (`tinydet.evaluation.tide`), mean over seeds.
         training_speed: images per second in training, the base's being 1.
         price: of the folded network.
     """
@@ -46,6 +48,7 @@ class Outcome:
     scores: dict[str, list[float]]
     differences: dict[str, Difference]
     verdict: Verdict | None
+    lost: dict[str, float]
     training_speed: float | None
     price: Price | None
 
@@ -81,7 +84,7 @@ class Report:
 def report_lines(report: Report) -> list[str]:
     """Return the result as lines for a terminal."""
     lines = [""]
-    for rows in (_accuracy_rows(report), _price_rows(report)):
+    for rows in _tables(report):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [
             "  ".join(
@@ -124,7 +127,7 @@ def markdown(report: Report) -> str:
         for o in report.outcomes
         if o.verdict
     ]
-    for rows in (_accuracy_rows(report), _price_rows(report)):
+    for rows in _tables(report):
         header, *body = rows
         lines += ["", _row(header), _row(["---"] + ["---:"] * (len(header) - 1))]
         lines += [_row(cells) for cells in body]
@@ -168,6 +171,7 @@ def _outcome_json(outcome: Outcome, report: Report) -> dict[str, Any]:
         "differences": differences,
         "verdict": verdict
         and {"kind": verdict.kind, "reason": verdict.reason, "more_seeds": verdict.more_seeds},
+        "AP50_lost": outcome.lost,
         "training_speed_ratio": outcome.training_speed,
         "params": price and price.params,
         "multiply_adds": price and price.multiply_adds,
@@ -206,6 +210,10 @@ def draw_report(report: Report) -> Figure:
     )
 
 
+def _tables(report: Report) -> list[list[list[str]]]:
+    return [_accuracy_rows(report), _error_rows(report), _price_rows(report)]
+
+
 def _accuracy_rows(report: Report) -> list[list[str]]:
     others = [m for m in report.outcomes[0].scores if m != report.metric]
     metrics = [report.metric, *others]
@@ -224,6 +232,14 @@ def _accuracy_rows(report: Report) -> list[list[str]]:
                 cells.append(f"{100 * found.estimate:+.1f} ({low:+.1f} to {high:+.1f})")
                 cells.append(_probability(found.helps))
         rows.append(cells)
+    return rows
+
+
+def _error_rows(report: Report) -> list[list[str]]:
+    rows = [["AP50 points lost to", *KINDS]]
+    for outcome in report.outcomes:
+        cells = [_number(outcome.lost.get(kind), 100) for kind in KINDS]
+        rows.append([outcome.name, *cells])
     return rows
 
 
@@ -269,6 +285,7 @@ def _legend(report: Report) -> list[str]:
         f"{report.data}, {report.images} images; a budget of {report.budget} a run; last epoch; "
         "mean ± standard deviation of a seed; differences in points; helps: the probability that "
         "the true difference is above 0.",
+        "AP50 lost: what mending all errors of one kind alone would win (TIDE).",
         f"Folded networks timed in turns on {report.timed_on}.",
         *problems,
     ]

@@ -86,7 +86,7 @@ def error_lines(path: Path, other: Path | None, options: ErrorOptions) -> Iterat
     names = [base.name, idea.name]
     if base.name == idea.name:
         names = [f"{loaded.path.parent.name}/{loaded.path.name}" for loaded in (base, idea)]
-    yield from _image_lines(changes, index, names, options.out)
+    yield from image_change_lines(changes, index, names, options.out)
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,17 @@ def _detect(loaded: _Loaded, index: Index, device: torch.device) -> list[ImageDe
     return detect_split(loaded.detector, index, loaded.data, loaded.batch_size, device)
 
 
-def _image_lines(
+def image_change_lines(
     changes: ErrorChanges, index: Index, names: Sequence[str], out: Path | None
 ) -> Iterator[str]:
-    """Yield the images that changed most, and draw them."""
+    """Yield the images that changed most, and draw them side by side.
+
+    Args:
+        changes: of the index's images.
+        index: the test split.
+        names: of the base and of the idea.
+        out: the folder for `improved_1.jpg`, `worsened_1.jpg` and so on; None draws nothing.
+    """
     for word, every in (("improved", changes.improved), ("worsened", changes.worsened)):
         images = every[:_IMAGES]
         yield ""
