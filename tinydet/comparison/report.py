@@ -198,7 +198,8 @@ def draw_report(report: Report) -> Figure:
         if outcome.differences:
             found = outcome.differences[report.metric]
             low, high = found.interval(report.single_confidence)
-            y_bar = (y + 100 * (low - found.estimate), y + 100 * (high - found.estimate))
+            ends = (y + 100 * (end - found.estimate) for end in (low, high))
+            y_bar = tuple(min(max(end, 0.0), 100.0) for end in ends)
         kind = outcome.verdict.kind if outcome.verdict else "base"
         points.append(Point(outcome.name, price.ms, y, kind, x_bar=price.ms_interval, y_bar=y_bar))
     bars = f"{100 * report.single_confidence:.3g} % interval of the difference from the base"
