@@ -108,7 +108,7 @@ def compare(files: Sequence[Path], options: CompareOptions) -> Iterator[str]:
     yield f"comparison  {plan.folder}"
     for experiment, reason in zip(plan.experiments, plan.reasons, strict=True):
         train = experiment.train
-        yield f"{experiment.name}: {train.epochs} epochs in {train.dtype} ({reason})"
+        yield f"{experiment.name}: {train.epochs} epoch{'s'[: train.epochs > 1]} in {train.dtype} ({reason})"
     entries = [_Entry(experiment) for experiment in plan.experiments]
     truth, weights = ground_truth(index), _draws(len(index), options.resamples)
     for seed in range(options.seeds):
