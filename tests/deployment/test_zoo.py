@@ -284,7 +284,7 @@ def _run(*arguments):
 
 def test_command(tmp_path):
     sizes = ["--size", 64, 64, "--turns", 1, "--threads", 1, "--device", "cpu"]
-    done = _run("quick*", "--out", tmp_path, *sizes)
+    done = _run("quickstart", "--out", tmp_path, *sizes)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "experiments.json").read_text())["rows"]
     assert row["experiment"] == "quickstart"
