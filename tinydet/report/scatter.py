@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LOG_FROM = 10.0  # largest x over smallest from which a logarithmic axis shows more
-_GAP = 4.0  # pixels between names
+_GAP = 8.0  # pixels between names
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _write_names(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
         )
         box = name.get_window_extent()
         for other in sorted(taken, key=lambda other: -other.y1):
-            if box.overlaps(other):
+            if box.padded(_GAP).overlaps(other):
                 down = box.y1 - other.y0 + _GAP
                 offset = name.xyann
                 name.xyann = (offset[0], offset[1] - down * 72 / figure.dpi)
