@@ -107,8 +107,8 @@ def compare(files: Sequence[Path], options: CompareOptions) -> Iterator[str]:
     plan = make_plan(files, experiments, budget, options.folder)
     yield f"comparison  {plan.folder}"
     for experiment, reason in zip(plan.experiments, plan.reasons, strict=True):
-        train = experiment.train
-        yield f"{experiment.name}: {train.epochs} epoch{'s'[: train.epochs > 1]} in {train.dtype} ({reason})"
+        epochs, dtype = experiment.train.epochs, experiment.train.dtype
+        yield f"{experiment.name}: {epochs} epoch{'s'[: epochs > 1]} in {dtype} ({reason})"
     entries = [_Entry(experiment) for experiment in plan.experiments]
     truth, weights = ground_truth(index), _draws(len(index), options.resamples)
     for seed in range(options.seeds):
