@@ -10,14 +10,13 @@ short=(train.epochs=2 train.eval_every=2)
 
 say python tools/train.py $quickstart --set "${short[@]}" model.expand=repvgg
 run=$(ls -td runs/quickstart/*/ | head -n 1)
-say python deploy/reparam.py $quickstart
-say python deploy/export_onnx.py $quickstart
-say python deploy/quantize.py $quickstart --images 16 --budget 1
-say python tools/speed.py $quickstart --images 50
+say python deploy/reparam.py
+say python deploy/export_onnx.py
+say python deploy/quantize.py --images 16 --budget 1
+say python tools/speed.py --images 50
 say python tools/flops.py $quickstart --shape 160 160
-say python tools/image_demo.py datasets/shapes/JPEGImages/test_00000.jpg $quickstart \
-    --out "${run}detections.jpg"
-say python tools/errors.py "$run" --out "${run}errors"
+say python tools/image_demo.py datasets/shapes/JPEGImages/test_00000.jpg --out "${run}detections.jpg"
+say python tools/errors.py "$run"
 
 # A folder in VOC layout, such as one's own; the experiment's own backbone wants its ImageNet weights.
 say python tools/train.py experiments/custom_voc.py --set data.root=datasets/shapes "${short[@]}" \
