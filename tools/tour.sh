@@ -16,7 +16,6 @@ say python deploy/quantize.py --images 16 --budget 1
 say python tools/speed.py --images 50
 say python tools/flops.py $quickstart --shape 160 160
 say python tools/image_demo.py datasets/shapes/JPEGImages/test_00000.jpg --out "${run}detections.jpg"
-say python tools/errors.py "$run"
 
 # A folder in VOC layout, such as one's own; the experiment's own backbone wants its ImageNet weights.
 say python tools/train.py experiments/custom_voc.py --set data.root=datasets/shapes "${short[@]}" \
@@ -25,3 +24,4 @@ say python tools/train.py experiments/rexnet_yolof.py --profile --set data.root=
     data.source=folder data.classes= data.image_size=160 model.weights=random train.batch_size=8
 
 say python tools/compare.py $quickstart experiments/quickstart_leak.py --seeds 2 --budget 2epochs
+say python tools/errors.py experiments/quickstart_leak.py "$run" runs/quickstart_leak/1 --out runs/changed

@@ -76,6 +76,8 @@ def test_the_page_is_made_anew_from_the_folder(run_dir):
     [
         (["tools/report.py", "gone"], "gone: not a run's folder"),
         (["tools/errors.py", "gone.pt"], "gone.pt: no such checkpoint"),
+        (["tools/errors.py", "a.pt", "b.pt", "c.pt"], "3 checkpoints: give one, or two"),
+        (["tools/errors.py", "gone.py", "a.pt"], "gone.py: no such experiment file"),
         (["tools/analyze_logs.py", "summary", "gone.jsonl"], "gone.jsonl: No such file"),
         (["tools/analyze_logs.py", "summary", "tools"], "tools: a folder without log.jsonl; name"),
     ],
