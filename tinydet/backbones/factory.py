@@ -62,7 +62,10 @@ def check_backbone(name: str) -> None:
     if not timm.is_model(base_name):
         near = difflib.get_close_matches(base_name, timm.list_models(), 3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them"
-        raise ConfigError(f"model.backbone={name}: timm {timm.__version__} has no such model{hint}")
+        raise ConfigError(
+            f"model.backbone={name}: timm {timm.__version__} has no such model{hint} (one of your "
+            "own is known once the experiment file that registers it is named)"
+        )
 
 
 def create_backbone(name: str, weights: str, feature: str) -> Backbone:
