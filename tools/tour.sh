@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command of the README's tour, in small: two epochs on synthetic images, no download.
+# The commands of the README's tour that need no download, in small: two epochs on synthetic images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,11 +17,8 @@ say python tools/speed.py --images 50
 say python tools/flops.py $quickstart --shape 160 160
 say python tools/image_demo.py datasets/shapes/JPEGImages/test_00000.jpg --out "${run}detections.jpg"
 
-# A folder in VOC layout, such as one's own; the experiment's own backbone wants its ImageNet weights.
+# A folder in VOC layout, such as one's own.
 say python tools/train.py experiments/custom_voc.py --set data.root=datasets/shapes "${short[@]}" \
     data.image_size=160
-say python tools/train.py experiments/rexnet_yolof.py --profile --set data.root=datasets/shapes \
-    data.source=folder data.classes= data.image_size=160 model.weights=random train.batch_size=8
-
 say python tools/compare.py $quickstart experiments/quickstart_leak.py --seeds 2 --budget 2epochs
 say python tools/errors.py experiments/quickstart_leak.py "$run" runs/quickstart_leak/1 --out runs/changed
