@@ -18,7 +18,8 @@ import numpy as np
 
 from tinydet.comparison.uncertainty import Scores
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections
-from tinydet.evaluation.weighted import ClassMatches, weighted_area_ap
+from tinydet.evaluation.coco import ClassMatches
+from tinydet.evaluation.weighted import weighted_area_ap
 
 _SIDE = 40.0  # of an object, in pixels
 _CELL = 100.0

@@ -37,7 +37,7 @@ def test_time_becomes_epochs_once_and_stays(clock):
     # A step took 1 s for the base, 2 s for the idea; the copy is the base's equal.
     assert clock == ["base", "idea"]
     assert [e.train.epochs for e in plan.experiments] == [20, 20, 10]
-    assert plan.names == ("base", "copy", "idea")
+    assert [e.name for e in plan.experiments] == ["base", "copy", "idea"]
     train = plan.experiments[2].train
     assert (train.dtype, train.memory_format, train.eval_every) == ("bfloat16", "channels_last", 10)
     assert _plan("60s") == plan

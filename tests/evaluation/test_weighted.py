@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections
-from tinydet.evaluation.coco import evaluate_coco
+from tinydet.evaluation.coco import evaluate_coco, match_coco
 from tinydet.evaluation.voc import evaluate_voc
 from tinydet.evaluation.weighted import (
-    coco_matches,
     voc_matches,
     weighted_area_ap,
     weighted_coco_ap,
@@ -53,7 +52,7 @@ def test_weights_are_copies(seed, crowds):
     rng = np.random.default_rng(seed)
     weights = np.vstack([np.ones((1, 7), int), rng.multinomial(7, np.full(7, 1 / 7), size=3)])
     voc = weighted_area_ap(voc_matches(detections, truth, _CLASSES), weights)
-    coco = weighted_coco_ap(coco_matches(detections, truth, _CLASSES), weights)
+    coco = weighted_coco_ap(match_coco(detections, truth, _CLASSES), weights)
     for i, of_image in enumerate(weights):
         copied = repeated(detections, of_image), repeated(truth, of_image)
         expected = evaluate_voc(*copied, _CLASSES).mean_area
@@ -67,7 +66,7 @@ def test_a_large_split_as_it_is_has_the_metrics_own_values():
     once = np.ones((1, 400))
     (voc,) = weighted_area_ap(voc_matches(detections, truth, _CLASSES), once)
     assert voc == pytest.approx(evaluate_voc(detections, truth, _CLASSES).mean_area, rel=1e-12)
-    (coco,) = weighted_coco_ap(coco_matches(detections, truth, _CLASSES), once)
+    (coco,) = weighted_coco_ap(match_coco(detections, truth, _CLASSES), once)
     assert coco == pytest.approx(evaluate_coco(detections, truth, _CLASSES).ap, rel=1e-12)
 
 
@@ -83,7 +82,7 @@ def test_recalls_that_floating_point_sees_below_a_threshold_are_pycocotools_own(
             else ImageDetections(np.zeros((0, 4)), np.zeros(0), none)
             for i in range(100)
         ]
-        (ap,) = weighted_coco_ap(coco_matches(detections, truth, 1), np.ones((1, 100)))
+        (ap,) = weighted_coco_ap(match_coco(detections, truth, 1), np.ones((1, 100)))
         assert ap == pytest.approx(evaluate_coco(detections, truth, 1).ap, rel=1e-12)
 
 
@@ -97,7 +96,7 @@ def test_a_class_without_boxes_in_a_test_set_is_left_out_of_its_mean():
     weights = np.array([[1, 1], [2, 0], [0, 2], [0, 0]])
     values = weighted_area_ap(voc_matches(detections, truth, 2), weights)
     np.testing.assert_array_equal(values, [0.5, 1.0, 0.0, np.nan])
-    values = weighted_coco_ap(coco_matches(detections, truth, 2), weights)
+    values = weighted_coco_ap(match_coco(detections, truth, 2), weights)
     np.testing.assert_allclose(values, [0.5, 1.0, 0.0, np.nan], rtol=1e-12)
 
 
@@ -106,4 +105,4 @@ def test_no_detections_at_all():
     nothing = [ImageDetections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))] * 5
     weights = np.ones((2, 5))
     assert weighted_area_ap(voc_matches(nothing, truth, _CLASSES), weights).tolist() == [0, 0]
-    assert weighted_coco_ap(coco_matches(nothing, truth, _CLASSES), weights).tolist() == [0, 0]
+    assert weighted_coco_ap(match_coco(nothing, truth, _CLASSES), weights).tolist() == [0, 0]

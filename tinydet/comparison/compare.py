@@ -20,11 +20,11 @@ from tinydet.config import ConfigError, Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
 from tinydet.evaluation.boxes import GroundTruth
+from tinydet.evaluation.coco import match_coco
 from tinydet.evaluation.error_changes import compare_errors
 from tinydet.evaluation.saved_detections import SavedDetections
 from tinydet.evaluation.tide import KINDS, tide
 from tinydet.evaluation.weighted import (
-    coco_matches,
     voc_matches,
     weighted_area_ap,
     weighted_coco_ap,
@@ -176,7 +176,7 @@ def _score(entry: _Entry, index: Index, truth: Sequence[GroundTruth], weights: n
     matches = voc_matches(saved.detections, truth, classes)
     entry.lost.append(tide(saved.detections, truth, classes).lost)
     entry.values["AP50"].append(weighted_area_ap(matches, weights))
-    matches = coco_matches(saved.detections, truth, classes)
+    matches = match_coco(saved.detections, truth, classes)
     entry.values["AP"].append(weighted_coco_ap(matches, weights))
 
 

@@ -72,11 +72,6 @@ class Plan:
     experiments: tuple[Experiment, ...]
     reasons: tuple[str, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The experiments' names, the base first."""
-        return tuple(experiment.name for experiment in self.experiments)
-
 
 def load_experiments(files: Sequence[Path], overrides: Sequence[str]) -> list[Experiment]:
     """Read experiments that can be compared.

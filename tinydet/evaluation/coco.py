@@ -98,18 +98,16 @@ def evaluate_coco(
 
 
 @dataclass(frozen=True)
-class CocoMatches:
-    """The detections of one class in all images, each matched with the ground truth.
+class ClassMatches:
+    """The judged detections of one class, by descending score over all images.
 
     Attributes:
-        scores: (N,) by image, and in an image descending; at most 100 of each.
-        images: (N,) number of the image.
-        right: (T, N) bool, true positives at the IoU thresholds 0.5, 0.55, ... 0.95.
+        images: (N,) number of each detection's image.
+        right: (T, N) bool, true positives at each IoU threshold.
         ignored: (T, N) bool, neither right nor wrong.
         boxes: (I,) boxes to find in each image.
     """
 
-    scores: np.ndarray
     images: np.ndarray
     right: np.ndarray
     ignored: np.ndarray
@@ -120,10 +118,10 @@ def match_coco(
     detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     ground_truth: Sequence[GroundTruth],
     num_classes: int,
-) -> list[CocoMatches]:
-    """Return how `evaluate_coco` judges each detection, objects of all sizes together, by class.
+) -> list[ClassMatches]:
+    """Judge detections as `evaluate_coco` does, at its ten thresholds, for all sizes together.
 
-    Arguments and errors as there.
+    Arguments and errors as there; of each image at most 100 detections of a class are judged.
     """
     evaluation = _matched(detections, ground_truth, num_classes, all_sizes=False)
     thresholds, num_images = len(evaluation.params.iouThrs), len(ground_truth)
@@ -138,18 +136,12 @@ def match_coco(
         none = np.zeros((thresholds, 0), bool)
         ignored = np.concatenate([none, *(i["dtIgnore"] for i in there)], axis=1).astype(bool)
         matched = np.concatenate([none, *(i["dtMatches"] for i in there)], axis=1) > 0
-        matches.append(
-            CocoMatches(
-                scores=np.concatenate([np.zeros(0), *(i["dtScores"] for i in there)]),
-                images=np.repeat(
-                    np.array([i["image_id"] for i in there], np.int64),
-                    [len(i["dtScores"]) for i in there],
-                ),
-                right=matched & ~ignored,
-                ignored=ignored,
-                boxes=boxes,
-            )
-        )
+        numbers = np.array([i["image_id"] for i in there], np.int64)
+        of_detection = np.repeat(numbers, [len(i["dtScores"]) for i in there])
+        scores = np.concatenate([np.zeros(0), *(i["dtScores"] for i in there)])
+        order = np.argsort(-scores, kind="stable")
+        right = (matched & ~ignored)[:, order]
+        matches.append(ClassMatches(of_detection[order], right, ignored[:, order], boxes))
     return matches
 
 

@@ -10,35 +10,17 @@ that the test set has boxes of.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tinydet.evaluation.boxes import GroundTruth, check_inputs
-from tinydet.evaluation.coco import match_coco
+from tinydet.evaluation.coco import ClassMatches
 from tinydet.evaluation.voc import IGNORED, RIGHT, match
 
 _CHUNK = 32  # test sets at a time: what is computed of them stays in the processor's cache
 _RECALLS = np.linspace(0.0, 1.0, 101)  # pycocotools'
 # From true positives and precisions (R, P) and boxes (R, 1) to average precisions (R,).
 _Rule = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class ClassMatches:
-    """The judged detections of one class, by descending score over all images.
-
-    Attributes:
-        images: (N,) number of each detection's image.
-        right: (T, N) bool, true positives at each IoU threshold.
-        ignored: (T, N) bool, neither right nor wrong.
-        boxes: (I,) boxes to find in each image.
-    """
-
-    images: np.ndarray
-    right: np.ndarray
-    ignored: np.ndarray
-    boxes: np.ndarray
 
 
 def voc_matches(
@@ -65,26 +47,6 @@ def voc_matches(
     return matches
 
 
-def coco_matches(
-    detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    ground_truth: Sequence[GroundTruth],
-    num_classes: int,
-) -> list[ClassMatches]:
-    """Judge detections as `evaluate_coco` does, at its ten thresholds; arguments as there."""
-    matches = []
-    for of_class in match_coco(detections, ground_truth, num_classes):
-        order = np.argsort(-of_class.scores, kind="stable")
-        matches.append(
-            ClassMatches(
-                of_class.images[order],
-                of_class.right[:, order],
-                of_class.ignored[:, order],
-                of_class.boxes,
-            )
-        )
-    return matches
-
-
 def weighted_area_ap(matches: Sequence[ClassMatches], weights: np.ndarray) -> np.ndarray:
     """Return the mean area under the precision-recall curves (VOC 2010), as `mean_area` is.
 
@@ -102,7 +64,7 @@ def weighted_coco_ap(matches: Sequence[ClassMatches], weights: np.ndarray) -> np
     """Return COCO's mean of 101 precisions, over thresholds and classes, as `CocoResult.ap` is.
 
     Args:
-        matches: of `coco_matches`, a class each.
+        matches: of `match_coco`, a class each.
         weights: (R, I), how often each image is in each of R test sets.
 
     Returns:
