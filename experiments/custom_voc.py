@@ -25,6 +25,7 @@ experiment = Experiment(
         augment=Augment(
             color_jitter=0.2, scale=(0.75, 1.33), hflip=0.5, vflip=0.5, shift=0.5, max_shift=16
         ),
+        cache_mb=1000,
     ),
     optim=Optim(
         optimizer="adamw",

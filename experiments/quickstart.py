@@ -22,6 +22,7 @@ experiment = Experiment(
         classes=(),
         image_size=160,
         augment=Augment(hflip=0.5, vflip=0.5, shift=0.5, max_shift=16, scale=(0.8, 1.25)),
+        cache_mb=100,
     ),
     optim=Optim(
         optimizer="adamw",

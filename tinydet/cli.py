@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tinydet.memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from tinydet.deployment.runtime import Detector
 
@@ -19,6 +21,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Parse `sys.argv` and call `main`; a user's mistake is one line on stderr and exit 2."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+    keep_freed_memory()
     # Of processes that train together, the first one speaks for all.
     speaks = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if speaks else logging.ERROR

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as F
 
 from tinydet.config import Augment
-from tinydet.data.color import adjust_hsv, recolored
+from tinydet.data.color import adjust_color, adjust_hsv, recolored
 
 OFF = Augment()
 
@@ -29,7 +30,6 @@ def test_adjust_hsv__is_what_colorsys_computes(seed, turn, saturation, value):
     out = adjust_hsv(image, turn, saturation, value)
     assert out.shape == image.shape
     assert out.dtype == torch.uint8
-    assert out.is_contiguous()
     for pixel, changed in zip(image.flatten(1).T.tolist(), out.flatten(1).T.tolist(), strict=True):
         h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in pixel))
         h = (h + round(256 * turn) / 256) % 1
@@ -37,6 +37,62 @@ def test_adjust_hsv__is_what_colorsys_computes(seed, turn, saturation, value):
         # 256 levels of hue are six of a channel apart, of saturation one, times the value.
         error = max(abs(255 * e - c) for e, c in zip(expected, changed, strict=True))
         assert error < 6 * max(1, saturation) * max(1, value) + 2
+
+
+COLOURS = {  # a factor below and above one for each
+    name: pytest.param(*factors, id=name)
+    for name, factors in {
+        "darker": (0.6, 1.0, 1.0),
+        "brighter": (1.3, 1.0, 1.0),
+        "flatter": (1.0, 0.5, 1.0),
+        "harder": (1.0, 1.4, 1.0),
+        "paler": (1.0, 1.0, 0.4),
+        "richer": (1.0, 1.0, 1.5),
+        "all": (0.8, 1.2, 1.3),
+        "grey": (1.0, 1.0, 0.0),
+        "black": (0.0, 1.0, 1.0),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(("brightness", "contrast", "saturation"), COLOURS.values())
+def test_adjust_color__is_torchvisions_where_nothing_is_cut_off(brightness, contrast, saturation):
+    # Mild colours: no step of torchvision's comes to its bounds, which it would cut off at.
+    image = random_image(0, 40, 50) // 4 + 80
+    expected = F.adjust_brightness(image, brightness)
+    expected = F.adjust_contrast(expected, contrast)
+    expected = F.adjust_saturation(expected, saturation)
+    assert brightness == 0.0 or 0 < expected.min() < expected.max() < 255
+    # Each of its three steps rounds down; a saturation scales what the two before have lost.
+    difference = adjust_color(image, brightness, contrast, saturation).int() - expected.int()
+    assert difference.min() >= -1
+    assert difference.max() <= 3
+
+
+def test_adjust_color__ends_at_black_and_white():
+    image = torch.tensor([0, 100, 200], dtype=torch.uint8).repeat(3, 1, 1)
+    # The mean is 100, of twice the brightness 200: 0 and 400 lie 200 from it.
+    assert adjust_color(image, 2.0, 1.5, 1.0)[0].tolist() == [[0, 200, 255]]
+
+
+@pytest.mark.parametrize("layout", ["planes", "pixels", "window"])
+def test_adjust_color__whatever_the_order_in_memory_and_the_threads(layout):
+    image = random_image(1, 300, 400)
+    expected = adjust_color(image, 0.9, 1.1, 1.2)
+    if layout == "pixels":
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    elif layout == "window":
+        larger = torch.zeros(310, 420, 3, dtype=torch.uint8).permute(2, 0, 1)
+        larger[:, 5:305, 7:407] = image
+        image = larger[:, 5:305, 7:407]
+    threads, before = torch.get_num_threads(), image.clone()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(adjust_color(image, 0.9, 1.1, 1.2), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(image, before)
 
 
 def test_adjust_hsv__grey_has_no_hue():

@@ -362,6 +362,7 @@ def test_choose_workers():
     assert choose_workers(3, "cpu") == 3
     assert choose_workers(0, "cuda") == 0
     assert choose_workers(-1, "cpu") in (1, 2)
+    assert choose_workers(-1, "cpu", world_size=1000) == 1
     assert 1 <= choose_workers(-1, "cuda") <= 8
 
 

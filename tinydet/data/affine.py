@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from tinydet.config import Augment
-from tinydet.data.canvas import PAD_VALUE, as_boxes, keep_visible
+from tinydet.data.canvas import PAD_VALUE, keep_visible
 from tinydet.data.sample import Sample
 from tinydet.data.seeding import uniform
 
@@ -49,8 +50,12 @@ def warped(sample: Sample, augment: Augment, generator: torch.Generator) -> Samp
     )
     image = offset.add_(PAD_VALUE).round_().byte()
     # Not clamped, so that it is known how much of each box is left.
-    boxes = as_boxes(sample.boxes, (height, width))
-    boxes.clamping_mode = None
+    boxes = BoundingBoxes(
+        sample.boxes,
+        format=BoundingBoxFormat.XYXY,
+        canvas_size=(height, width),
+        clamping_mode=None,
+    )
     whole = F.affine(boxes, **warp).as_subclass(Tensor)
     edges = torch.tensor([width, height, width, height], dtype=whole.dtype)
     clipped = whole.clamp(min=torch.zeros(4, dtype=whole.dtype), max=edges)

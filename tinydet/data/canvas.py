@@ -1,18 +1,18 @@
 """Images and their boxes together: resized, flipped, and put on a canvas of a given size.
 
-Geometry works on uint8 with anti-aliasing. A box that is cut at the canvas's edge is clipped, and
-dropped when less than `MIN_VISIBLE` of its area or less than `MIN_SIDE` pixels of a side is left.
+Geometry works on uint8 with anti-aliasing. Pixels stay in the decoder's order to the end, channels
+last in memory, as in a batch: changing it would cost more than all else. A box that is cut at the
+canvas's edge is clipped, and dropped when less than `MIN_VISIBLE` of its area or less than
+`MIN_SIDE` pixels of a side is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from tinydet.config import Augment
 from tinydet.data.color import recolored
@@ -25,11 +25,6 @@ MIN_VISIBLE = 0.2
 MIN_SIDE = 1.0
 
 
-def as_boxes(boxes: Tensor, canvas_size: tuple[int, int]) -> BoundingBoxes:
-    """Return (N, 4) xyxy boxes as torchvision's, on a canvas of (height, width)."""
-    return BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=tuple(canvas_size))
-
-
 def resized(sample: Sample, height: int, width: int) -> Sample:
     """Return the sample resized to exactly height x width."""
     old_height, old_width = sample.image.shape[-2:]
@@ -37,17 +32,25 @@ def resized(sample: Sample, height: int, width: int) -> Sample:
         return sample
     # A batch of one: torch resizes (1, 3, H, W) in the decoder's pixel order three times as fast
     # as (3, H, W).
-    image = F.resize(sample.image[None], [height, width], antialias=True)[0]
-    boxes = F.resize(as_boxes(sample.boxes, (old_height, old_width)), [height, width])
+    image = F.resize_image(sample.image[None], [height, width], antialias=True)[0]
+    # First times, then by: what lies on the edge stays there to the last bit.
+    new, old = [width, height] * 2, [old_width, old_height] * 2
+    boxes = sample.boxes * torch.tensor(new) / torch.tensor(old)
     # Of what was there: an image that was decoded at reduced scale has a scale already.
     scale = (sample.scale[0] * height / old_height, sample.scale[1] * width / old_width)
-    return replace(sample, image=image, boxes=boxes.as_subclass(Tensor), scale=scale)
+    return replace(sample, image=image, boxes=boxes, scale=scale)
 
 
-def flipped(sample: Sample, flip: Callable[[Tensor], Tensor]) -> Sample:
-    """Return the sample after torchvision's horizontal_flip or vertical_flip."""
-    boxes = flip(as_boxes(sample.boxes, sample.image.shape[-2:]))
-    return replace(sample, image=flip(sample.image), boxes=boxes.as_subclass(Tensor))
+def flipped(sample: Sample, horizontal: bool, vertical: bool) -> Sample:
+    """Return the sample with left and right exchanged, or top and bottom, or both."""
+    height, width = sample.image.shape[-2:]
+    x1, y1, x2, y2 = sample.boxes.unbind(1)
+    if horizontal:
+        x1, x2 = width - x2, width - x1
+    if vertical:
+        y1, y2 = height - y2, height - y1
+    axes = [-1] * horizontal + [-2] * vertical
+    return replace(sample, image=sample.image.flip(axes), boxes=torch.stack([x1, y1, x2, y2], 1))
 
 
 def placement(
@@ -82,18 +85,17 @@ def placed(
     left = min(max(left, 1 - image_width), width - 1)
     y1, x1 = max(0, -top), max(0, -left)
     y2, x2 = min(image_height, height - top), min(image_width, width - left)
-    window = [y1, x1, y2 - y1, x2 - x1]  # of the image, seen on the canvas
-    borders = [max(0, left), max(0, top)]  # left, top
-    borders += [width - borders[0] - window[3], height - borders[1] - window[2]]  # right, bottom
-
     # Colours change after the crop, where there are fewest pixels, and before the padding, which
-    # stays grey. From here on plane by plane, which is faster than the decoder's pixel order.
-    image = recolored(F.crop(sample.image, *window).contiguous(), augment, generator)
-    boxes = F.crop(as_boxes(sample.boxes, (image_height, image_width)), *window)
-    if any(borders):
-        image = F.pad(image, borders, fill=PAD_VALUE)
-        boxes = F.pad(boxes, borders)
-    return keep_visible(replace(sample, image=image), boxes.as_subclass(Tensor), sample.boxes)
+    # stays grey.
+    image = recolored(sample.image[:, y1:y2, x1:x2], augment, generator)
+    whole = sample.boxes + torch.tensor([left, top, left, top])
+    y1, x1, y2, x2 = y1 + top, x1 + left, y2 + top, x2 + left  # on the canvas from here on
+    if (y2 - y1, x2 - x1) != (height, width):
+        canvas = torch.full((height, width, 3), PAD_VALUE, dtype=torch.uint8).permute(2, 0, 1)
+        canvas[:, y1:y2, x1:x2] = image
+        image = canvas
+    edges = torch.tensor([[x1, y1, x1, y1], [x2, y2, x2, y2]], dtype=whole.dtype)
+    return keep_visible(replace(sample, image=image), whole.clamp(*edges), whole)
 
 
 def keep_visible(sample: Sample, boxes: Tensor, whole: Tensor) -> Sample:

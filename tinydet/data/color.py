@@ -11,19 +11,49 @@ from torchvision.transforms.v2 import functional as F
 from tinydet.config import Augment
 from tinydet.data.seeding import uniform
 
+_GREY = (0.299, 0.587, 0.114)  # of red, green and blue: the luma of ITU-R BT.601
+
 
 def recolored(image: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
     """Return a (3, H, W) uint8 RGB image with the colour changes that `augment` asks for."""
     strength = augment.color_jitter
     if strength:
-        for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
-            image = adjust(image, max(0.0, uniform(generator, 1 - strength, 1 + strength)))
+        factors = [max(0.0, uniform(generator, 1 - strength, 1 + strength)) for _ in range(3)]
+        image = adjust_color(image, *factors)
     if augment.hue:
         image = F.adjust_hue(image, uniform(generator, -augment.hue, augment.hue))
     if any(augment.hsv):
         turn, *factors = (uniform(generator, -gain, gain) for gain in augment.hsv)
         image = adjust_hsv(image, turn, 1 + factors[0], 1 + factors[1])
     return image
+
+
+def adjust_color(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
+    """Return the image with brightness, contrast and saturation scaled, in this order.
+
+    As torchvision's `adjust_brightness`, `adjust_contrast` and `adjust_saturation` one after the
+    other, in a third of their time: the three make one linear function of a pixel and its grey
+    value, which is clamped to [0, 255] and rounded once, at the end. Theirs cut off what is too
+    bright or too dark after each step.
+
+    Args:
+        image: (3, H, W) uint8 RGB.
+        brightness: factor, at least 0.
+        contrast: factor of the distance from the mean grey value of the brightened image.
+        saturation: factor of the distance from the pixel's own grey value.
+    """
+    pixels = image.float()
+    red, green, blue = pixels
+    grey = (_GREY[0] * red).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2])  # (H, W)
+    # numpy's mean: torch's depends on the number of threads in the last bits.
+    offset = brightness * (1 - contrast) * float(grey.numpy().mean())
+    same = grey.mul_(brightness * contrast * (1 - saturation)).add_(offset)
+    pixels.mul_(brightness * contrast * saturation)
+    # One by one: in the decoder's pixel order, broadcasting takes twice the time.
+    for channel in pixels:
+        channel.add_(same)
+    # By way of 16 bits: torch converts float32 to bytes one by one, six times slower.
+    return pixels.round_().clamp_(0, 255).short().byte()
 
 
 def adjust_hsv(image: Tensor, turn: float, saturation: float, value: float) -> Tensor:
@@ -47,4 +77,4 @@ def adjust_hsv(image: Tensor, turn: float, saturation: float, value: float) -> T
     ]
     picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
     picture = picture.convert("HSV").point(np.concatenate(table).round().astype(int).tolist())
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

@@ -170,8 +170,9 @@ def choose_workers(workers: int, device: torch.device | str, world_size: int = 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, (cores or 1) // world_size)
     if torch.device(device).type == "cpu":
-        # The model needs the cores itself, and a worker prepares far more images than it consumes.
-        return 1 if cores < 8 else 2
+        # The model needs the cores itself. Where it has to wait for data all the same, two of its
+        # cores prepare them at once.
+        return min(2, cores)
     return min(8, max(1, cores - 1))
 
 
@@ -185,7 +186,8 @@ def collate(samples: Sequence[Sample], keep_difficult: bool) -> Batch:
     height, width = padded_size(
         (max(s.image.shape[-2] for s in samples), max(s.image.shape[-1] for s in samples))
     )
-    images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
+    shape = (len(samples), 3, height, width)
+    images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     targets = []
     for image, sample in zip(images, samples, strict=True):
         bottom, right = sample.image.shape[-2:]

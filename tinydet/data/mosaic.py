@@ -42,7 +42,7 @@ def joined(samples: Sequence[Sample], tiles: Sequence[Tile]) -> Sample:
     """Return one sample of several that fill a canvas's tiles; name and size are the first's."""
     height = max(tile.top + tile.height for tile in tiles)
     width = max(tile.left + tile.width for tile in tiles)
-    image = torch.empty(3, height, width, dtype=torch.uint8)
+    image = torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
     boxes: list[Tensor] = []
     for sample, (top, left, tall, wide) in zip(samples, tiles, strict=True):
         image[:, top : top + tall, left : left + wide] = sample.image

@@ -1,8 +1,8 @@
-"""Resizing and augmentation of samples, with torchvision.transforms.v2 on tv_tensors.
+"""Resizing and augmentation of samples.
 
 All numbers come from the generator that is passed in: torchvision's random transform classes draw
-from the global one, which would make results depend on the number of loader processes. So its
-functional half is used.
+from the global one, which would make results depend on the number of loader processes. Boxes are
+not its tv_tensors either, whose dispatch costs a small image more than all work on its pixels.
 
 Each image is resized once: size, random scale and multi-scale are one factor. Then it is flipped
 and placed on a canvas of the network's size, or with three others on a mosaic; the whole canvas may
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torchvision.transforms.v2 import functional as F
 
 from tinydet.config import Augment, Data
 from tinydet.data.affine import warped
@@ -215,11 +214,9 @@ class TrainTransform:
         low, high = self.augment.scale
         factor = math.exp(uniform(generator, math.log(low), math.log(high))) * reduction
         sample = resized(sample, max(1, round(height * factor)), max(1, round(width * factor)))
-        if uniform(generator, 0.0, 1.0) < self.augment.hflip:
-            sample = flipped(sample, F.horizontal_flip)
-        if uniform(generator, 0.0, 1.0) < self.augment.vflip:
-            sample = flipped(sample, F.vertical_flip)
-        return sample
+        horizontal = uniform(generator, 0.0, 1.0) < self.augment.hflip
+        vertical = uniform(generator, 0.0, 1.0) < self.augment.vflip
+        return flipped(sample, horizontal, vertical) if horizontal or vertical else sample
 
 
 def _chance(generator: torch.Generator, probability: float) -> bool:

@@ -214,7 +214,8 @@ def _update_weights(state: TrainingState, bad_steps: BadSteps) -> None:
     weights = [p for p in state.detector.parameters() if p.grad is not None]
     state.scaler.unscale_(state.optimizer)
     norm = get_total_norm([p.grad for p in weights])
-    if clip_norm:
+    # On a GPU, looking at the norm would be to wait for it.
+    if clip_norm and (norm.is_cuda or norm > clip_norm):
         clip_grads_with_norm_(weights, clip_norm, norm)
     if not bad_steps.skips(norm):
         state.scaler.step(state.optimizer)
