@@ -19,11 +19,26 @@ def keep_freed_memory() -> None:
     256x320, a quarter of its time. In exchange the process stays as large as it has been at most.
     Other C libraries are left as they are, and so is one that the user tunes by variables.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    c_library = ctypes.CDLL(None)
-    if not hasattr(c_library, "gnu_get_libc_version"):
-        return
-    c_library.mallopt(_MMAP_MAX, 0)  # from the heap, which stays, not from mappings, which do not
-    c_library.mallopt(_TRIM_THRESHOLD, -1)  # never
-    c_library.mallopt(_TOP_PAD, _GROWTH)
+    glibc = _glibc()
+    if glibc is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        glibc.mallopt(_MMAP_MAX, 0)  # from the heap, which stays, not from mappings, which do not
+        glibc.mallopt(_TRIM_THRESHOLD, -1)  # never
+        glibc.mallopt(_TOP_PAD, _GROWTH)
+
+
+def return_freed_memory() -> None:
+    """Give back what is free now, where the C library can.
+
+    To do before processes are forked: pages that they share with this one, free or not, are copied
+    as soon as it writes to them.
+    """
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None

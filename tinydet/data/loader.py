@@ -21,6 +21,7 @@ from tinydet.data.sampler import TestBatches, TrainBatches
 from tinydet.data.sources import TestSource, TrainSource
 from tinydet.data.transforms import network_size, padded_size, test_transform
 from tinydet.data.voc import VocDataset
+from tinydet.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +230,8 @@ def _loader(
     world_size: int,
 ) -> DetectionLoader:
     workers = choose_workers(workers, device, world_size)
+    if workers:
+        return_freed_memory()
     model_on_cpu = torch.device(device).type == "cpu"
     return DetectionLoader(
         source,
