@@ -32,11 +32,14 @@ def test_mixed__is_one_blend_for_all_pixels_and_all_boxes(seed):
     first = sample("a", one, [[0, 0, 3, 3], [1, 1, 4, 4]], [2, 3])
     second = sample("b", two, [[2, 2, 7, 9]], [5])
     out = mixed(first, second, random)
-    # Solve for the share by least squares: then no pixel is further off than rounding.
+    # Each pixel, known to a half, bounds the share from both sides; some share meets all bounds.
     a, b, c = one.double(), two.double(), out.image.double()
-    share = ((c - b) * (a - b)).sum() / ((a - b) ** 2).sum()
-    assert 0.39 < share < 0.61
-    assert (share * a + (1 - share) * b - c).abs().max() < 0.6
+    differ = a != b
+    half = 0.5 + 1e-4  # and what float32 makes of it
+    bounds = torch.stack([c - half - b, c + half - b])[:, differ] / (a - b)[differ]
+    low, high = bounds.amin(0).max(), bounds.amax(0).min()
+    assert 0.39 < low <= high < 0.61
+    assert torch.equal(c[~differ], a[~differ])
     assert out.boxes.tolist() == [[0, 0, 3, 3], [1, 1, 4, 4], [2, 2, 7, 9]]
     assert out.labels.tolist() == [2, 3, 5]
     assert out.difficult.tolist() == [False, True, True]
