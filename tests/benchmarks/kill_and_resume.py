@@ -48,7 +48,7 @@ def _kill(training: Training, run: Path, kind: str, draw: random.Random) -> bool
         alive = alive and training.wait_until(lambda: time.monotonic() > moment)
     if kind == "inside a write":
         alive = alive and training.wait_until(lambda: _is_writing(run))
-        moment = time.monotonic() + draw.uniform(0, 0.01)
+        moment = time.monotonic() + draw.uniform(0, 0.03)  # a write takes some 40 ms
         alive = alive and training.wait_until(lambda: time.monotonic() > moment)
     if alive:
         training.signal(signal.SIGKILL)
@@ -72,7 +72,7 @@ def main(kills: int, seed: int) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # As many steps as the kills leave time for, and some.
-        epochs = 4 * kills  # Too many to be through with before the last kill.
+        epochs = 6 * kills  # Too many to be through with before the last kill.
         experiment = small_experiment(folder, epochs=epochs)
         whole = Training(folder, experiment, "--work-dir", folder / "whole")
         if whole.end():
