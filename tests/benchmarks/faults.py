@@ -157,6 +157,7 @@ class Faults:
         """A loader process gets what the kernel sends when memory runs out."""
         run = self.folder / "worker"
         training = self.trained(run)
+        training.wait_until((run / "last.previous.pt").is_file)  # `corrupt` needs it
         children = Path(f"/proc/{training.process.pid}/task/{training.process.pid}/children")
         os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
         self.row("loader process killed by the OOM killer", "SIGKILL to it", training, run)
