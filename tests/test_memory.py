@@ -7,16 +7,20 @@ import sys
 import pytest
 
 PAGES = """
-import resource, sys
+import argparse, resource, sys
 import torch
+from tinydet.cli import run
 from tinydet.memory import keep_freed_memory, return_freed_memory
 
 def size():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1])
 
-if sys.argv[1] == "keep":
+what = sys.argv.pop()
+if what == "keep":
     keep_freed_memory()
+elif what == "tool":
+    run(lambda args: None, argparse.ArgumentParser())
 for i in range(15):
     if i == 5:  # it has settled
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -47,6 +51,8 @@ def test_the_next_tensors_take_what_the_last_ones_left_until_it_is_given_back():
     cleared, kept, after = pages("keep")
     assert cleared < 0.2 * once
     assert kept - after > 0.9 * once
+    cleared, _, _ = pages("tool")
+    assert cleared < 0.2 * once
     # Who has chosen by a variable of the C library's own is let be.
     cleared, _, _ = pages("keep", MALLOC_ARENA_MAX="2")
     assert cleared > 0.9 * 10 * once
