@@ -183,3 +183,22 @@ def test_a_resumed_run_times_nothing_anew(trained, tiny_experiment, tmp_path, mo
     train(longer, tmp_path / "longer", resume_from=folder / "last.pt")
     stored = load_experiment(tmp_path / "longer" / "experiment.json").train
     assert (stored.dtype, stored.memory_format) == ("float32", "contiguous")
+
+
+def test_clipping_bounds_what_a_step_moves_and_no_more(tiny_experiment, tmp_path):
+    optim = replace(tiny_experiment.optim, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
+    optim = replace(optim, warmup_iters=0, scale_with_batch=False)
+    settings = replace(tiny_experiment.train, epochs=1, ema_decay=0.0)
+    ends = {}
+    for clip_norm in (1e-30, 1e-3, 1e9, 0.0):
+        experiment = replace(
+            tiny_experiment, optim=replace(optim, clip_norm=clip_norm), train=settings
+        )
+        end = _run(experiment, tmp_path / str(clip_norm))
+        weights = [v.flatten() for k, v in end["model"].items() if k.endswith(("weight", "bias"))]
+        ends[clip_norm] = torch.cat(weights)
+    start = ends[1e-30]  # nothing moves
+    steps = end["iteration"]
+    assert 0 < (ends[1e-3] - start).norm() <= 1.01 * 0.1 * 1e-3 * steps
+    assert (ends[0.0] - start).norm() > 0.1 * 1e-3 * steps
+    assert torch.equal(ends[1e9], ends[0.0])
