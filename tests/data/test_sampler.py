@@ -2,7 +2,7 @@ import multiprocessing
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinydet.data.sampler import TestBatches as EvaluationBatches
@@ -45,6 +45,53 @@ def test_train_batches__every_process_gets_its_share(upright, batch_size, world_
     assert len(set(seen)) >= min(len(sizes), batch_size * world_size * counts.pop()) - (
         even - len(sizes)
     )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    upright=st.lists(st.booleans(), min_size=1, max_size=60),
+    batch_size=st.integers(1, 17),
+    world_size=st.integers(1, 4),
+    epochs=st.integers(1, 10),
+    seed=st.integers(0, 5),
+)
+@example(upright=[False] * 295 + [True] * 5, batch_size=16, world_size=1, epochs=10, seed=0)
+@example(upright=[False] * 188 + [True] * 12, batch_size=64, world_size=1, epochs=10, seed=0)
+@example(upright=[False] * 3 + [True] * 2, batch_size=4, world_size=4, epochs=10, seed=0)
+def test_train_batches__every_image_is_seen_equally_often(
+    upright, batch_size, world_size, epochs, seed
+):
+    counts = np.zeros(len(upright), dtype=int)
+    for rank in range(world_size):
+        sampler = TrainBatches(
+            sizes_of(upright), batch_size, seed, image_size=100, rank=rank, world_size=world_size
+        )
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            for batch in sampler:
+                np.add.at(counts, [key.index for key in batch], 1)
+    assert abs(counts - counts.mean()).max() < 1
+
+
+def test_train_batches__what_is_left_out_does_not_follow_the_files_order():
+    # 20 of 90 images are left out of each epoch: the same twenty for every seed would be a pattern.
+    left_out = [
+        set(range(90)) - {key.index for batch in sampler for key in batch}
+        for seed in range(4)
+        for sampler in [TrainBatches(sizes_of([False] * 90), 35, seed, image_size=100)]
+    ]
+    assert all(len(images) == 20 for images in left_out)
+    assert len(set.union(*left_out)) > 40
+
+
+def test_train_batches__the_mixed_batch_comes_at_any_place():
+    sizes = sizes_of([i % 10 == 0 for i in range(100)])
+    places = set()
+    for epoch in range(40):
+        for place, batch in enumerate(train(sizes, 20, epoch)):
+            if len({sizes[key.index][0] for key in batch}) > 1:
+                places.add(place)
+    assert places == set(range(5))
 
 
 def test_train_batches__processes_share_the_batches_of_one():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from tinydet.data.seeding import seeded_generator, uniform
+from tinydet.data.seeding import integer, seeded_generator, uniform
 from tinydet.data.transforms import STRIDE
 
 
@@ -30,9 +30,11 @@ class SampleKey(NamedTuple):
 class TrainBatches(Sampler[list[SampleKey]]):
     """Shuffled batches of one epoch, as many on every process.
 
-    Upright images are batched with upright ones and wide with wide as far as it goes: a batch of
-    both would be padded to a square, a quarter of it empty. What is left of the two kinds makes
-    up the last batches. An incomplete batch is dropped, unless it is the only one.
+    An epoch has whole batches only. What does not fill one is left out, other images in every
+    epoch: over any number of epochs each image is seen equally often, give or take one.
+
+    Upright images are batched with upright ones and wide with wide: a batch of both would be padded
+    to a square, a quarter of it empty. What is left of the two kinds fills exactly one batch.
 
     Several processes share each batch: two with 8 images each see the batches of one with 16.
 
@@ -43,8 +45,8 @@ class TrainBatches(Sampler[list[SampleKey]]):
         image_size: longer side of the network's input in pixels.
         multiscale: range of factors on `image_size`, drawn for each batch; (1, 1) is off.
         rank: this process.
-        world_size: number of processes. Where there is only one batch, and its images do not
-            divide evenly, the first of them are used twice.
+        world_size: number of processes. Fewer images than a batch of all processes make one batch;
+            where they do not divide evenly among the processes, some are used twice.
     """
 
     def __init__(
@@ -83,31 +85,41 @@ class TrainBatches(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         # All at once: a later set_epoch must not change what has begun.
         batches = []
-        for number, batch in enumerate(self._batches()[: len(self)]):
+        for number, batch in enumerate(self._batches()):
             image_size = self._draw_size(number)
             batches.append([SampleKey(index, self.epoch, image_size) for index in batch])
         return iter(batches[self.start :])
 
     def _batches(self) -> list[list[int]]:
+        """Return this process's part of every batch of the epoch, in image numbers."""
         generator = seeded_generator("order", self.seed, self.epoch)
-        order = torch.randperm(len(self.upright), generator=generator).tolist()
         total = self.batch_size * self.world_size
         batches: list[list[int]] = []
         waiting: dict[bool, list[int]] = {False: [], True: []}
-        for index in order:
+        for index in self._images(generator):
             same = waiting[self.upright[index]]
             same.append(index)
             if len(same) == total:
                 batches.append(same.copy())
                 same.clear()
-        rest = waiting[False] + waiting[True]
-        batches += [rest[i : i + total] for i in range(0, len(rest), total)]
-        return [self._share(batch) for batch in batches]
+        if rest := waiting[False] + waiting[True]:
+            batches.insert(integer(generator, 0, len(batches)), rest)
+        return [batch[self.rank :: self.world_size] for batch in batches]
 
-    def _share(self, batch: list[int]) -> list[int]:
-        """Return this process's part of a batch, as large as the others'."""
-        missing = -len(batch) % self.world_size
-        return (batch + (batch * missing)[:missing])[self.rank :: self.world_size]
+    def _images(self, generator: torch.Generator) -> list[int]:
+        """Return the epoch's images in random order: as many as its batches hold."""
+        number, total = len(self.upright), self.batch_size * self.world_size
+        order = torch.randperm(number, generator=generator).tolist()
+        held = number - number % total or -(-number // self.world_size) * self.world_size
+        # The images left out, or used twice, are the next ones in an order that stays the same.
+        changed = abs(number - held)
+        rotation = torch.randperm(number, generator=seeded_generator("rotation", self.seed))
+        first = self.epoch * changed
+        chosen = rotation[torch.arange(first, first + changed) % number].tolist()
+        if held > number:
+            return order + chosen
+        left_out = set(chosen)
+        return [index for index in order if index not in left_out]
 
     def _draw_size(self, number: int) -> int | None:
         """Draw a batch's image size; without the rank, so that processes take equally long."""
