@@ -104,7 +104,7 @@ def main(kills: int, seed: int) -> bool:
                 sys.exit("\n".join(last.output()))
 
         one, two = _last(folder / "whole"), _last(run)
-        parts = ("model", "raw_model", "optimizer", "iteration", "ema_updates", "images_seen")
+        parts = ("model", "raw_model", "optimizer", "steps_done", "ema_updates", "images_seen")
         same = {part: _same(one[part], two[part]) for part in parts}
         records = [
             [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]

@@ -235,7 +235,7 @@ def test_no_parameter_decays(kind):
     model = nn.Module()
     model.backbone = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), kind(6))
     optim = Optim(weight_decay=0.1)
-    optimizer, _ = make_optimizer(model, optim, make_plan(optim, 8, 100))
+    optimizer = make_optimizer(model, optim, make_plan(optim, 8, 100))
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decays[id(model.backbone[0].weight)] == 0.1
     assert all(decays[id(p)] == 0 for p in model.backbone[1].parameters())

@@ -69,7 +69,7 @@ def learn(steps=5, batch=6):
         ]
         targets = [{**t, "labels": t["labels"][: len(t["boxes"])]} for t in targets]
         mine = slice(rank(), None, world_size())
-        loss = sum(network(images[mine], targets[mine]).values())
+        loss = sum(network(images[mine], targets[mine])[0].values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -22,9 +22,10 @@ def _spoil(monkeypatch, steps, spoil="images"):
             return forward(self, images, targets)
         if spoil == "images":  # reaches the statistics of every norm
             return forward(self, images.float() * torch.nan, targets)
-        losses = forward(self, images, targets)
+        losses, num_positives = forward(self, images, targets)
         # A finite loss whose gradient is not: the root's slope at zero.
-        return {**losses, "loss_box": losses["loss_box"] + (losses["loss_box"] * 0).sqrt()}
+        root = (losses["loss_box"] * 0).sqrt()
+        return {**losses, "loss_box": losses["loss_box"] + root}, num_positives
 
     monkeypatch.setattr(Detector, "forward", spoilt)
     return before
@@ -56,7 +57,7 @@ def test_a_bad_step_leaves_no_trace_but_a_report(
         assert _same(before[2], before[3])
     content = read_checkpoint(tmp_path / "run" / "last.pt")
     assert content["ema_updates"] == 6 - 2
-    assert content["iteration"] == 6
+    assert content["steps_done"] == 6
     assert _is_finite(content["model"])
     assert _is_finite(content["raw_model"])
     assert len(list((tmp_path / "run").glob("bad_step_*.pt"))) == 2
@@ -115,7 +116,7 @@ def test_too_many_in_a_row_end_the_run_and_last_pt_is_from_before(
         train(replace(tiny_experiment, train=settings), tmp_path / "run")
     for name in ("last.pt", "last.previous.pt"):
         content = read_checkpoint(tmp_path / "run" / name)
-        assert content["iteration"] == 6 // accumulate
+        assert content["steps_done"] == 6
         assert _is_finite(content["raw_model"])
     kept = sorted((tmp_path / "run").glob("bad_step_*.pt"))
     assert len(kept) == 4

@@ -3,13 +3,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tinydet.config import ConfigError
 from tinydet.experiment_file import load_experiment
+from tinydet.training import loop
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint
 from tinydet.training.divergence import DivergedError
 from tinydet.training.loop import train
-from tinydet.training.state import keep_precision
+from tinydet.training.resume import keep_precision
+from tinydet.yolof.detector import Detector, build_detector
 
 
 def _run(experiment, folder, **kwargs):
@@ -103,8 +107,61 @@ def test_accumulation_steps_once_for_several_batches(tiny_experiment, tmp_path):
     # 24 images in batches of 8 make 3 batches; of two, the last is a step of its own.
     settings = replace(tiny_experiment.train, accumulate=2)
     checkpoint = _run(replace(tiny_experiment, train=settings), tmp_path / "accumulated")
-    assert checkpoint["iteration"] == 2 * 2
     assert checkpoint["ema_updates"] == 2 * 2
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (4, 4), (3, 3), (5, 2)])
+def test_accumulated_gradients_are_those_of_one_large_batch(
+    tiny_experiment, tmp_path, monkeypatch, batch_size, accumulate
+):
+    """Also of the last group of an epoch, which may have fewer batches."""
+    forward, inputs, steps, detectors = Detector.forward, [], [], []
+
+    def noted(self, images, targets=None):
+        if targets is not None:
+            targets = [{**target, "boxes": target["boxes"].double()} for target in targets]
+            inputs.append((images, targets))
+            detectors.append(self)
+        return forward(self, images, targets)
+
+    def note_gradients(*_):
+        gradients = [p.grad.clone() for p in detectors[0].parameters()]
+        steps.append((len(inputs), gradients))
+
+    monkeypatch.setattr(Detector, "forward", noted)
+    # Norms that take the statistics of a batch would see other batches.
+    monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, _=True: nn.Module.train(self, False))
+    experiment = replace(
+        tiny_experiment,
+        model=replace(tiny_experiment.model, backbone="test_resnet", feature="C4"),
+        optim=replace(tiny_experiment.optim, optimizer="sgd", lr=0.0, warmup_iters=0),
+        train=replace(
+            tiny_experiment.train, batch_size=batch_size, accumulate=accumulate, epochs=1
+        ),
+    )
+    # In float64, where nothing but the sums' order is left to differ.
+    monkeypatch.setattr(loop, "build_detector", lambda *args: build_detector(*args).double())
+    anchors = Detector.anchors
+    monkeypatch.setattr(Detector, "anchors", lambda *args: anchors(*args).double())
+    hook = register_optimizer_step_pre_hook(note_gradients)
+    try:
+        _run(experiment, tmp_path / "accumulated")
+    finally:
+        hook.remove()
+    batches = 24 // batch_size
+    assert [end for end, _ in steps] == [*range(accumulate, batches, accumulate), batches]
+
+    detector, start = detectors[0], 0
+    for end, gradients in steps:
+        images = torch.cat([images for images, _ in inputs[start:end]])
+        targets = [target for _, targets in inputs[start:end] for target in targets]
+        detector.zero_grad()
+        losses, _ = forward(detector, images, targets)
+        sum(losses.values()).backward()
+        whole = torch.cat([p.grad.flatten() for p in detector.parameters()])
+        difference = torch.cat([g.flatten() for g in gradients]) - whole
+        assert difference.norm() < 1e-6 * whole.norm()  # the sum of positives is float32
+        start = end
 
 
 def test_a_loss_that_is_no_number_stops_the_run_in_one_line(tiny_experiment, tmp_path):
@@ -145,10 +202,13 @@ def test_a_folder_that_holds_a_run_is_not_written_over(trained, tiny_experiment)
 def test_a_resumed_run_keeps_the_precision_it_was_started_with(trained, tiny_experiment):
     _, checkpoint = trained
     auto = replace(tiny_experiment.train, dtype="auto", memory_format="auto")
-    kept = keep_precision(replace(tiny_experiment, train=auto), checkpoint)
+    cpu = torch.device("cpu")
+    kept = keep_precision(replace(tiny_experiment, train=auto), checkpoint, cpu)
     assert kept == tiny_experiment
     chosen = replace(tiny_experiment.train, dtype="bfloat16", memory_format="auto")
-    kept = keep_precision(replace(tiny_experiment, train=chosen), checkpoint).train
+    kept = keep_precision(
+        replace(tiny_experiment, train=chosen), checkpoint, torch.device("cpu")
+    ).train
     assert (kept.dtype, kept.memory_format) == ("bfloat16", "contiguous")
 
 
@@ -198,7 +258,7 @@ def test_clipping_bounds_what_a_step_moves_and_no_more(tiny_experiment, tmp_path
         weights = [v.flatten() for k, v in end["model"].items() if k.endswith(("weight", "bias"))]
         ends[clip_norm] = torch.cat(weights)
     start = ends[1e-30]  # nothing moves
-    steps = end["iteration"]
+    steps = end["steps_done"]
     assert 0 < (ends[1e-3] - start).norm() <= 1.01 * 0.1 * 1e-3 * steps
     assert (ends[0.0] - start).norm() > 0.1 * 1e-3 * steps
     assert torch.equal(ends[1e9], ends[0.0])

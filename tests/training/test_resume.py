@@ -202,18 +202,6 @@ def test_a_run_without_last_pt_is_found_by_the_one_before(stopped, tmp_path):
     assert (content["epoch"], content["step"]) == (1, 0)
 
 
-def test_other_batches_start_the_epoch_anew(stopped, tmp_path, caplog):
-    folder, experiment = _copy(stopped, tmp_path)
-    train(
-        replace(experiment, train=replace(experiment.train, batch_size=8)),
-        folder,
-        folder / "last.pt",
-    )
-    assert "an epoch had 4 batches, now it has 3: epoch 2 starts anew" in caplog.text
-    # Five batches of 6 of the first process, then three of 8.
-    assert read_checkpoint(folder / "last.pt")["images_seen"] == 5 * 6 + 3 * 8
-
-
 def test_another_run_is_not_written_over_by_a_resumed_one(stopped, tmp_path):
     folder, experiment = _copy(stopped, tmp_path)
     with pytest.raises(ValueError, match="holds a run already"):

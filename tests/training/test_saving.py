@@ -89,7 +89,7 @@ def test_a_deleted_folder_is_made_anew(tiny_experiment, tmp_path, monkeypatch, c
 def test_lines_that_cannot_be_written_are_said_once(tmp_path, caplog):
     (tmp_path / "run").mkdir()
     metrics = {"AP50": 0.5, "per_class": {}}
-    with RunLog(tmp_path / "run", 10) as log:
+    with RunLog(tmp_path / "run", 0, 10) as log:
         log.evaluation(1, 3, metrics, {})
         shutil.move(tmp_path / "run", tmp_path / "moved")
         log.evaluation(2, 6, metrics, {})

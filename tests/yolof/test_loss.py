@@ -18,7 +18,8 @@ def losses_of(reference, cls_logits, deltas, scenario):
     gt_boxes, gt_labels, valid = pad_targets(targets)
     pred_boxes = decode_boxes(reference["anchors"], deltas, 32)
     matches = uniform_match(reference["anchors"], pred_boxes, gt_boxes, valid)
-    return yolof_losses(cls_logits, pred_boxes, gt_boxes, gt_labels, matches), matches
+    losses, _ = yolof_losses(cls_logits, pred_boxes, gt_boxes, gt_labels, matches)
+    return losses, matches
 
 
 def leaves(outputs, mode):
@@ -109,7 +110,7 @@ def test_losses_worked_by_hand():
     cls_logits = torch.zeros(1, 4, 3)
     boxes = torch.tensor([[[0.0, 0, 5, 10], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]])
     gt_boxes, gt_labels = torch.tensor([[[0.0, 0, 10, 10]]]), torch.tensor([[2]])
-    losses = yolof_losses(cls_logits, boxes, gt_boxes, gt_labels, matches)
+    losses, _ = yolof_losses(cls_logits, boxes, gt_boxes, gt_labels, matches)
     # Two positives: 2 entries of alpha 0.25 and 7 of 0.75 in the three anchors that count.
     focal = (2 * 0.25 + 7 * 0.75) / 4 * 0.6931472 / 2
     assert losses["loss_cls"].item() == pytest.approx(focal, rel=1e-5)
@@ -125,7 +126,7 @@ def test_images_without_boxes_count_one_each_and_train_the_classes():
     cls_logits = torch.zeros(2, 2, 3, requires_grad=True)
     pred_boxes = decode_boxes(anchors, deltas, 32)
     matches = uniform_match(anchors, pred_boxes, gt_boxes, valid)
-    losses = yolof_losses(cls_logits, pred_boxes, gt_boxes, gt_labels, matches)
+    losses, _ = yolof_losses(cls_logits, pred_boxes, gt_boxes, gt_labels, matches)
     sum(losses.values()).backward()
     assert losses["loss_box"].item() == 0
     assert losses["loss_cls"].item() == pytest.approx(12 * 0.75 / 4 * 0.6931472 / 2, rel=1e-5)
@@ -137,7 +138,7 @@ def test_degenerate_prediction_keeps_losses_and_gradients_finite():
     matches = matches_of([[0]], [0], [[True]], [[0]])
     boxes = torch.tensor([[[5.0, 5, 5, 5]]], requires_grad=True)  # sides underflowed to nothing
     box, label = torch.tensor([[[0.0, 0, 10, 10]]]), torch.tensor([[0]])
-    losses = yolof_losses(torch.zeros(1, 1, 1), boxes, box, label, matches)
+    losses, _ = yolof_losses(torch.zeros(1, 1, 1), boxes, box, label, matches)
     losses["loss_box"].backward()
     assert losses["loss_box"].isfinite()
     assert boxes.grad.isfinite().all()
@@ -154,8 +155,11 @@ def test_padding_of_targets_leaves_no_trace(reference, outputs):
         gt_boxes, gt_labels, valid = pad_targets(targets)
         pred_boxes = decode_boxes(anchors, deltas[idxs], 32)
         matches = uniform_match(anchors, pred_boxes, gt_boxes, valid)
-        found = yolof_losses(cls_logits[idxs], pred_boxes, gt_boxes, gt_labels, matches)
-        return torch.stack(list(found.values())), (matches.assigned >= 0).sum()
+        found, num_positives = yolof_losses(
+            cls_logits[idxs], pred_boxes, gt_boxes, gt_labels, matches
+        )
+        assert num_positives == (matches.assigned >= 0).sum()  # every image has some
+        return torch.stack(list(found.values())), num_positives
 
     (both, total), (first, n), (second, m) = losses([0, 1]), losses([0]), losses([1])
     torch.testing.assert_close(both * total, first * n + second * m)

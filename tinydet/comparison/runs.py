@@ -7,7 +7,6 @@ by what is in them, the resolved experiment, so that comparisons share the runs 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from tinydet.config import Experiment
@@ -19,6 +18,7 @@ from tinydet.training.checkpoint import CheckpointError, load_detector, previous
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import detect_split
 from tinydet.training.loop import train
+from tinydet.training.resume import without_side_settings
 from tinydet.training.runs import RUNS
 
 logger = logging.getLogger(__name__)
@@ -98,25 +98,14 @@ def _runs_of(experiment: Experiment) -> list[Path]:
         run = folder / str(number)
         try:
             ran = experiment_from_dict(read_json(run / "experiment.json"))
+            sessions = read_json(run / "sessions.json") or []
         except ValueError:
             continue  # Not a run, or one of another version.
-        if _outcome(ran) == _outcome(experiment):
+        # A run whose settings changed on the way is of no one experiment.
+        same = without_side_settings(ran) == without_side_settings(experiment)
+        if same and not any("changed" in session for session in sessions):
             found.append(run)
     return found
-
-
-def _outcome(experiment: Experiment) -> Experiment:
-    """Return an experiment without what does not decide its last weights."""
-    train = replace(
-        experiment.train,
-        device="auto",
-        eval_every=1,
-        eval_batch_size=1,
-        save_minutes=0.0,
-        keep_every=0,
-    )
-    data = replace(experiment.data, workers=0, cache_mb=0)
-    return replace(experiment, data=data, train=train)
 
 
 def _is_finished(run: Path, experiment: Experiment) -> bool:

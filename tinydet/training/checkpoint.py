@@ -7,9 +7,10 @@ A checkpoint is a dict:
     classes: class names in label order.
     model: the state dict to evaluate and ship: the averaged weights where there are any.
     epoch: epochs done and evaluated, and in the training form what a run needs to go on, exactly
-    from where it was: step (batches done of the next epoch, of batches_an_epoch), raw_model,
-    optimizer, iteration, scaler, ema_updates, best_ap50, train_seconds, images_seen. Random numbers
-    need no state: each step's and each image's are seeded by what they are for.
+    from where it was: step (batches done of the next epoch, of batches_an_epoch), steps_done (of
+    the whole run), raw_model, optimizer, scaler, ema_updates, best_ap50, train_seconds,
+    images_seen. Random numbers need no state: each step's and each image's are seeded by what they
+    are for.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ class RunLog:
     Args:
         run_dir: the run's folder; what an earlier process logged after the checkpoint that is gone
             on from is dropped there, since it is about to come again.
-        total_steps: of the whole run.
-        done_steps: of the checkpoint.
+        done_steps: batches trained on so far.
+        steps_left: batches still to come.
         done_epochs: epochs of the checkpoint, trained and evaluated.
     """
 
     def __init__(
-        self, run_dir: Path, total_steps: int, done_steps: int = 0, done_epochs: int = 0
+        self, run_dir: Path, done_steps: int, steps_left: int, done_epochs: int = 0
     ) -> None:
         self._file = self._events = None
         if rank() == 0:
@@ -56,7 +56,7 @@ class RunLog:
             disable=rank() > 0,
         )
         self._task = self._progress.add_task(
-            "training", total=total_steps, completed=done_steps, status=""
+            "training", total=done_steps + steps_left, completed=done_steps, status=""
         )
         self._losses: list[dict[str, Tensor]] = []
         self._images = 0

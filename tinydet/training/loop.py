@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tinydet.config import ConfigError, Experiment
@@ -39,9 +40,15 @@ from tinydet.training.interrupt import Interrupts
 from tinydet.training.log import RunLog
 from tinydet.training.pictures import sample_images
 from tinydet.training.results import write_experiment, write_results
+from tinydet.training.resume import (
+    changed_settings,
+    check_resumable,
+    keep_precision,
+    restore,
+)
 from tinydet.training.runs import new_run_dir
 from tinydet.training.saving import Saver, going_on
-from tinydet.training.state import TrainingState, keep_precision, start_training
+from tinydet.training.state import TrainingState, start_training
 from tinydet.yolof.detector import build_detector
 
 logger = logging.getLogger(__name__)
@@ -75,16 +82,21 @@ def _train(
     experiment: Experiment, run_dir: Path | None, resume_from: Path | None, device: torch.device
 ) -> None:
     resumed = from_first(lambda: read_last(resume_from)) if resume_from is not None else None
+    changed: list[str] = []
     if resumed is not None:
-        experiment = keep_precision(experiment, resumed)
+        check_resumable(experiment, resumed, resume_from)
+        experiment = keep_precision(experiment, resumed, device)
+        changed = changed_settings(experiment, resumed, device)
     if run_dir is not None and (resumed is None or not _same(run_dir, resume_from.parent)):
         _check_unused(run_dir)
     state, loader, train_index, test_index = prepare(experiment, device, resumed)
     if resumed is not None:
-        state.resume(resumed, resume_from)
+        restore(state, resumed, resume_from)
     run_dir = from_first(lambda: run_dir or new_run_dir(experiment.name))
     if rank() == 0:
-        write_experiment(run_dir, experiment)
+        write_experiment(run_dir, experiment, changed)
+    if changed:
+        logger.warning("resumed with other settings: %s", ", ".join(changed))
     logger.info(
         f"{experiment.name}: {experiment.model.backbone} from {experiment.model.weights} weights, "
         f"{len(train_index)} images to train on, {len(test_index)} to test on, "
@@ -146,7 +158,7 @@ def _run_epochs(
 ) -> None:
     epochs, bad_steps = state.experiment.train.epochs, BadSteps(state, run_dir)
     with (
-        RunLog(run_dir, epochs * len(loader), state.steps_done, state.epoch) as log,
+        RunLog(run_dir, state.steps_done, state.steps_left, state.epoch) as log,
         Interrupts().caught() as interrupts,
     ):
         while state.epoch < epochs:
@@ -179,6 +191,7 @@ def train_epoch(
     loader.set_epoch(state.epoch, state.step)
     state.network.train()
     log.start_epoch()
+    positives: Tensor | float = 0.0
     since = time.perf_counter()
     for batch in loader:
         batch = batch.to(device, non_blocking=True)
@@ -186,15 +199,22 @@ def train_epoch(
         seed_globally(device, "step", settings.seed, state.epoch, state.step, rank())
         bad_steps.begin(batch)
         with state.precision.autocast(device):
-            losses = state.network(images, batch.targets)
+            losses, num_positives = state.network(images, batch.targets)
         bad_steps.end(losses)
-        state.scaler.scale(sum(losses.values()) / settings.accumulate).backward()
+        loss = sum(losses.values())
+        if settings.accumulate > 1:
+            # Weighted by its positives: the sum over an optimiser step is divided by all of them.
+            share = num_positives / settings.batch_size
+            loss, positives = loss * share, positives + share
+        state.scaler.scale(loss).backward()
         state.step += 1
+        state.steps_done += 1
         images_seen = len(batch) * world_size()
         state.images_seen += images_seen
         log.step(state.epoch + 1, state.steps_done, losses, state.lr, images_seen)
         if state.at_optimizer_step:
-            _update_weights(state, bad_steps)
+            _update_weights(state, bad_steps, positives)
+            positives = 0.0
             state.train_seconds += time.perf_counter() - since
             asked = (interrupts.received is not None, saver.is_due)
             stops, saves = all_agree(asked, device, state.step, settings.accumulate)
@@ -209,11 +229,15 @@ def train_epoch(
     log.flush()
 
 
-def _update_weights(state: TrainingState, bad_steps: BadSteps) -> None:
+def _update_weights(state: TrainingState, bad_steps: BadSteps, positives: Tensor | float) -> None:
+    """Make an optimiser step; accumulated gradients are divided by `positives` first."""
     clip_norm = state.experiment.optim.clip_norm
     weights = [p for p in state.detector.parameters() if p.grad is not None]
+    gradients = [p.grad for p in weights]
     state.scaler.unscale_(state.optimizer)
-    norm = get_total_norm([p.grad for p in weights])
+    if state.experiment.train.accumulate > 1:
+        torch._foreach_div_(gradients, positives)
+    norm = get_total_norm(gradients)
     # On a GPU, looking at the norm would be to wait for it.
     if clip_norm and (norm.is_cuda or norm > clip_norm):
         clip_grads_with_norm_(weights, clip_norm, norm)
@@ -223,7 +247,7 @@ def _update_weights(state: TrainingState, bad_steps: BadSteps) -> None:
             state.ema.update()
     state.scaler.update()
     state.optimizer.zero_grad()
-    state.schedule.step()
+    state.set_learning_rate()
 
 
 def _evaluate(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from tinydet.config import Optim
 
@@ -69,8 +68,15 @@ def learning_rate_factor(optim: Optim, plan: Plan, iteration: int) -> float:
     return factor
 
 
-def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> tuple[Optimizer, LambdaLR]:
-    """Return optimiser and schedule; call `schedule.step()` after every optimiser step.
+def set_learning_rate(optimizer: Optimizer, optim: Optim, plan: Plan, iteration: int) -> None:
+    """Give every parameter group the rate of optimiser step `iteration` (from 0)."""
+    factor = learning_rate_factor(optim, plan, iteration)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> Optimizer:
+    """Return the optimiser, with the rate of the first step; see `set_learning_rate`.
 
     Norms, biases and per-channel scales (every parameter of one dimension) do not decay; the
     parameters of `model.backbone` learn at `optim.backbone_lr_factor` times the rate.
@@ -84,7 +90,7 @@ def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> tuple[Optimize
     param_groups = [
         {
             "params": parameters,
-            "lr": plan.lr * (optim.backbone_lr_factor if backbone else 1.0),
+            "initial_lr": plan.lr * (optim.backbone_lr_factor if backbone else 1.0),
             "weight_decay": optim.weight_decay if decays else 0.0,
         }
         for (backbone, decays), parameters in groups.items()
@@ -98,4 +104,5 @@ def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> tuple[Optimize
         for parameter in model.parameters():
             if parameter.requires_grad and optim.momentum:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer, LambdaLR(optimizer, lambda i: learning_rate_factor(optim, plan, i))
+    set_learning_rate(optimizer, optim, plan, 0)
+    return optimizer

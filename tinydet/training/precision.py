@@ -114,7 +114,7 @@ def _time_step(
     for _ in range(3):
         start = time.perf_counter()
         with precision.autocast(images.device):
-            losses = model(images, targets)
+            losses, _ = model(images, targets)
         sum(losses.values()).backward()
         model.zero_grad()
         seconds.append(time.perf_counter() - start)

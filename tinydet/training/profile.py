@@ -68,7 +68,7 @@ def time_steps(experiment: Experiment, steps: int = 20) -> StepTime:
         bad_steps, saver = BadSteps(state, Path(folder)), Saver(Path(folder), state)
         for epoch in count():
             state.epoch, state.step = epoch, 0
-            with RunLog(Path(folder), part.number) as log:
+            with RunLog(Path(folder), 0, part.number) as log:
                 train_epoch(state, part, device, log, bad_steps, saver, Interrupts())
             seconds += part.steps[warm_up:]
             if len(seconds) >= steps:
@@ -108,7 +108,7 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
         bad_steps, saver = BadSteps(state, Path(folder)), Saver(Path(folder), state)
         for epoch in range(_ROUNDS):
             state.epoch, state.step = epoch, 0
-            with RunLog(Path(folder), _WARM_UP + steps) as log:
+            with RunLog(Path(folder), 0, _WARM_UP + steps) as log:
                 train_epoch(state, part, device, log, bad_steps, saver, Interrupts())
             loop += part.steps[_WARM_UP:]
             waits += part.waits[_WARM_UP:]
@@ -164,7 +164,7 @@ def _bare_step(state: TrainingState, batch: Batch, device: torch.device) -> dict
         images = batch.images.contiguous(memory_format=state.precision.torch_format)
         logits, deltas = detector(images)
     times.append(_now(device))
-    losses = detector.losses(logits, deltas, tuple(images.shape[-2:]), batch.targets)
+    losses, _ = detector.losses(logits, deltas, tuple(images.shape[-2:]), batch.targets)
     times.append(_now(device))
     state.scaler.scale(sum(losses.values())).backward()
     times.append(_now(device))

@@ -30,15 +30,23 @@ from tinydet.training.state import TrainingState
 logger = logging.getLogger(__name__)
 
 
-def write_experiment(run_dir: Path, experiment: Experiment) -> None:
+def write_experiment(run_dir: Path, experiment: Experiment, changed: Sequence[str] = ()) -> None:
     """Write the resolved experiment, and add this process to those that worked on the run.
 
     `load_experiment` reads `experiment.json`, so it can be run again; `sessions.json` is a list.
+
+    Args:
+        run_dir: the run's folder.
+        experiment: what is trained from here on.
+        changed: the settings that were others before the run was resumed.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "experiment.json", experiment_to_dict(experiment))
     path = run_dir / "sessions.json"
-    write_json(path, [*(read_json(path) or []), this_session(pick_device(experiment.train.device))])
+    session = this_session(pick_device(experiment.train.device))
+    if changed:
+        session["changed"] = ", ".join(changed)
+    write_json(path, [*(read_json(path) or []), session])
 
 
 def write_results(

@@ -1,21 +1,18 @@
-"""Everything that changes while a run trains, and how it is put into a checkpoint and back."""
+"""Everything that changes while a run trains, and how it is put into a checkpoint."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from tinydet.config import Experiment
 from tinydet.data.sample import Batch
 from tinydet.experiment_file import experiment_to_dict
-from tinydet.training.checkpoint import CheckpointError
 from tinydet.training.distributed import (
     from_first,
     parallel,
@@ -23,7 +20,7 @@ from tinydet.training.distributed import (
     world_size,
 )
 from tinydet.training.ema import AveragedWeights
-from tinydet.training.optim import Plan, make_optimizer, make_plan
+from tinydet.training.optim import Plan, make_optimizer, make_plan, set_learning_rate
 from tinydet.training.precision import Precision, choose_precision
 from tinydet.yolof.detector import Detector
 
@@ -40,13 +37,13 @@ class TrainingState:
         network: the same, averaging gradients where several processes train it.
         ema: its averaged weights, if there are any.
         optimizer: steps the detector's weights.
-        schedule: steps the learning rate, once an optimiser step.
         scaler: scales the loss in float16, else does nothing.
         plan: iterations and learning rate after scaling.
         precision: dtype and memory format of a step.
         batches_an_epoch: length of the loader.
         epoch: epochs done and evaluated.
         step: batches done of the epoch after those; all of them where its evaluation is to come.
+        steps_done: batches trained on since the run began.
         best_ap50: highest so far.
         train_seconds: spent in training steps, without evaluation.
         images_seen: trained on so far.
@@ -58,22 +55,34 @@ class TrainingState:
     network: nn.Module
     ema: AveragedWeights | None
     optimizer: Optimizer
-    schedule: LambdaLR
     scaler: torch.amp.GradScaler
     plan: Plan
     precision: Precision
     batches_an_epoch: int
     epoch: int = 0
     step: int = 0
+    steps_done: int = 0
     best_ap50: float = -1.0
     train_seconds: float = 0.0
     images_seen: int = 0
     bad_in_a_row: int = 0
 
     @property
-    def steps_done(self) -> int:
-        """Batches trained on since the run began."""
-        return self.epoch * self.batches_an_epoch + self.step
+    def optimizer_steps_done(self) -> int:
+        """Position in the learning-rate schedule: what epochs and batches done have as steps."""
+        accumulate = self.experiment.train.accumulate
+        steps_an_epoch = -(-self.batches_an_epoch // accumulate)
+        return self.epoch * steps_an_epoch + -(-self.step // accumulate)
+
+    def set_learning_rate(self) -> None:
+        """Give the optimiser the rate of its next step."""
+        position = self.optimizer_steps_done
+        set_learning_rate(self.optimizer, self.experiment.optim, self.plan, position)
+
+    @property
+    def steps_left(self) -> int:
+        """Batches still to be trained on."""
+        return (self.experiment.train.epochs - self.epoch) * self.batches_an_epoch - self.step
 
     @property
     def lr(self) -> float:
@@ -101,78 +110,17 @@ class TrainingState:
             "raw_model": self.detector.state_dict() if self.ema is not None else None,
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "optimizer": self.optimizer.state_dict(),
-            "iteration": self.schedule.last_epoch,
             "scaler": self.scaler.state_dict(),
             "dtype": self.precision.dtype,
             "memory_format": self.precision.memory_format,
             "batches_an_epoch": self.batches_an_epoch,
             "epoch": self.epoch,
             "step": self.step,
+            "steps_done": self.steps_done,
             "best_ap50": self.best_ap50,
             "train_seconds": self.train_seconds,
             "images_seen": self.images_seen,
         }
-
-    def resume(self, content: dict[str, Any], path: Path) -> None:
-        """Put a checkpoint's state, read from `path`, into this run.
-
-        Raises:
-            CheckpointError: it is of another experiment, or not one to go on from.
-        """
-        if content["form"] != "training":
-            raise CheckpointError(f"{path}: a folded network cannot be trained on; take last.pt")
-        if tuple(content["classes"]) != self.detector.classes:
-            raise CheckpointError(
-                f"{path}: trained on other classes ({', '.join(content['classes'])}); "
-                "resume it with its own data"
-            )
-        if content["epoch"] >= self.experiment.train.epochs:
-            raise CheckpointError(
-                f"{path}: that run has finished its {content['epoch']} epochs; "
-                "give it more with --set train.epochs=N"
-            )
-        try:
-            self.detector.load_state_dict(content["raw_model"] or content["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(content["model"])
-                self.ema.updates = content["ema_updates"]
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path}: not a run of this experiment's model and optimiser"
-            ) from error
-        self.scaler.load_state_dict(content["scaler"])
-        # The rate follows from the step alone: a prolonged run gets its own schedule's.
-        self.schedule.last_epoch = content["iteration"]
-        for group, base, factor in zip(
-            self.optimizer.param_groups,
-            self.schedule.base_lrs,
-            self.schedule.lr_lambdas,
-            strict=True,
-        ):
-            group["lr"] = base * factor(content["iteration"])
-        self.epoch = content["epoch"]
-        self.step = content.get("step", 0)
-        if self.step and content["batches_an_epoch"] != self.batches_an_epoch:
-            logger.warning(
-                "%s: an epoch had %d batches, now it has %d: epoch %d starts anew",
-                *(path, content["batches_an_epoch"], self.batches_an_epoch, self.epoch + 1),
-            )
-            self.step = 0
-        self.best_ap50 = content["best_ap50"]
-        self.train_seconds = content["train_seconds"]
-        self.images_seen = content["images_seen"]
-
-
-def keep_precision(experiment: Experiment, content: dict[str, Any]) -> Experiment:
-    """Return the experiment with what "auto" chose when the checkpoint's run began."""
-    train = experiment.train
-    chosen = {
-        name: content[name]
-        for name in ("dtype", "memory_format")
-        if getattr(train, name) == "auto" and name in content
-    }
-    return replace(experiment, train=replace(train, **chosen))
 
 
 def start_training(
@@ -207,14 +155,13 @@ def start_training(
     if settings.compile:
         for part in (detector.backbone, detector.encoder, detector.head):
             part.compile()
-    optimizer, schedule = make_optimizer(detector, experiment.optim, plan)
+    optimizer = make_optimizer(detector, experiment.optim, plan)
     return TrainingState(
         experiment=experiment,
         detector=detector,
         network=parallel(detector, device),
         ema=ema,
         optimizer=optimizer,
-        schedule=schedule,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.dtype == "float16"),
         plan=plan,
         precision=precision,

@@ -64,7 +64,7 @@ class Detector(nn.Module):
 
     def forward(
         self, images: Tensor, targets: Sequence[dict[str, Tensor]] | None = None
-    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+    ) -> tuple[Tensor, Tensor] | tuple[dict[str, Tensor], Tensor]:
         """Return raw outputs, or the losses when there are targets.
 
         Args:
@@ -72,8 +72,8 @@ class Detector(nn.Module):
             targets: for each image `boxes` (N, 4) xyxy pixels and `labels` (N,) int64; N may be 0.
 
         Returns:
-            cls_logits (B, A, K) and deltas (B, A, 4), float32; with targets, `loss_cls` and
-            `loss_box` as scalars.
+            cls_logits (B, A, K) and deltas (B, A, 4), float32; with targets, a dict of the scalars
+            `loss_cls` and `loss_box`, and the number of positives that they are divided by.
         """
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         (features,) = self.backbone(x)
@@ -95,7 +95,7 @@ class Detector(nn.Module):
         deltas: Tensor,
         image_size: tuple[int, int],
         targets: Sequence[dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the losses of raw outputs; arguments and result as in `forward`, outside autocast.
 
         Args:

@@ -31,13 +31,15 @@ def pad_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor, T
 
 def yolof_losses(
     cls_logits: Tensor, pred_boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, matches: Matches
-) -> dict[str, Tensor]:
-    """Return `loss_cls` and `loss_box`, both divided by the mean number of positives a process.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return `loss_cls` and `loss_box`, and the mean number of positives a process.
+
+    Both losses are divided by that number: times it, those of several batches can be added.
 
     `loss_cls` is the focal loss (arXiv 1708.02002, alpha 0.25, gamma 2) over all (anchor, class)
     pairs but those of ignored anchors. `loss_box` is the GIoU loss (arXiv 1902.09630) over all
     positive matches; an anchor matched twice counts twice here, while its class is the last
-    match's, as in the reference. The divisor counts anchors, at least one an image.
+    match's, as in the reference. `num_positives` counts anchors, at least one an image.
 
     Args:
         cls_logits: (B, A, K) float32.
@@ -47,10 +49,10 @@ def yolof_losses(
         matches: from `uniform_match`.
     """
     is_positive = matches.assigned >= 0  # (B, A)
-    normalizer = is_positive.sum(dim=1).clamp(min=1).sum().float()
+    num_positives = is_positive.sum(dim=1).clamp(min=1).sum().float()
     if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(normalizer)
-        normalizer = normalizer / distributed.get_world_size()
+        distributed.all_reduce(num_positives)
+        num_positives = num_positives / distributed.get_world_size()
 
     num_classes = cls_logits.shape[2]
     if gt_labels.shape[1]:
@@ -65,4 +67,5 @@ def yolof_losses(
     pred = pred_boxes.gather(1, matches.anchor_idxs[..., None].expand(-1, -1, 4))  # (B, M, 4)
     giou = generalized_box_iou_loss(pred, gt_boxes[:, matches.gt_idxs])  # (B, M)
     loss_box = giou.where(matches.positive, 0).sum()
-    return {"loss_cls": loss_cls / normalizer, "loss_box": loss_box / normalizer}
+    losses = {"loss_cls": loss_cls / num_positives, "loss_box": loss_box / num_positives}
+    return losses, num_positives
