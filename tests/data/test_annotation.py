@@ -28,8 +28,8 @@ def test_parse_annotation__values_as_written(tmp_path):
     )
     assert annotation.size == (375, 500)
     assert annotation.objects == [
-        RawObject("cat", (48.5, 240.0, 195.0, 371.0), True),
-        RawObject("dog", None, False),
+        RawObject("cat", (48.5, 240.0, 195.0, 371.0), "1"),
+        RawObject("dog", None, ""),
     ]
 
 

@@ -233,12 +233,11 @@ def _without(part, key):
         (_without("annotations", "image_id"), "has no 'image_id'"),
         (_without("annotations", "category_id"), "has no 'category_id'"),
         (_without("categories", "id"), "has no 'id'"),
-        (_without("categories", "name"), "category's name is None"),
+        (_without("categories", "name"), "no annotated object .* no class name.* category 2"),
         (lambda c: c["images"].append("a.jpg"), "malformed"),
         (lambda c: c["annotations"][0].update(image_id=[1]), "malformed"),
         (lambda c: c["images"][0].update(id="one"), "image id 'one' is not a whole number"),
         (lambda c: c["categories"][0].update(id=1.5), "category id 1.5 is not a whole number"),
-        (lambda c: c["categories"][0].update(name="dog"), "category's name is 'dog'"),
         (lambda c: c["categories"][0].update(id=DOG), "two categories have the same id"),
         (lambda c: c["images"].clear(), "no usable image"),
         (lambda c: c["images"][0].update(file_name="b.jpg"), r"no usable image: 1 .*train/b\.jpg"),
@@ -257,7 +256,7 @@ def test_read_index__files_that_are_refused(coco_tree, change, says):
 @pytest.mark.parametrize("content", [b'{"images": [', b"", b"\xff\xfe\x00", b"[" * 100_000, b"[1]"])
 def test_read_index__not_json(coco_tree, content):
     coco_tree.file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"instances_train\.json: (not JSON|has no list)"):
+    with pytest.raises(ValueError, match=r"instances_train\.json: (not JSON|has no list|line 1 is not)"):
         read_index(coco_tree.root, "train")
 
 
