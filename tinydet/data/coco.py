@@ -250,7 +250,7 @@ class _Reader:
     def _file(self, name: str) -> str | None:
         """Return the file below the split's folder that a name, perhaps with a path, means."""
         if name in self.files:
-            return name
+            return self.files[name]
         parts = _plain(name).split("/")
         while "/".join(parts) not in self.files and self.split in parts[:-1] and ".." not in parts:
             parts = parts[parts.index(self.split) + 1 :]

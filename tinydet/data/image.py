@@ -60,10 +60,10 @@ def probe_image(path: Path) -> ImageInfo:
     """
     try:
         with _opened(path) as image:
+            file_format, deep = image.format, is_deep(image)
             width, height = image.size
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
             info = ImageInfo((height, width), image.mode, orientation)
-            file_format, deep = image.format, is_deep(image)
     except Exception as error:  # of many types, as in `read_image`
         reason = error if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(f"not a readable image ({reason})") from None

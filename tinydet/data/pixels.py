@@ -42,7 +42,7 @@ def rgb_pixels(image: Image.Image, data: bytes, deep: bool) -> np.ndarray:
             _from_floats(values) if image.mode == "F" else _from_integers(values, image, tags, data)
         )
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    if deep and pixels.max() < _DARKEST:
+    if deep and pixels.max() <= _DARKEST:
         raise ValueError(
             "of its more than 8 bits only the lowest are used: it would be nearly black; "
             "scale its values to their type's range"

@@ -212,16 +212,14 @@ def _split_names(path: Path, images: dict[str, Path]) -> tuple[list[str], list[s
 
 
 def _split_lines(path: Path, images: dict[str, Path]) -> list[str]:
-    """Return a split file's lines; one that is not UTF-8 is decoded so that its names are found."""
-    try:
-        return read_text(path).splitlines()
-    except ValueError:
-        for encoding in _OTHER_ENCODINGS:
-            with contextlib.suppress(UnicodeDecodeError):
-                lines = path.read_bytes().decode(encoding).splitlines()
-                if all(line.isascii() or _image_name(line.strip(), images) for line in lines):
-                    return lines
-        raise
+    """Return a split file's lines: as UTF-8, or in another encoding if only so its names exist."""
+    for encoding in (None, *_OTHER_ENCODINGS):
+        with contextlib.suppress(ValueError):
+            text = path.read_bytes().decode(encoding) if encoding else read_text(path)
+            lines = text.splitlines()
+            if all(line.isascii() or _image_name(line.strip(), images) for line in lines):
+                return lines
+    return read_text(path).splitlines()
 
 
 def _image_name(line: str, images: dict[str, Path]) -> str | None:
