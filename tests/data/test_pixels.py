@@ -63,6 +63,11 @@ def test_rgb_pixels__alpha_is_dropped():
         assert converted(palette) == COLORS[0].tolist()
 
 
+def test_rgb_pixels__premultiplied_grey_is_refused():
+    with pytest.raises(ValueError, match="La"):  # pillow converts it to nothing, and no file has it
+        converted(Image.fromarray(LEVELS).convert("LA").convert("La"))
+
+
 def chunk(kind, content):
     crc = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
