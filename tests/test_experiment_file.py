@@ -352,3 +352,18 @@ def test_unknown_backbone_is_refused_with_the_nearest_names(tmp_path):
     # A tag of weights, and a model that timm has from us.
     for name in ("resnet18.a1_in1k", "shufflenetv2_x0_5"):
         assert load_experiment(file, [f"model.backbone={name}"]).model.backbone == name
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_load_experiment__json_in_unicode_of_any_kind(tmp_path, encoding):
+    path = tmp_path / "experiment.json"
+    written = experiment_to_dict(Experiment(name="猫"))
+    path.write_bytes(json.dumps(written, ensure_ascii=False).encode(encoding))
+    assert load_experiment(path).name == "猫"
+
+
+def test_load_experiment__json_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "experiment.json"
+    path.write_bytes('{"name":\n"é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"experiment\.json: line 2 is not UTF-8 .*save"):
+        load_experiment(path)

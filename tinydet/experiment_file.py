@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinydet.config import ConfigError, Experiment
+from tinydet.text import read_text
 
 _TINY = 1e-12  # of a quantity that has to be positive
 _ANY = math.inf
@@ -113,9 +114,10 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
         )
     if path.suffix == ".json":
         try:
-            experiment = experiment_from_dict(json.loads(path.read_text()))
+            values = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: not JSON: {error}") from None
+        experiment = experiment_from_dict(values)
     else:
         experiment = _run_file(path)
     if not experiment.name:

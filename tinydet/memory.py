@@ -1,4 +1,4 @@
-"""How this process takes memory from the system."""
+"""The machine's memory, and how this process takes it from the system."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import sys
 # Numbers of mallopt(3) in glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _GROWTH = 64 * 2**20
+
+
+def machine_memory() -> int:
+    """Return the machine's memory in bytes; without limit where the system does not tell."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> None:

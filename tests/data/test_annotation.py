@@ -28,8 +28,8 @@ def test_parse_annotation__values_as_written(tmp_path):
     )
     assert annotation.size == (375, 500)
     assert annotation.objects == [
-        RawObject("cat", (48.5, 240.0, 195.0, 371.0), True),
-        RawObject("dog", None, False),
+        RawObject("cat", (48.5, 240.0, 195.0, 371.0), "1"),
+        RawObject("dog", None, ""),
     ]
 
 
@@ -46,3 +46,45 @@ def test_parse_annotation__refuses_entities(tmp_path, text):
 def test_parse_annotation__refuses_what_is_no_annotation(tmp_path, text):
     with pytest.raises(ValueError, match=r"not XML|not a VOC"):
         parse(tmp_path, text)
+
+
+CHARACTERS = {"gbk": "猫", "gb2312": "猫", "shift_jis": "猫", "euc-kr": "고양이", "big5": "貓"}
+CHARACTERS |= {"utf8": "猫", "utf-32": "猫", "windows-1251": "кот", "iso-2022-jp": "猫"}
+
+
+@pytest.mark.parametrize(("encoding", "name"), CHARACTERS.items())
+def test_parse_annotation__encodings_as_declared(tmp_path, encoding, name):
+    text = f"<?xml version='1.0' encoding='{encoding}'?><annotation><object><name>{name}</name>"
+    annotation = parse(tmp_path, (text + "</object></annotation>").encode(encoding))
+    assert annotation.objects == [RawObject(name, None, "")]
+
+
+def test_parse_annotation__encodings_declared_wrongly(tmp_path):
+    text = "<?xml version='1.0' encoding='{}'?><annotation><object><name>{}</name></object>"
+    text += "</annotation>"
+    # GBK's characters under the name of its older part; UTF-8 that a text writer calls UTF-16.
+    for data, name in (
+        (text.format("GB2312", "鎔").encode("gbk"), "鎔"),
+        (text.format("utf-16", "猫").encode(), "猫"),
+        (text.format("gbk", "猫").encode("utf-8-sig"), "猫"),
+    ):
+        assert parse(tmp_path, data).objects[0].name == name
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "utf8"])
+def test_parse_annotation__refuses_entities_in_any_encoding(tmp_path, encoding):
+    for text in (BOMB.removeprefix('<?xml version="1.0"?>'), OUTSIDE):
+        text = f'<?xml version="1.0" encoding="{encoding}"?>{text.replace("folder", "猫")}'
+        with pytest.raises(ValueError, match="entities"):
+            parse(tmp_path, text.encode(encoding))
+
+
+def test_parse_annotation__case_of_tags(tmp_path):
+    annotation = parse(
+        tmp_path,
+        """<Annotation><Size><Width>500</Width><HEIGHT>375</HEIGHT></Size>
+        <Object><Name>cat</Name><Difficult>yes</Difficult><BndBox><XMin>1</XMin><Ymin>2</Ymin>
+        <xMax>3</xMax><YMAX>4</YMAX></BndBox></Object></Annotation>""",
+    )
+    assert annotation.size == (375, 500)
+    assert annotation.objects == [RawObject("cat", (1, 2, 3, 4), "yes")]

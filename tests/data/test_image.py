@@ -140,3 +140,50 @@ def test_find_images__what_means_none_is_named(tmp_path, name, says):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=says):
         find_images([tmp_path / name])
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".gif", ".jp2", ".avif", ".webp"])
+def test_find_images__formats_that_are_read(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    kind = Image.registered_extensions()[suffix]
+    if kind not in Image.SAVE:
+        pytest.skip(f"this pillow has no {kind}")
+    source = gradient().quantize(16) if suffix == ".gif" else gradient()
+    more = {"save_all": True, "append_images": [source.rotate(180)]} if kind == "GIF" else {}
+    source.save(path, **more)
+    assert find_images([tmp_path]) == [path]
+    assert probe_image(path).size == (40, 60)
+    expected = np.asarray(source.convert("RGB")).astype(int).transpose(2, 0, 1)
+    assert np.abs(read_image(path).numpy() - expected).mean() < 6  # of an animation the first image
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("limit", [100, 2000])
+def test_read_image__large_images_are_read_without_a_word(tmp_path, monkeypatch, limit):
+    path = tmp_path / "a.png"
+    gradient().save(path)
+    # Above its limit pillow warns, and above twice that it refuses.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert probe_image(path).size == (40, 60)
+    assert read_image(path).shape == (3, 40, 60)
+    assert limit == Image.MAX_IMAGE_PIXELS, "other code of the process keeps its protection"
+
+
+@pytest.mark.filterwarnings("error")
+def test_probe_image__more_than_179_megapixels(tmp_path):
+    path = tmp_path / "a.jpg"
+    data = encoded("JPEG")
+    size = data.index(b"\xff\xc0") + 5  # of the frame header: height and width
+    path.write_bytes(data[:size] + (13_500).to_bytes(2, "big") * 2 + data[size + 4 :])
+    assert probe_image(path).size == (13_500, 13_500)
+
+
+def test_read_image__too_large_for_the_memory_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    gradient().save(path)
+    monkeypatch.setattr("tinydet.data.image.machine_memory", lambda: 40 * 60 * 16 - 1)
+    for read in (probe_image, read_image):
+        with pytest.raises(ValueError, match="60x40 pixels are too many for the memory"):
+            read(path)
+    monkeypatch.setattr("tinydet.data.image.machine_memory", lambda: 40 * 60 * 16)
+    assert probe_image(path).size == (40, 60)

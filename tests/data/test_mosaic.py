@@ -143,3 +143,16 @@ def test_mosaic__needs_others_and_off_takes_none():
     )
     assert torch.equal(alone.image, plain.image)
     assert torch.equal(alone.boxes, plain.boxes)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(900, 2), (2, 900)])
+def test_mosaic__not_on_a_canvas_of_one_line(size):
+    transform = train_transform(
+        Data(image_size=64, augment=dataclasses.replace(MOSAIC, color_jitter=0.4))
+    )
+    sample = painted(0, *size, (0, 0, *size))
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        image = transform(sample, generator, None, lambda: sample).image
+        assert sorted(image.shape) == [1, 3, 64]

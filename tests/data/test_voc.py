@@ -250,3 +250,121 @@ def test_voc_dataset__sample_and_transform(tree):
     assert index.boxes.any(), "samples must not share memory with the index"
     drawn = VocDataset(index, lambda _, generator: torch.rand(3, generator=generator))
     torch.testing.assert_close(drawn[0], drawn[0])
+
+
+def test_read_index__objects_without_a_class_name(tree):
+    for i, name in enumerate(("", "  ", "\u200b", "cat")):
+        tree.add(f"{i}", [(name, (1, 1, 9, 9)), ("cat", (1, 1, 9, 9))])
+    tree.annotation("3", [])
+    text = "<annotation><object><bndbox/></object></annotation>"  # no <name> at all
+    (tree.root / "Annotations/3.xml").write_text(text)
+    index = read_index(tree.split("0", "1", "2", "3"), "train")
+    assert index.classes == ("cat",)
+    assert index.labels.tolist() == [0, 0, 0]
+    assert index.problems.counts == {"no_class_name": 4}
+    tree.annotation("0", [("", (1, 1, 9, 9))])
+    with pytest.raises(ValueError, match=r"no annotated object .*1 object has no class name"):
+        read_index(tree.split("0"), "train")
+
+
+def test_read_index__one_class_however_its_name_is_written(tree):
+    composed = "caf\u00e9 bar"
+    written = [composed, f" {composed}\n", "cafe\u0301 bar", "\ufeffcafe\u0301  bar"]
+    tree.add("a", [(name, (1, 1, 9, 9)) for name in written])
+    for classes in ((), (composed,), ("cafe\u0301 bar",)):
+        index = read_index(tree.split("a"), "train", classes)
+        assert index.classes == (classes or (composed,))
+        assert index.labels.tolist() == [0] * 4
+        assert not index.problems
+
+
+def test_read_index__difficult_as_it_is_meant(tree):
+    words = ["1", "2", "yes", "True", "0", "no", "", "Unspecified", "maybe", "-1"]
+    tree.add("a", [("cat", (1, 1, 9, 9))] * len(words))
+    path = tree.root / "Annotations/a.xml"
+    first, *objects = path.read_text().split("<difficult>0</difficult>")
+    for word, rest in zip(words, objects, strict=True):
+        first += f"<Difficult>{word}</Difficult>{rest}"
+    path.write_text(first)
+    index = read_index(tree.split("a"), "train")
+    assert index.difficult.tolist() == [True] * 4 + [False] * 6
+    assert index.problems.counts == {"unclear_mark": 2}
+    assert "a: cat, difficult is 'maybe'; a: cat, difficult is '-1'" in index.problems.summary()[0]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        *((kind, "façade") for kind in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le")),
+        *(("cp1252", "façade"), ("cp850", "façade"), ("cp1251", "кот")),
+        ("gb18030", "猫 7"),  # whose bytes are valid UTF-8 too
+    ],
+)
+def test_read_index__split_files_in_other_encodings(tree, encoding, name):
+    names = ["plain", name]
+    for name in names:
+        tree.add(name)
+    tree.split(name="train")
+    file = tree.root / "ImageSets/Main/train.txt"
+    file.write_bytes("".join(f"{name} 1\r\n" for name in names).encode(encoding))
+    index = read_index(tree.root, "train")
+    assert index.image_ids == names
+    assert not index.problems
+
+
+def test_read_index__split_file_of_no_known_encoding(tree):
+    tree.add("a")
+    tree.split("a")
+    (tree.root / "ImageSets/Main/train.txt").write_bytes(b"a\nfa\xe7ade\n")  # no such image
+    with pytest.raises(ValueError, match=r"train\.txt: line 2 is not UTF-8 .*save") as error:
+        read_index(tree.root, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("a\t1", "a   \t -1", "a.JPEG", "a.png", "./a", "JPEGImages/a", "/x/JPEGImages/./a"),
+        *("data/VOC/JPEGImages/a.jpg", "./JPEGImages/a.JPG  1", "JPEGImages\\a.jpg"),
+        "C:\\VOC\\JPEGImages\\a.jpg\t0",
+    ],
+)
+def test_read_index__lines_that_mean_an_image(tree, line):
+    tree.add("a")
+    index = read_index(tree.split(line), "train")
+    assert index.image_ids == ["a"]
+    assert not index.problems
+
+
+def test_read_index__unicode_forms_of_file_names(tree):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    tree.add(decomposed)
+    tree.image(composed + "2")
+    tree.annotation(decomposed + "2", [("cat", (1, 1, 9, 9))])
+    index = read_index(tree.split(composed, composed + "2", decomposed), "train")
+    assert index.image_ids == [decomposed, composed + "2"]
+    assert len(index.labels) == 2
+    assert index.problems.counts == {"duplicate_id": 1}
+    assert VocDataset(index)[0].image.shape == (3, 40, 60)
+
+
+def test_read_index__paths_to_elsewhere_are_not_taken_for_ours(tree):
+    tree.add("a")
+    tree.add("b")
+    lines = ["a", "../JPEGImages/b", "other/b", "JPEGImages/../../b", "..\\JPEGImages\\b.jpg"]
+    index = read_index(tree.split(*lines), "train")
+    assert index.image_ids == ["a"]
+    assert index.problems.counts == {"missing_image": 4}
+
+
+def test_read_index__suffixes_beside_the_usual(tree):
+    tree.add("a", suffix=".jfif")
+    tree.add("b", suffix=".GIF", mode="P")
+    tree.add("c")
+    (tree.root / "JPEGImages/c.jpg").rename(tree.root / "JPEGImages/c.heic")
+    (tree.root / "Annotations/a.xml").rename(tree.root / "Annotations/a.XML")
+    index = read_index(tree.split("a", "b", "c.heic", "c", "d"), "train")
+    assert index.image_files == ["JPEGImages/a.jfif", "JPEGImages/b.GIF"]
+    assert index.problems.counts == {"missing_image": 3, "not_rgb": 1}
+    told = "c.heic; c: there is c.heic, which is not read; d)"
+    assert told in index.problems.summary()[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tinydet.data.annotation import RawObject, parse_annotation
+from tinydet.data.fields import class_name, mark
 from tinydet.data.image import ImageInfo, probe_image
 from tinydet.data.index import Index
 from tinydet.data.problems import Problems
@@ -78,14 +79,12 @@ class IndexBuilder:
     def __init__(self, classes: tuple[str, ...]) -> None:
         self.problems = Problems()
         self.classes = classes
+        self.known = set(map(class_name, classes))
         self.images: list[_Image] = []
 
-    def add_image(self, name: str, annotation_file: Path, image_file: Path | None) -> None:
+    def add_image(self, name: str, annotation_file: Path | None, image_file: Path) -> None:
         """Check one image and its annotation, and keep what is usable."""
-        if image_file is None:
-            self.problems.add("missing_image", name)
-            return
-        if not annotation_file.is_file():
+        if annotation_file is None:
             self.problems.add("missing_annotation", name)
             return
         try:
@@ -100,19 +99,29 @@ class IndexBuilder:
         file = f"JPEGImages/{image_file.name}"
         image = _Image(name, file, size, turned, boxes=[], names=[], difficult=[])
         for item in annotation.objects:
+            item.name = class_name(item.name)
             box = self._check_object(name, item, size)
             if box is not None:
                 image.boxes.append(box)
                 image.names.append(item.name)
-                image.difficult.append(item.difficult)
+                image.difficult.append(self._difficult(name, item))
         self.images.append(image)
+
+    def _difficult(self, name: str, item: RawObject) -> bool:
+        difficult = mark(item.difficult)
+        if difficult is None:
+            self.problems.add("unclear_mark", name, f"{item.name}, difficult is {item.difficult!r}")
+        return bool(difficult)
 
     def _check_object(
         self, name: str, item: RawObject, size: tuple[int, int]
     ) -> tuple[float, float, float, float] | None:
         """Return the object's box, 0-based and inside the image, or None if it is dropped."""
+        if not item.name:
+            self.problems.add("no_class_name", name)
+            return None
         if item.box is None:
-            self.problems.add("bad_box", name, item.name or "no class name")
+            self.problems.add("bad_box", name, item.name)
             return None
         xmin, ymin, xmax, ymax = item.box
         what = f"{item.name} {xmin:g},{ymin:g},{xmax:g},{ymax:g}"
@@ -120,7 +129,7 @@ class IndexBuilder:
         if xmax <= xmin or ymax <= ymin:
             self.problems.add("zero_area", name, what)
             return None
-        if self.classes and item.name not in self.classes:
+        if self.classes and item.name not in self.known:
             self.problems.add("unknown_class", name, item.name)
             counts = self.problems.unknown_classes
             counts[item.name] = counts.get(item.name, 0) + 1
@@ -139,7 +148,7 @@ class IndexBuilder:
         """Return the index of everything added."""
         names = [name for image in self.images for name in image.names]
         classes = self.classes or tuple(sorted(set(names)))
-        number = {name: i for i, name in enumerate(classes)}
+        number = {class_name(name): i for i, name in enumerate(classes)}
         counts = [len(image.boxes) for image in self.images]
         boxes = [box for image in self.images for box in image.boxes]
         return Index(

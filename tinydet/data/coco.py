@@ -15,13 +15,16 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from pycocotools.coco import COCO
 
 from tinydet.data.builder import check_image
+from tinydet.data.fields import class_name, mark
 from tinydet.data.index import (
     CocoTruth,
     Index,
@@ -32,6 +35,7 @@ from tinydet.data.index import (
     save_index,
 )
 from tinydet.data.problems import Problems
+from tinydet.text import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +55,10 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
 
     What the files get wrong is handled by the rules of `tinydet.data.problems` and counted in the
     index's `problems`. Images are in the order of their ids, those without objects among them.
-    Crowds are marked difficult, which keeps them out of training; the index's `coco` holds what the
-    COCO metric needs to equal the figures that pycocotools computes from the file itself. (What is
-    dropped is not evaluated on either: figures differ where `problems` tells of dropped boxes.)
+    Crowds and objects marked `ignore` are difficult, which keeps them out of training; the index's
+    `coco` holds what the COCO metric needs to equal the figures that pycocotools computes from the
+    file itself. (What is dropped is not evaluated on either: figures differ where `problems` tells
+    of dropped boxes. And pycocotools does not read `ignore`.)
 
     Args:
         root: folder in COCO layout.
@@ -74,7 +79,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
     index = load_index(cached, mark, root, split)
     if index is None:
         logger.info("reading %s", annotation_file)
-        index = _Reader(root, split, _read_json(annotation_file), set(files), classes).index()
+        index = _Reader(root, split, _read_json(annotation_file), files, classes).index()
         save_index(index, cached, mark)
     check_content(index, annotation_file)
     return index
@@ -124,7 +129,7 @@ def _read_json(file: Path) -> COCO:
     """Read an annotation file, without the objects' outlines: they are nine tenths of it.
 
     Raises:
-        ValueError: the file is not JSON, or not a detection set of COCO's format.
+        ValueError: the file is not text or not JSON, or not a detection set of COCO's format.
     """
 
     def without_outline(row: dict[str, Any]) -> dict[str, Any]:
@@ -132,9 +137,9 @@ def _read_json(file: Path) -> COCO:
         return row
 
     coco = COCO()
+    text = read_text(file)
     try:
-        with file.open(encoding="utf-8-sig") as stream:
-            coco.dataset = json.load(stream, object_hook=without_outline)
+        coco.dataset = json.loads(text, object_hook=without_outline)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
     for part in ("images", "annotations", "categories"):
@@ -154,13 +159,7 @@ def _read_json(file: Path) -> COCO:
         wrong = [number for number in numbers if type(number) is not int]
         if wrong:
             raise ValueError(f"{file}: the {part} id {wrong[0]!r} is not a whole number")
-    names = [row.get("name") for row in coco.dataset["categories"]]
-    wrong = [name for name in names if not isinstance(name, str) or names.count(name) > 1]
-    if wrong:
-        raise ValueError(
-            f"{file}: a category's name is {wrong[0]!r}: each needs a name, and one of its own"
-        )
-    if len(coco.cats) < len(names):
+    if len(coco.cats) < len(coco.dataset["categories"]):
         raise ValueError(f"{file}: two categories have the same id")
     return coco
 
@@ -169,29 +168,33 @@ class _Reader:
     """Checks the images and objects of one annotation file, and puts them into an index."""
 
     def __init__(
-        self, root: Path, split: str, coco: COCO, files: set[str], classes: tuple[str, ...]
+        self, root: Path, split: str, coco: COCO, files: list[str], classes: tuple[str, ...]
     ) -> None:
-        self.root, self.split, self.coco, self.files = root, split, coco, files
-        self.names = {number: coco.cats[number]["name"] for number in sorted(coco.cats)}
-        self.classes = classes or tuple(self.names.values())
-        self.label_of = {name: label for label, name in enumerate(self.classes)}
+        self.root, self.split, self.coco = root, split, coco
+        self.files = {_plain(file): file for file in files} | {file: file for file in files}
+        self.names = {number: _name(coco.cats[number]) for number in sorted(coco.cats)}
+        self.classes = classes or tuple(dict.fromkeys(filter(None, self.names.values())))
+        self.label_of = {class_name(name): label for label, name in enumerate(self.classes)}
         self.problems = Problems()
         # Numbers one after another, not an object each: COCO has 860 000.
         self.boxes, self.clipped, self.areas = array("d"), array("f"), array("d")
-        self.labels, self.crowd = array("q"), bytearray()
+        self.labels, self.crowd, self.difficult = array("q"), bytearray(), bytearray()
 
     def index(self) -> Index:
         """Return the index of everything usable."""
+        first: dict[str, int] = {}
+        for number, name in self.names.items():
+            if name and first.setdefault(name, number) != number:
+                self.problems.add("same_name", name, f"categories {first[name]} and {number}")
         for name in self.classes:
-            if name not in self.names.values():
-                near = difflib.get_close_matches(name, self.names.values(), 1)
+            if class_name(name) not in first:
+                near = difflib.get_close_matches(name, first, 1)
                 self.problems.add("absent_class", name, f"did you mean {near[0]}?" if near else "")
         for number in self.coco.imgToAnns.keys() - self.coco.imgs.keys():
             for item in self.coco.imgToAnns[number]:
                 self.problems.add("unknown_image", f"object {item['id']}", f"image {number!r}")
         ids, files, sizes, turned, offsets = [], [], [], [], [0]
-        for row in self._image_rows():
-            file = row["file_name"]
+        for file, row in self._image_rows():
             stated = _stated_size(row)
             checked = check_image(file, self.root / self.split / file, stated, self.problems)
             if checked is None:
@@ -215,7 +218,7 @@ class _Reader:
             offsets=np.array(offsets, dtype=np.int64),
             boxes=np.array(self.clipped, dtype=np.float32).reshape(-1, 4),
             labels=np.array(self.labels, dtype=np.int64),
-            difficult=crowd,
+            difficult=np.array(self.difficult, dtype=bool),
             problems=self.problems,
             coco=CocoTruth(
                 boxes=np.array(self.boxes, dtype=np.float64).reshape(-1, 4),
@@ -224,29 +227,52 @@ class _Reader:
             ),
         )
 
-    def _image_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the file's images that have an image file, each once, by ascending id."""
+    def _image_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the file's images and their image files, each once, by ascending id."""
         seen_ids, seen_files = set(), set()
         # COCOeval goes by ascending id too, which decides between equal scores.
         for row in sorted(self.coco.dataset["images"], key=lambda row: row["id"]):
-            file = row.get("file_name")
-            if not isinstance(file, str) or not file:
+            name = row.get("file_name")
+            if not isinstance(name, str) or not name:
                 self.problems.add("no_file_name", f"image {row['id']}")
-            elif row["id"] in seen_ids or file in seen_files:
-                self.problems.add("duplicate_id", file, f"image {row['id']}")
+                continue
             # Only files that the folder lists: a name with ".." in it must not lead elsewhere.
-            elif file not in self.files:
-                self.problems.add("missing_image", f"{self.split}/{file}")
+            file = self._file(name)
+            if row["id"] in seen_ids or (file or name) in seen_files:
+                self.problems.add("duplicate_id", name, f"image {row['id']}")
+            elif file is None:
+                self.problems.add("missing_image", f"{self.split}/{name}", self._beside(name))
             else:
-                yield row
+                yield file, row
             seen_ids.add(row["id"])
-            seen_files.add(file if isinstance(file, str) else None)
+            seen_files.add(file or name)
+
+    def _file(self, name: str) -> str | None:
+        """Return the file below the split's folder that a name, perhaps with a path, means."""
+        if name in self.files:
+            return self.files[name]
+        parts = _plain(name).split("/")
+        while "/".join(parts) not in self.files and self.split in parts[:-1] and ".." not in parts:
+            parts = parts[parts.index(self.split) + 1 :]
+        return self.files.get("/".join(parts))
+
+    def _beside(self, name: str) -> str:
+        """Return words for a file which is called like that but for folder and suffix."""
+        other = self._by_stem.get(Path(_plain(name)).stem)
+        return f"there is {self.split}/{other}" if other else ""
+
+    @cached_property
+    def _by_stem(self) -> dict[str, str]:
+        return {Path(file).stem: file for file in self.files.values()}
 
     def _add_object(self, file: str, item: dict[str, Any], size: tuple[int, int]) -> None:
         """Check one object of an image of `size` (height, width), and keep it if it is usable."""
         name = self.names.get(item["category_id"])
         if name is None:
             self.problems.add("unknown_category", file, f"{item['category_id']!r}")
+            return
+        if not name:
+            self.problems.add("no_class_name", file, f"category {item['category_id']}")
             return
         box = item.get("bbox")
         if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
@@ -274,7 +300,27 @@ class _Reader:
         self.clipped.extend(clipped)
         self.areas.append(area if _is_number(area) else width * height)
         self.labels.append(self.label_of[name])
-        self.crowd.append(bool(item.get("iscrowd")))
+        crowd, ignored = (self._mark(file, item, key) for key in ("iscrowd", "ignore"))
+        self.crowd.append(crowd)
+        self.difficult.append(crowd or ignored)
+
+    def _mark(self, file: str, item: dict[str, Any], key: str) -> bool:
+        value = mark(item.get(key))
+        if value is None:
+            self.problems.add("unclear_mark", file, f"{key} is {item[key]!r}")
+        return bool(value)
+
+
+def _name(category: dict[str, Any]) -> str:
+    name = category.get("name")
+    return class_name(str(name)) if isinstance(name, (str, int)) else ""
+
+
+def _plain(path: str) -> str:
+    """Return a path in the form that paths are compared in: NFC, slashes, suffix in lower case."""
+    path = normalize("NFC", path).replace("\\", "/").removeprefix("./")
+    stem, suffix = os.path.splitext(path)
+    return stem + suffix.lower()
 
 
 def _stated_size(row: dict[str, Any]) -> tuple[int, int] | None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import glob
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+from tinydet.data.pixels import is_deep, rgb_pixels
+from tinydet.memory import machine_memory
+
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+# Of files with several images, as GIF has, the first one is read.
+_OTHER_SUFFIXES = (".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".avif")
+IMAGE_SUFFIXES = JPEG_SUFFIXES + _OTHER_SUFFIXES
 DRAWN = "_detections"  # ends the name of a file in which what was found is drawn
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_BYTES_PER_PIXEL = 8  # pillow's pixels and our copy of them
 
 
 @dataclass
@@ -44,25 +52,46 @@ def probe_image(path: Path) -> ImageInfo:
     """Read an image file's header, and make sure the file is whole.
 
     Reading every pixel of every file would take minutes on a large set. A file that ends with its
-    format's end marker is taken as whole; any other is decoded to find out.
+    format's end marker is taken as whole; any other is decoded to find out, and so are images of
+    more than 8 bits, whose pixels decide whether `read_image` refuses them.
 
     Raises:
-        ValueError: not an image, or truncated.
+        ValueError: not an image, truncated, too large for the memory, or refused for its values.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of odd EXIF blocks and very large images
+        with _opened(path) as image:
+            file_format, deep = image.format, is_deep(image)
             width, height = image.size
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
             info = ImageInfo((height, width), image.mode, orientation)
-            file_format = image.format
     except Exception as error:  # of many types, as in `read_image`
-        raise ValueError(f"not a readable image ({type(error).__name__})") from None
+        reason = error if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"not a readable image ({reason})") from None
     if info.orientation not in range(1, 9):
         info.orientation = 1
-    if not _ends_well(path, file_format or ""):
+    if deep or not _ends_well(path, file_format or ""):
         read_image(path)
     return info
+
+
+@contextmanager
+def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open an image, without warnings of odd EXIF blocks and the like.
+
+    Pillow warns of images of more than 89 megapixels and refuses twice that; here it is half of the
+    machine's memory that they may take.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(source) as image:
+                width, height = image.size
+                if width * height * _BYTES_PER_PIXEL > machine_memory() / 2:
+                    raise ValueError(f"{width}x{height} pixels are too many for the memory")
+                yield image
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _ends_well(path: Path, file_format: str) -> bool:
@@ -120,7 +149,8 @@ def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Ten
     With pillow: torchvision's decoders are deprecated since 0.29, and read fewer formats.
 
     Args:
-        path: JPEG, PNG or anything else pillow reads; grey and CMYK are converted.
+        path: JPEG, PNG or anything else pillow reads; see `rgb_pixels` for how colours other than
+            RGB, and depths other than 8 bits, are converted.
         orientation: turn the image as its EXIF orientation says.
         reduction: 2, 4 or 8 decodes a JPEG file at that fraction of its size (libjpeg computes
             fewer points of each block's inverse DCT); files of other formats are decoded whole.
@@ -131,21 +161,19 @@ def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Ten
         beyond its edge.
 
     Raises:
-        ValueError: the file cannot be decoded.
+        ValueError: the file cannot be decoded, or not be shown truthfully in 8 bits.
         FileNotFoundError: there is no such file.
     """
     data = path.read_bytes()
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
+        with _opened(io.BytesIO(data)) as image:
+            deep = is_deep(image)
             if reduction > 1:
                 width, height = image.size
                 image.draft(None, (width // reduction, height // reduction))
             if orientation:
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):  # pillow would clip 16 bits to 8, not scale them
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
+            pixels = rgb_pixels(image, data, deep)
     except UnidentifiedImageError:  # Its message has the address of the buffer read from.
         raise ValueError(f"{path}: cannot be decoded (not an image of a known format)") from None
     # Pillow's readers raise many types on broken files (SyntaxError and struct.error among them).

@@ -20,7 +20,7 @@ from tinydet.data.problems import Problems
 logger = logging.getLogger(__name__)
 
 # Raise it with any change of the rules or of the file's layout: other versions are rebuilt.
-_VERSION = 2
+_VERSION = 3
 
 
 class Objects(NamedTuple):
@@ -197,7 +197,11 @@ def check_content(index: Index, split_file: Path) -> None:
                 f"{split_file}: none of the classes {_short(index.classes)} occurs; the "
                 f"annotations have {_short(names)}: set data.classes to these, or leave it empty"
             )
-        raise ValueError(f"{split_file}: no annotated object in {len(index)} images")
+        dropped = "; ".join(line for line in index.problems.summary() if "dropped" in line)
+        raise ValueError(
+            f"{split_file}: no annotated object in {len(index)} images"
+            + (f": {dropped}" if dropped else "")
+        )
 
 
 def _short(names: Sequence[str]) -> str:

@@ -21,8 +21,8 @@ RULES = {
         "annotation files cannot be read: images left out",
     ),
     "bad_image": (
-        "image is truncated or cannot be decoded: left out",
-        "images are truncated or cannot be decoded: left out",
+        "image cannot be read: left out",
+        "images cannot be read: left out",
     ),
     "duplicate_id": (
         "name is listed twice in the split: used once",
@@ -40,6 +40,14 @@ RULES = {
         "object has a category id that the annotation file does not define: dropped",
         "objects have a category id that the annotation file does not define: dropped",
     ),
+    "no_class_name": (
+        "object has no class name: dropped",
+        "objects have no class name: dropped",
+    ),
+    "same_name": (
+        "category has the name of another: both are one class",
+        "categories have the names of others: they are one class with them",
+    ),
     "absent_class": (
         "class is not in the annotation file's list of categories: it has no object",
         "classes are not in the annotation file's list of categories: they have no object",
@@ -54,6 +62,10 @@ RULES = {
     "clipped": (
         "box reaches over its image's edge: clipped",
         "boxes reach over their images' edges: clipped",
+    ),
+    "unclear_mark": (
+        "object is marked with neither yes nor no: taken for no",
+        "objects are marked with neither yes nor no: taken for no",
     ),
     "wrong_size": (
         "annotation states a wrong image size: the image file's is used",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -11,14 +10,14 @@ import numpy as np
 import torch
 
 from tinydet.config import ConfigError
-from tinydet.data.image import read_image
+from tinydet.data.image import JPEG_SUFFIXES, read_image
 from tinydet.data.image_cache import ImageCache
 from tinydet.data.sample import Sample
 from tinydet.data.voc import VocDataset
+from tinydet.memory import machine_memory
 
 logger = logging.getLogger(__name__)
 
-_JPEG_SUFFIXES = (".jpg", ".jpeg")
 _REDUCTIONS = (8, 4, 2)  # what libjpeg offers and pillow can ask for
 # A reduced image is at least this much larger than what is made of it. libjpeg's reduction is
 # sharper than that of `resized`, by which evaluated images are made: measured by their gradients up
@@ -92,7 +91,7 @@ def _reductions(
     of_size = [largest_reduction(size, largest_size(size)) for size in map(tuple, sizes.tolist())]
     reductions = np.array(of_size, dtype=np.uint8)[number.reshape(-1)]
     # A turned image's partly covered pixels would lie at its left or top.
-    is_jpeg = [file.lower().endswith(_JPEG_SUFFIXES) for file in index.image_files]
+    is_jpeg = [file.lower().endswith(JPEG_SUFFIXES) for file in index.image_files]
     reductions[index.turned | ~np.array(is_jpeg, dtype=bool)] = 1
     reduced = int((reductions > 1).sum())
     if reduced:
@@ -106,7 +105,7 @@ def _reductions(
 
 
 def _make_cache(dataset: VocDataset, reductions: np.ndarray, cache_mb: int) -> ImageCache:
-    memory_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    memory_mb = machine_memory() // 2**20
     if cache_mb > memory_mb:
         raise ConfigError(
             f"data.cache_mb={cache_mb}: this machine has {memory_mb} MB of memory; "

@@ -164,7 +164,8 @@ class TrainTransform:
         another: Callable[[], Sample] | None,
     ) -> Sample:
         """Return one image or a mosaic on a canvas with these sides (height, width), warped."""
-        if another is not None and _chance(generator, self.augment.mosaic):
+        # A canvas of a single line of pixels cannot be divided.
+        if another is not None and min(sides) > 1 and _chance(generator, self.augment.mosaic):
             tiles = draw_tiles(*sides, generator)
             parts = [
                 self._tile(part, (tile.height, tile.width), generator, image_size)

@@ -6,12 +6,15 @@ The layout is `ImageSets/Main/<split>.txt` with a name a line, `Annotations/<nam
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -29,10 +32,17 @@ from tinydet.data.index import (
 )
 from tinydet.data.sample import Sample
 from tinydet.data.seeding import seeded_generator
+from tinydet.text import read_text
 
 logger = logging.getLogger(__name__)
 
 _LAYOUT = "a folder in VOC layout holds Annotations/, ImageSets/Main/ and JPEGImages/"
+_FLAG = re.compile(r"\s+(-1|0|1)$")
+# Of split files that are not UTF-8: what systems and consoles of our time write by default.
+_OTHER_ENCODINGS = (
+    *("cp1252", "cp1250", "cp1251", "cp850", "cp866"),
+    *("gb18030", "cp932", "cp949", "cp950"),
+)
 
 
 class VocDataset(Dataset[Sample]):
@@ -97,17 +107,19 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
 
     Raises:
         FileNotFoundError: the folder, one of its three parts or the split is missing.
-        ValueError: no image is left, or none of the class names occurs.
+        ValueError: the split's file is no text, no image is left, or no class name occurs.
     """
     root, classes = Path(root), tuple(classes)
     split_file = _check_layout(root, split)
-    images = _image_names(root / "JPEGImages")
+    images = _files(root / "JPEGImages", IMAGE_SUFFIXES)
+    annotations = _files(root / "Annotations", (".xml",))
     names, repeated = _split_names(split_file, images)
-    annotation_files = [root / "Annotations" / f"{name}.xml" for name in names]
-    # Only files that the folder lists: a name with ".." in it must not lead elsewhere.
-    image_files = [root / "JPEGImages" / images[name] if name in images else None for name in names]
+    # Only files that the folders list: a name with ".." in it must not lead elsewhere.
+    image_files = [_file(name, images) for name in names]
+    annotation_files = [_file(name, annotations) for name in names]
 
-    mark = fingerprint([split_file, *annotation_files, *filter(None, image_files)])
+    found = [path for path in (*annotation_files, *image_files) if path is not None]
+    mark = fingerprint([split_file, *found])
     cached = cache_file(root, split, classes)
     index = load_index(cached, mark, root, split)
     if index is None:
@@ -115,10 +127,14 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
         builder = IndexBuilder(classes)
         for name in repeated:
             builder.problems.add("duplicate_id", name)
+        others = _other_files(root / "JPEGImages") if None in image_files else {}
         for name, annotation_file, image_file in zip(
             names, annotation_files, image_files, strict=True
         ):
-            builder.add_image(name, annotation_file, image_file)
+            if image_file is None:
+                builder.problems.add("missing_image", name, others.get(name, ""))
+            else:
+                builder.add_image(name, annotation_file, image_file)
         index = builder.index(root, split)
         save_index(index, cached, mark)
     check_content(index, split_file)
@@ -153,36 +169,79 @@ def _check_layout(root: Path, split: str) -> Path:
     return split_file
 
 
-def _image_names(folder: Path) -> dict[str, str]:
-    """Return name -> file name of the images in a folder."""
-    rank = {suffix: i for i, suffix in enumerate(IMAGE_SUFFIXES)}
+def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Return the files with one of the suffixes by their names without it, as they are and in NFC.
+
+    Of files of one name it is the one whose suffix comes first.
+    """
+    rank = {suffix: i for i, suffix in enumerate(suffixes)}
     found: dict[str, str] = {}
     for file in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(file)
         if suffix.lower() not in rank:
             continue
-        # Two files of one name: the format that is listed first.
         if stem not in found or rank[suffix.lower()] < rank[Path(found[stem]).suffix.lower()]:
             found[stem] = file
-    return found
+    found = {normalize("NFC", stem): file for stem, file in found.items()} | found
+    return {name: folder / file for name, file in found.items()}
 
 
-def _split_names(path: Path, images: dict[str, str]) -> tuple[list[str], list[str]]:
+def _file(name: str, files: dict[str, Path]) -> Path | None:
+    return files.get(name) or files.get(normalize("NFC", name))
+
+
+def _other_files(folder: Path) -> dict[str, str]:
+    """Return what to say of the files that are not read, by their names without the suffix."""
+    return {
+        os.path.splitext(file)[0]: f"there is {file}, which is not read"
+        for file in sorted(os.listdir(folder))
+    }
+
+
+def _split_names(path: Path, images: dict[str, Path]) -> tuple[list[str], list[str]]:
     """Return the names in a split file, each once, and those listed more than once.
 
     Lines are a name, or as in VOC's files of one class a name and a flag -1, 0 or 1. An image with
-    the flag -1 has no object of that class; as part of the split it counts all the same.
+    the flag -1 has no object of that class; as part of the split it counts all the same. Names may
+    come with the image's suffix, and with the path of its folder.
     """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    names = []
-    for line in filter(None, lines):
-        name, _, flag = line.rpartition(" ")
-        # A file name may hold a blank and end in a number: it comes before the flag form.
-        if line not in images and name and flag in ("-1", "0", "1"):
-            line = name.strip()
-        stem, suffix = os.path.splitext(line)
-        if line not in images and suffix.lower() in IMAGE_SUFFIXES:
-            line = stem
-        names.append(line)
+    lines = [line.strip() for line in _split_lines(path, images)]
+    names = [_image_name(line, images) or _bare(line) for line in lines if line]
     counts = Counter(names)
     return list(counts), [name for name, count in counts.items() if count > 1]
+
+
+def _split_lines(path: Path, images: dict[str, Path]) -> list[str]:
+    """Return a split file's lines: as UTF-8, or in another encoding if only so its names exist."""
+    for encoding in (None, *_OTHER_ENCODINGS):
+        with contextlib.suppress(ValueError):
+            text = path.read_bytes().decode(encoding) if encoding else read_text(path)
+            lines = text.splitlines()
+            if all(line.isascii() or _image_name(line.strip(), images) for line in lines):
+                return lines
+    return read_text(path).splitlines()
+
+
+def _image_name(line: str, images: dict[str, Path]) -> str | None:
+    """Return the name of the image that a line means, None if there is no such image."""
+    # As it stands first: a file name may hold blanks, and end in a number.
+    for text in (line, _FLAG.sub("", line)):
+        for name in (text, _in_folder(text)):
+            file = _file(name, images) or _file(_bare(name), images)
+            if file is not None:
+                return file.stem
+    return None
+
+
+def _in_folder(path: str) -> str:
+    """Return a path without its folder if that is JPEGImages, or the current one."""
+    folder, _, name = path.replace("\\", "/").rpartition("/")
+    parts = [part for part in folder.split("/") if part != "."]
+    is_ours = folder == "." or (parts[-1:] == ["JPEGImages"] and ".." not in parts)
+    return name if is_ours else path
+
+
+def _bare(line: str) -> str:
+    """Return a line without flag and suffix."""
+    stem, suffix = os.path.splitext(_FLAG.sub("", line))
+    return stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix
