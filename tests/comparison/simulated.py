@@ -121,7 +121,8 @@ def as_matches(world: World, scene: tuple[Things, Things], run: Run) -> list[Cla
         rows = rows[np.argsort(-run.scores[rows])]
         boxes = np.bincount(objects.images[objects.labels == label], minlength=world.images)
         right = run.iou[None, rows] >= 0.5
-        matches.append(ClassMatches(images[rows], right, np.zeros_like(right), boxes))
+        scores, ignored = run.scores[rows], np.zeros_like(right)
+        matches.append(ClassMatches(images[rows], scores, right, ignored, boxes))
     return matches
 
 
