@@ -17,8 +17,6 @@ from tinydet.comparison.uncertainty import Difference
 from tinydet.comparison.verdict import Verdict, judge
 from tinydet.evaluation.tide import KINDS
 
-pytest.importorskip("matplotlib")
-
 
 def _outcome(name, ap50, points=None, ms=9.5):
     found = {}

@@ -103,9 +103,6 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
     Returns:
         The files written.
-
-    Raises:
-        ValueError: matplotlib is missing; the tables are written all the same.
     """
     text, numbers, plot = (folder / f"comparison.{ending}" for ending in ("md", "json", "png"))
     write_text(text, markdown(report) + "\n")
