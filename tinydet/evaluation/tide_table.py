@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tinydet.evaluation.metrics import UNDEFINED
 from tinydet.evaluation.tide import KINDS, SIZES, SUMS, Tide
 
 HEADS = {
@@ -27,7 +28,8 @@ LEGEND = (
 
 def tide_lines(result: Tide, classes: Sequence[str]) -> list[str]:
     """Return a table in percent: all, by size of the object, by class; "-" is unknown."""
-    return _lines(_rows(result, classes), ".2f")
+    lines = _lines(_rows(result, classes), ".2f")
+    return [*lines, f"AP50 is {UNDEFINED}"] if math.isnan(result.ap50) else lines
 
 
 def tide_change_lines(base: Tide, idea: Tide, classes: Sequence[str]) -> list[str]:
