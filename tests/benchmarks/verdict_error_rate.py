@@ -2,7 +2,8 @@
 
 Detections of runs are simulated (tests/comparison/simulated.py) and judged by the code that judges
 real ones, on 60 test images, AP50. Run from the project's root, some minutes of one core:
-python tests/benchmarks/verdict_error_rate.py [--comparisons 1000]
+python tests/benchmarks/verdict_error_rate.py [--comparisons 1000] [--images 60] [--alike 1]
+[--taste 0.15]
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def _plain_bootstrap(base: Scores, idea: Scores) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _without_effect(comparisons: int) -> None:
+def _without_effect(comparisons: int, world: World) -> None:
     counts = {(ideas, n): np.zeros(4, int) for ideas in (1, 3) for n in _SEEDS}
     spreads, means, any_look = [], [], np.zeros(2, int)
     for number in range(comparisons):
-        scores = draw_comparison(World(), [0.0] * 3, max(_SEEDS), number)
+        scores = draw_comparison(world, [0.0] * 3, max(_SEEDS), number)
         spreads.append(scores[0].seed_variance)
         means.append(scores[0].mean)
         looks: set[str] = set()
@@ -69,11 +70,11 @@ def _without_effect(comparisons: int) -> None:
     )
 
 
-def _with_effect(comparisons: int) -> None:
+def _with_effect(comparisons: int, world: World) -> None:
     better = np.zeros((len(_EFFECTS), len(_MORE_SEEDS)), int)
     found = {(e, n): [] for e in _EFFECTS for n in _MORE_SEEDS}
     for number in range(comparisons):
-        base, *ideas = draw_comparison(World(), _EFFECTS, max(_MORE_SEEDS), number)
+        base, *ideas = draw_comparison(world, _EFFECTS, max(_MORE_SEEDS), number)
         for i, (effect, idea) in enumerate(zip(_EFFECTS, ideas, strict=True)):
             for j, n in enumerate(_MORE_SEEDS):
                 one = difference(base.first(n), idea.first(n))
@@ -92,13 +93,18 @@ def _with_effect(comparisons: int) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def main(comparisons: int) -> None:
-    """Print both tables."""
-    _without_effect(comparisons)
-    _with_effect(comparisons // 3)
+def main(comparisons: int, world: World) -> None:
+    """Print both tables; of test images that are alike the first alone."""
+    _without_effect(comparisons, world)
+    if world.alike == 1:
+        _with_effect(comparisons // 3, world)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comparisons", type=int, default=1000)
-    main(parser.parse_args().comparisons)
+    parser.add_argument("--images", type=int, default=60, help="of the test split")
+    parser.add_argument("--alike", type=int, default=1, help="in groups of so many like frames")
+    parser.add_argument("--taste", type=float, default=World.taste, help="see simulated.World")
+    args = parser.parse_args()
+    main(args.comparisons, World(args.images, args.alike, taste=args.taste))

@@ -110,6 +110,11 @@ def test_the_plot_has_every_experiment_its_bars_and_the_front(report):
     assert len(segments) == 5  # The base is no uncertain difference.
 
 
+def test_it_says_that_images_count_as_independent(report):
+    for text in ("\n".join(report_lines(report)), markdown(report)):
+        assert "frames of a video" in text
+
+
 def test_files(report, tmp_path):
     written = write_report(report, tmp_path)
     assert [path.name for path in written] == ["comparison.md", "comparison.json", "comparison.png"]
