@@ -1,9 +1,9 @@
 """How often a comparison's verdict is wrong, and how often it sees what is there.
 
 Detections of runs are simulated (tests/comparison/simulated.py) and judged by the code that judges
-real ones, on 60 test images, AP50. Run from the project's root, some minutes of one core:
-python tests/benchmarks/verdict_error_rate.py [--comparisons 1000] [--images 60] [--alike 1]
-[--taste 0.15]
+real ones, on 60 test images, AP50; --world changes how runs and images vary. Run from the project's
+root, some minutes of one core:
+python tests/benchmarks/verdict_error_rate.py [--comparisons 1000] [--world images=300 alike=30]
 """
 
 from __future__ import annotations
@@ -103,8 +103,10 @@ def main(comparisons: int, world: World) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comparisons", type=int, default=1000)
-    parser.add_argument("--images", type=int, default=60, help="of the test split")
-    parser.add_argument("--alike", type=int, default=1, help="in groups of so many like frames")
-    parser.add_argument("--taste", type=float, default=World.taste, help="see simulated.World")
+    parser.add_argument(
+        "--world", nargs="+", default=[], metavar="NAME=VALUE", help="fields of simulated.World"
+    )
     args = parser.parse_args()
-    main(args.comparisons, World(args.images, args.alike, taste=args.taste))
+    fields = dict(field.split("=") for field in args.world)
+    world = World(**{name: type(getattr(World, name))(value) for name, value in fields.items()})
+    main(args.comparisons, world)
