@@ -1,8 +1,9 @@
 """How often a comparison's verdict is wrong, and how often it sees what is there.
 
 Detections of runs are simulated (tests/comparison/simulated.py) and judged by the code that judges
-real ones, on 60 test images, AP50. Run from the project's root, some minutes of one core:
-python tests/benchmarks/verdict_error_rate.py [--comparisons 1000]
+real ones, on 60 test images, AP50; --world changes how runs and images vary. Run from the project's
+root, some minutes of one core:
+python tests/benchmarks/verdict_error_rate.py [--comparisons 1000] [--world images=300 alike=30]
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def _plain_bootstrap(base: Scores, idea: Scores) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _without_effect(comparisons: int) -> None:
+def _without_effect(comparisons: int, world: World) -> None:
     counts = {(ideas, n): np.zeros(4, int) for ideas in (1, 3) for n in _SEEDS}
     spreads, means, any_look = [], [], np.zeros(2, int)
     for number in range(comparisons):
-        scores = draw_comparison(World(), [0.0] * 3, max(_SEEDS), number)
+        scores = draw_comparison(world, [0.0] * 3, max(_SEEDS), number)
         spreads.append(scores[0].seed_variance)
         means.append(scores[0].mean)
         looks: set[str] = set()
@@ -69,11 +70,11 @@ def _without_effect(comparisons: int) -> None:
     )
 
 
-def _with_effect(comparisons: int) -> None:
+def _with_effect(comparisons: int, world: World) -> None:
     better = np.zeros((len(_EFFECTS), len(_MORE_SEEDS)), int)
     found = {(e, n): [] for e in _EFFECTS for n in _MORE_SEEDS}
     for number in range(comparisons):
-        base, *ideas = draw_comparison(World(), _EFFECTS, max(_MORE_SEEDS), number)
+        base, *ideas = draw_comparison(world, _EFFECTS, max(_MORE_SEEDS), number)
         for i, (effect, idea) in enumerate(zip(_EFFECTS, ideas, strict=True)):
             for j, n in enumerate(_MORE_SEEDS):
                 one = difference(base.first(n), idea.first(n))
@@ -92,13 +93,20 @@ def _with_effect(comparisons: int) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def main(comparisons: int) -> None:
-    """Print both tables."""
-    _without_effect(comparisons)
-    _with_effect(comparisons // 3)
+def main(comparisons: int, world: World) -> None:
+    """Print both tables; of test images that are alike the first alone."""
+    _without_effect(comparisons, world)
+    if world.alike == 1:
+        _with_effect(comparisons // 3, world)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comparisons", type=int, default=1000)
-    main(parser.parse_args().comparisons)
+    parser.add_argument(
+        "--world", nargs="+", default=[], metavar="NAME=VALUE", help="fields of simulated.World"
+    )
+    args = parser.parse_args()
+    fields = dict(field.split("=") for field in args.world)
+    world = World(**{name: type(getattr(World, name))(value) for name, value in fields.items()})
+    main(args.comparisons, world)

@@ -32,13 +32,15 @@ class World:
 
     Attributes:
         images: of the test split.
+        alike: how many images show the same things, as frames of a video do; divides `images`.
         classes: of objects.
         seed_luck: standard deviation of a seed's luck on the whole.
-        own_luck: standard deviation of a run's luck with an object.
+        own_luck: standard deviation of a run's luck with an object, in all images that show it.
         taste: standard deviation of what suits a network in an object, whatever the seed.
     """
 
     images: int = 60
+    alike: int = 1
     classes: int = 3
     seed_luck: float = 0.06
     own_luck: float = 0.4
@@ -75,13 +77,17 @@ class Run:
 
 def draw_scene(world: World, rng: np.random.Generator) -> tuple[Things, Things]:
     """Draw the objects of a comparison's test images, and what looks like one."""
-    of_image = rng.normal(0, 0.5, world.images)
+    different = world.images // world.alike
+    of_image = rng.normal(0, 0.5, different)
     drawn = []
     for mean in (2.0, 1.5):
-        counts = rng.poisson(mean * np.exp(0.4 * rng.normal(size=world.images)))
-        images = np.repeat(np.arange(world.images), counts)
+        counts = rng.poisson(mean * np.exp(0.4 * rng.normal(size=different)))
+        images = np.repeat(np.arange(different), counts)
         labels = rng.integers(0, world.classes, len(images))
-        drawn.append(Things(images, labels, of_image[images] + rng.normal(0, 0.8, len(images))))
+        difficulty = of_image[images] + rng.normal(0, 0.8, len(images))
+        images = [images + different * copy for copy in range(world.alike)]
+        copies = np.tile(labels, world.alike), np.tile(difficulty, world.alike)
+        drawn.append(Things(np.concatenate(images), *copies))
     return drawn[0], drawn[1]
 
 
@@ -102,9 +108,14 @@ def draw_run(
         rng: random numbers.
     """
     objects, others = (things.difficulty for things in scene)
+
+    def luck(things: np.ndarray) -> np.ndarray:
+        of_one = rng.normal(0, world.own_luck, len(things) // world.alike)
+        return np.tile(of_one, world.alike)
+
     skill = skill + rng.normal(0, world.seed_luck)
-    seen = 1.3 + skill + taste + rng.normal(0, world.own_luck, len(objects)) - objects
-    fooled = -0.2 - skill + rng.normal(0, world.own_luck, len(others)) - others
+    seen = 1.3 + skill + taste + luck(objects) - objects
+    fooled = -0.2 - skill + luck(others) - others
     sure = np.concatenate([seen + rng.normal(0, 0.3, len(seen)), fooled])
     iou = np.clip(0.72 + 0.1 * seen + rng.normal(0, 0.08, len(seen)), 0.05, 0.97)
     return Run(1 / (1 + np.exp(-1.5 * sure)), np.concatenate([iou, np.zeros(len(others))]))
@@ -121,7 +132,8 @@ def as_matches(world: World, scene: tuple[Things, Things], run: Run) -> list[Cla
         rows = rows[np.argsort(-run.scores[rows])]
         boxes = np.bincount(objects.images[objects.labels == label], minlength=world.images)
         right = run.iou[None, rows] >= 0.5
-        matches.append(ClassMatches(images[rows], right, np.zeros_like(right), boxes))
+        scores, ignored = run.scores[rows], np.zeros_like(right)
+        matches.append(ClassMatches(images[rows], scores, right, ignored, boxes))
     return matches
 
 
@@ -167,7 +179,8 @@ def draw_comparison(
     weights = np.concatenate([np.ones((1, images)), weights])
     scores = []
     for skill in (0.0, *effects):
-        taste = rng.normal(0, world.taste, len(scene[0].difficulty))
+        taste = rng.normal(0, world.taste, len(scene[0].difficulty) // world.alike)
+        taste = np.tile(taste, world.alike)
         runs = [draw_run(world, scene, skill, taste, rng) for _ in range(seeds)]
         values = [weighted_area_ap(as_matches(world, scene, run), weights) for run in runs]
         values = np.array(values)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,6 +257,19 @@ def test_saved_detections_are_those_of_the_metrics(compared, monkeypatch):
     metrics = evaluate(saved.detections, ground_truth(index), index.classes)
     written = json.loads(Path("runs/idea/1/metrics.json").read_text())
     assert metrics.as_dict()["AP"] == pytest.approx(written["AP"])
+
+
+@pytest.mark.parametrize("metric", ["AP50", "AP"])
+def test_test_images_without_objects_are_refused_before_training(folder, rendered, metric):
+    Path("set").unlink()
+    shutil.copytree(rendered, "set")
+    for path in Path("set/Annotations").glob("test_*.xml"):
+        path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConfigError, match=r"set \(test\): its 8 images have no object to find"):
+            list(compare(_FILES, replace(_OPTIONS, metric=metric)))
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.usefixtures("folder")

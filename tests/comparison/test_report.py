@@ -17,8 +17,6 @@ from tinydet.comparison.uncertainty import Difference
 from tinydet.comparison.verdict import Verdict, judge
 from tinydet.evaluation.tide import KINDS
 
-pytest.importorskip("matplotlib")
-
 
 def _outcome(name, ap50, points=None, ms=9.5):
     found = {}
@@ -110,6 +108,11 @@ def test_the_plot_has_every_experiment_its_bars_and_the_front(report):
         s.tolist() for c in axes.collections if hasattr(c, "get_segments") for s in c.get_segments()
     ]
     assert len(segments) == 5  # The base is no uncertain difference.
+
+
+def test_it_says_that_images_count_as_independent(report):
+    for text in ("\n".join(report_lines(report)), markdown(report)):
+        assert "frames of a video" in text
 
 
 def test_files(report, tmp_path):

@@ -89,3 +89,22 @@ def test_the_chance_to_help_belongs_to_the_interval():
     confidence = 2 * found.helps - 1  # two-sided
     assert found.interval(confidence)[0] == pytest.approx(0, abs=1e-4)
     assert Difference(-1.0, 0.2, (0.3, 0.4), 3).helps == pytest.approx(1 - found.helps)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_metric_without_a_value_is_refused():
+    known = Scores(np.array([0.5, 0.6]), np.full((2, 100), 0.5))
+    unknown = Scores(np.full(2, np.nan), np.full((2, 100), np.nan))
+    for pair in ((known, unknown), (unknown, known), (unknown, unknown)):
+        with pytest.raises(ValueError, match="a metric is NaN"):
+            difference(*pair)
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_without_objects_are_left_out():
+    rng = np.random.default_rng(0)
+    base, idea = (Scores(rng.random(3), rng.random((3, 200))) for _ in range(2))
+    expected = difference(base, idea)
+    gap = np.full((3, 5), np.nan)
+    holed = [Scores(s.observed, np.concatenate([gap, s.resampled], axis=1)) for s in (base, idea)]
+    assert difference(*holed) == expected

@@ -96,8 +96,9 @@ def test_what_helps_is_rarely_dropped_and_what_harms_much_is_dropped():
     assert dropped(-0.2) > 0.9
 
 
-def test_what_is_simulated_is_what_matching_finds():
-    world, rng = World(), np.random.default_rng(0)
+@pytest.mark.parametrize("alike", [1, 5])
+def test_what_is_simulated_is_what_matching_finds(alike):
+    world, rng = World(alike=alike), np.random.default_rng(0)
     scene = draw_scene(world, rng)
     run = draw_run(world, scene, 0.0, np.zeros(len(scene[0].labels)), rng)
     detections, truth = as_detections(world, scene, run)

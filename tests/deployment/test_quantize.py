@@ -138,6 +138,13 @@ def test_quantize_checkpoint(checkpoint):
     assert int8_size < float_size
 
 
+def test_test_images_without_objects_are_refused(checkpoint, tmp_path):
+    for path in (tmp_path / "shapes" / "Annotations").glob("test_*.xml"):
+        path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
+    with pytest.raises(ValueError, match=r"shapes \(test\): its 3 images have no object to find"):
+        list(quantize_checkpoint(checkpoint, QuantizeOptions(images=2)))
+
+
 def test_layers_are_kept_in_float_until_the_budget_is_held(checkpoint, monkeypatch):
     """Accuracy is made up: each of the first three layers kept wins a third of the loss back."""
 

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 
 from tinydet.evaluation import GroundTruth, ImageDetections, evaluate
+from tinydet.evaluation.errors import image_errors
+from tinydet.evaluation.metrics import UNDEFINED
+from tinydet.evaluation.tide import tide
+from tinydet.evaluation.tide_table import tide_lines
 
 
 def metrics():
@@ -33,6 +37,10 @@ def test_dict_is_strict_json_with_null_for_nan():
     assert values["AP_small"] is None
 
 
+def test_a_phrase():
+    assert metrics().in_words() == "AP50 0.5000, AP 0.5000"
+
+
 def test_table_names_every_class_and_lines_up():
     lines = metrics().lines()
     assert [line.split()[0] for line in lines] == ["class", "cat", "dog", "cow", "mean", "COCO:"]
@@ -40,3 +48,18 @@ def test_table_names_every_class_and_lines_up():
     assert lines[1].split()[1:] == ["1", "100.00", "100.00", "100.00"]
     assert lines[3].split()[1:] == ["0", "-", "-", "-"]
     assert lines[4].split()[1:] == ["2", "50.00", "50.00", "50.00"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("images", [0, 1, 3])
+@pytest.mark.parametrize("found", [0, 2])
+@pytest.mark.parametrize("boxes", [0, 2])
+def test_without_objects_to_find_all_is_undefined_and_said_so(images, found, boxes):
+    squares = np.array([[0, 0, 40, 40], [50, 50, 90, 90]], np.float32)
+    detections = [ImageDetections(squares[:found], np.ones(found), np.zeros(found, int))] * images
+    truth = [GroundTruth(squares[:boxes], np.zeros(boxes, int), np.ones(boxes, bool))] * images
+    result = evaluate(detections, truth, ("cat", "dog"))
+    assert np.isnan([result.ap50, result.ap50_11pt, result.ap]).all()
+    assert result.in_words() == result.lines()[-1] == f"AP50 and AP {UNDEFINED}"
+    assert tide_lines(tide(detections, truth, 2), ("cat", "dog"))[-1] == f"AP50 is {UNDEFINED}"
+    assert image_errors(detections, truth, 2) or not images

@@ -13,6 +13,8 @@ import pytest
 
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections
 from tinydet.evaluation.tide import tide
+from tinydet.evaluation.tide_table import LEGEND
+from tinydet.report.error_kinds import LOST
 
 
 def _images():
@@ -48,6 +50,29 @@ def _images():
                 found.append((near, other, score))
             elif fate == 7:  # nothing is there
                 found.append((box, label, score))
+        images.append((found, truth))
+    return images
+
+
+def _weak_images():
+    """Return 100 images of objects found several times, as often surer of a wrong class or place.
+
+    This is where the two programs are meant to differ.
+    """
+    draw = random.Random(3)
+    images = []
+    for _ in range(100):
+        found, truth = [], []
+        for cell in range(4):
+            box, label = [200 * cell, 0, 200 * cell + 60, 60], int(draw.random() * 10)
+            truth.append((box, label))
+            if draw.random() < 0.6:
+                found.append((box, label, draw.random()))
+            for _ in range(int(draw.random() * 3)):
+                other = (label + 1 + int(draw.random() * 9)) % 10
+                found.append((box, other, draw.random()))
+            for _ in range(int(draw.random() * 3)):
+                found.append(([200 * cell, 0, 200 * cell + 60, 24], label, draw.random()))
         images.append((found, truth))
     return images
 
@@ -112,18 +137,21 @@ _AREA_BY_SIZE = {
 }
 
 
-@pytest.fixture(scope="module")
-def result():
+def _result(images, classes):
     def boxes(rows):
         return np.array([row[0] for row in rows], float).reshape(-1, 4)
 
     def labels(rows):
         return np.array([row[1] for row in rows], int)
 
-    images = _images()
     found = [ImageDetections(boxes(f), np.array([d[2] for d in f]), labels(f)) for f, _ in images]
     truth = [GroundTruth(boxes(t), labels(t), np.zeros(len(t), bool)) for _, t in images]
-    return tide(found, truth, 3)
+    return tide(found, truth, classes)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return _result(_images(), 3)
 
 
 def test_errors_are_told_apart_alike(result):
@@ -144,3 +172,20 @@ def test_what_is_lost_is_near_by_the_sum_over_recalls(result):
     assert 100 * result.ap50 == pytest.approx(_SUM_AP, abs=0.5)
     for short, lost in _SUM.items():
         assert 100 * result.lost[_SHORT[short]] == pytest.approx(lost, abs=0.5), short
+
+
+# tidecv's of the weak detector.
+_WEAK_SUM = {"Cls": 23.617055035508052, "Loc": 26.709743042240262, "Miss": 0.6930755950363299}
+
+
+def test_how_far_the_programs_differ_is_said_where_the_figures_stand():
+    result = _result(_weak_images(), 10)
+    ours, theirs = [100 * result.lost[_SHORT[k]] for k in ("Cls", "Loc")], _WEAK_SUM
+    said = (
+        f"AP50 {100 * result.ap50:.1f}, cls is {ours[0]:.1f} here and {theirs['Cls']:.1f} there, "
+        f"loc {ours[1]:.1f} and {theirs['Loc']:.1f}."
+    )
+    assert said in " ".join(LEGEND)
+    assert said in LOST
+    # Not where nothing is moved or renamed.
+    assert 100 * result.lost["missed"] == pytest.approx(theirs["Miss"], abs=0.5)

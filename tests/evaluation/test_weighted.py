@@ -17,8 +17,11 @@ from tinydet.evaluation.weighted import (
 _CLASSES = 3
 
 
-def split(seed, num_images, crowds=False):
-    """Return detections and ground truth with misses, duplicates, difficult boxes, empty images."""
+def split(seed, num_images, crowds=False, digits=None):
+    """Return detections and ground truth with misses, duplicates, difficult boxes, empty images.
+
+    Scores of a few `digits` are often equal, within an image and across images.
+    """
     rng = np.random.default_rng(seed)
     detections, ground_truth = [], []
     for _ in range(num_images):
@@ -37,7 +40,9 @@ def split(seed, num_images, crowds=False):
         labels = np.where(
             rng.random(len(found)) < 0.2, wrong, [*labels[copies], *wrong[len(copies) :]]
         )
-        detections.append(ImageDetections(found, rng.random(len(found)), labels))
+        scores = rng.random(len(found))
+        scores = scores if digits is None else scores.round(digits)
+        detections.append(ImageDetections(found, scores, labels))
     return detections, ground_truth
 
 
@@ -46,9 +51,13 @@ def repeated(items, weights):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), crowds=st.booleans())
-def test_weights_are_copies(seed, crowds):
-    detections, truth = split(seed, 7, crowds)
+@given(
+    seed=st.integers(0, 10_000),
+    crowds=st.booleans(),
+    digits=st.sampled_from([None, 2, 1, 0]),
+)
+def test_weights_are_copies(seed, crowds, digits):
+    detections, truth = split(seed, 7, crowds, digits)
     rng = np.random.default_rng(seed)
     weights = np.vstack([np.ones((1, 7), int), rng.multinomial(7, np.full(7, 1 / 7), size=3)])
     voc = weighted_area_ap(voc_matches(detections, truth, _CLASSES), weights)
@@ -59,6 +68,31 @@ def test_weights_are_copies(seed, crowds):
         np.testing.assert_allclose(voc[i], expected, rtol=1e-12, equal_nan=True)
         expected = evaluate_coco(*copied, _CLASSES).ap
         np.testing.assert_allclose(coco[i], expected, rtol=1e-9, equal_nan=True)
+
+
+def test_copies_of_an_image_whose_right_and_wrong_detections_tie():
+    # Two copies: right, wrong, right, wrong. The second box is found at a precision of 2 / 3.
+    truth = [GroundTruth(np.array([[0.0, 0, 10, 10]]), np.array([0]), np.array([False]))]
+    boxes = np.array([[0.0, 0, 10, 10], [50, 50, 60, 60]])
+    detections = [ImageDetections(boxes, np.array([0.5, 0.5]), np.array([0, 0]))]
+    weights = np.array([[1], [2], [0], [1.5]])
+    expected = [1, (1 + 2 / 3) / 2, np.nan, (1 + 0.5 * 1.5 / 2.5) / 1.5]
+    values = weighted_area_ap(voc_matches(detections, truth, 1), weights)
+    np.testing.assert_allclose(values, expected, rtol=1e-12)
+    values = weighted_coco_ap(match_coco(detections, truth, 1), weights[:2])
+    np.testing.assert_allclose(values, [1, (51 + 50 * 2 / 3) / 101], rtol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 7), digits=st.sampled_from([None, 1]))
+def test_the_scale_of_weights_says_nothing(seed, scale, digits):
+    detections, truth = split(seed, 7, digits=digits)
+    if digits:  # Equal scores in different images alone: their copies keep their order.
+        detections = [f._replace(scores=f.scores + np.arange(len(f.scores))) for f in detections]
+    weights = np.random.default_rng(seed).integers(0, 4, (3, 7)) * np.array([[1], [0.5], [0.3]])
+    matches = voc_matches(detections, truth, _CLASSES)
+    expected, scaled = (weighted_area_ap(matches, factor * weights) for factor in (1, scale))
+    np.testing.assert_allclose(scaled, expected, rtol=1e-9, equal_nan=True)
 
 
 def test_a_large_split_as_it_is_has_the_metrics_own_values():

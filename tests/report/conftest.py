@@ -1,9 +1,14 @@
-"""A page read back as a browser's parser sees it."""
+"""A page read back as a browser's parser sees it, and the fonts that a computer has."""
 
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib as mpl
 import pytest
+from fontTools.ttLib import TTFont
+
+from tinydet.report import fonts
 
 
 class _Reader(HTMLParser):
@@ -43,3 +48,38 @@ def read_html():
         )
 
     return read
+
+
+@pytest.fixture
+def no_system_fonts(monkeypatch):
+    """A computer that has only matplotlib's fonts."""
+    yield from _system_fonts(monkeypatch, [])
+
+
+@pytest.fixture
+def cat_font(monkeypatch, omega_as_cat):
+    """A computer with files that are no fonts, and one font that has 猫, drawn as Ω."""
+    yield from _system_fonts(monkeypatch, [__file__, "gone-regular.ttf", str(omega_as_cat)])
+
+
+@pytest.fixture(scope="session")
+def omega_as_cat(tmp_path_factory):
+    font = TTFont(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    for table in font["cmap"].tables:
+        if table.isUnicode():
+            table.cmap[ord("猫")] = table.cmap[ord("Ω")]
+    for record in font["name"].names:
+        record.string = "Cat"
+    path = tmp_path_factory.mktemp("fonts") / "cat.ttf"
+    font.save(path)
+    return path
+
+
+def _system_fonts(monkeypatch, files):
+    cached = [f for f in vars(fonts).values() if hasattr(f, "cache_clear")]
+    for function in cached:
+        function.cache_clear()
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: files)
+    yield
+    for function in cached:
+        function.cache_clear()

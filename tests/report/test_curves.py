@@ -1,9 +1,10 @@
+import warnings
+
 import pytest
+from matplotlib.figure import Figure
 
 from tinydet.report.curves import draw_curves, plot_curves
 from tinydet.report.run_log import LogRecords
-
-Figure = pytest.importorskip("matplotlib.figure").Figure
 
 
 def _log(shift=0.0):
@@ -45,6 +46,14 @@ def test_names_are_no_formulas(tmp_path):
     out = tmp_path / "curves.svg"
     plot_curves([_log()], ["$\\frac"], ["odd$key"], title="$x_", out=out)
     assert "<svg" in out.read_text()
+
+
+@pytest.mark.parametrize("font", ["a font with it", "no font"])
+def test_names_beyond_latin_draw_no_empty_box(font, request, tmp_path):
+    request.getfixturevalue("cat_font" if font == "a font with it" else "no_system_fonts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of each missing glyph
+        plot_curves([_log()] * 2, ["猫", "кот"], ["loss"], "猫é", out=tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("style", ["default", "ggplot", "dark", "whitegrid"])

@@ -60,6 +60,41 @@ def test_score_is_written_after_the_name():
     assert (scored != 100).any(0)[:60].sum() > (plain != 100).any(0)[:60].sum()
 
 
+@pytest.mark.usefixtures("no_system_fonts")
+def test_letters_beyond_ascii_are_no_empty_boxes():
+    # One missing glyph looks like another.
+    letters = [draw(grey(), [[50, 60, 120, 160]], [0], classes=[c]) for c in "éЖωł"]
+    for one, other in itertools.combinations(letters, 2):
+        assert (one != other).any()
+
+
+@pytest.mark.usefixtures("cat_font")
+def test_a_name_is_drawn_in_the_system_font_that_has_it():
+    cat, omega, e = (
+        draw(grey(), [[50, 60, 120, 160]], [0], [0.5], [name]) for name in ("猫 1", "Ω 1", "é 1")
+    )
+    torch.testing.assert_close(cat, omega)  # as the font has it
+    assert (cat != e).any()
+
+
+@pytest.mark.usefixtures("no_system_fonts")
+def test_a_name_that_no_font_has_is_a_number_and_said_once(caplog):
+    classes = ["cat", "猫", "犬"]
+    for _ in range(2):  # as for the frames of a video
+        named = draw(grey(), [[50, 60, 120, 160]], [1], [0.5], classes)
+    # The colour is the label's: another class of this label, named 1.
+    torch.testing.assert_close(
+        named, draw(grey(), [[50, 60, 120, 160]], [1], [0.5], ["cat", "1", "2"])
+    )
+    (line,) = caplog.messages
+    assert "猫, 犬" in line
+
+
+def test_control_characters_of_a_name_are_spaces():
+    names = [draw(grey(), [[50, 60, 120, 160]], [0], classes=[c]) for c in ("a\nb\x00", "a b")]
+    torch.testing.assert_close(*names)
+
+
 def test_surest_box_is_on_top():
     box = [[50, 60, 120, 160]] * 2
     for scores, winner in (([0.9, 0.2], 0), ([0.2, 0.9], 1)):

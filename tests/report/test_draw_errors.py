@@ -47,6 +47,23 @@ def test_truth_and_detections_differ_in_colour_and_in_pattern():
     assert dashed[-1]
 
 
+@pytest.mark.usefixtures("cat_font")
+def test_letters_beyond_ascii_are_no_empty_boxes():
+    drawings = [
+        [_truth(YES, [name]) for name in ("é", "Ж", "猫", "Ω")],
+        [side_by_side([GREY], [caption], "") for caption in ("é", "Ж", "猫", "Ω")],
+        [side_by_side([GREY], [""], below) for below in ("é", "Ж", "猫", "Ω")],
+    ]
+    for e, zh, cat, omega in drawings:
+        assert (e != zh).any()
+        assert (cat == omega).all()  # as the font has it
+
+
+@pytest.mark.usefixtures("no_system_fonts")
+def test_a_letter_that_no_font_has_is_a_question_mark():
+    assert (side_by_side([GREY], ["猫 é"], "") == side_by_side([GREY], ["? é"], "")).all()
+
+
 def test_mistakes_are_thicker_and_named():
     assert _count(_truth(YES), TRUTH_COLOR) > 1.7 * _count(_truth(NO), TRUTH_COLOR)
     assert _count(_found(YES), DETECTION_COLOR) > 1.7 * _count(_found(NO), DETECTION_COLOR)

@@ -1,11 +1,9 @@
-import sys
+import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
-
-pytest.importorskip("matplotlib")
 from matplotlib.collections import LineCollection
+from PIL import Image
 
 from tinydet.report.scatter import Point, draw_scatter, pareto_front, save_figure
 
@@ -109,15 +107,18 @@ def test_draw_scatter__no_name_over_another():
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
+@pytest.mark.parametrize("font", ["a font with it", "no font"])
+def test_draw_scatter__names_beyond_latin_are_no_empty_boxes(font, request, tmp_path):
+    request.getfixturevalue("cat_font" if font == "a font with it" else "no_system_fonts")
+    points = [Point("猫", 1.0, 2.0, "кот"), Point("é", 2.0, 3.0, "猫")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of each missing glyph
+        save_figure(draw_scatter(points, "猫", "y", "猫"), tmp_path / "plot.png")
+
+
 def test_draw_scatter__nothing_to_plot():
     with pytest.raises(ValueError, match="no points to plot"):
         draw_scatter([], "x", "y")
-
-
-def test_draw_scatter__without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pip install 'tinydet\[plots\]'"):
-        draw_scatter(_POINTS, "x", "y")
 
 
 def test_save_figure__a_readable_png_and_nothing_else(tmp_path):

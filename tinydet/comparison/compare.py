@@ -31,7 +31,7 @@ from tinydet.evaluation.weighted import (
 )
 from tinydet.training.divergence import DivergedError
 from tinydet.training.error_analysis import image_change_lines
-from tinydet.training.evaluate import ground_truth
+from tinydet.training.evaluate import ground_truth, require_objects
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +97,14 @@ def compare(files: Sequence[Path], options: CompareOptions) -> Iterator[str]:
         options: how.
 
     Raises:
-        ValueError: an option or a file is wrong, the experiments cannot be compared, or a run of
-            the base has diverged.
+        ValueError: an option or a file is wrong, the experiments cannot be compared, the test
+            split has no object to find, or a run of the base has diverged.
     """
     _check(options)
     budget = parse_budget(options.budget)
     experiments = load_experiments(files, options.overrides)
     index = load_split(experiments[0].data, experiments[0].data.test_split)
+    require_objects(index)
     plan = make_plan(files, experiments, budget, options.folder)
     yield f"comparison  {plan.folder}"
     for experiment, reason in zip(plan.experiments, plan.reasons, strict=True):

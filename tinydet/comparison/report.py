@@ -103,9 +103,6 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
     Returns:
         The files written.
-
-    Raises:
-        ValueError: matplotlib is missing; the tables are written all the same.
     """
     text, numbers, plot = (folder / f"comparison.{ending}" for ending in ("md", "json", "png"))
     write_text(text, markdown(report) + "\n")
@@ -286,6 +283,8 @@ def _legend(report: Report) -> list[str]:
         f"{report.data}, {report.images} images; a budget of {report.budget} a run; last epoch; "
         "mean ± standard deviation of a seed; differences in points; helps: the probability that "
         "the true difference is above 0.",
+        "Test images count as independent. Where they are alike (frames of a video, near "
+        'duplicates), "better" and "worse" are said too often: keep one of each group.',
         "AP50 lost: what mending all errors of one kind alone would win (TIDE).",
         f"Folded networks timed in turns on {report.timed_on}.",
         *problems,

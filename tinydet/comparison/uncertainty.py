@@ -153,7 +153,12 @@ def difference(base: Scores, idea: Scores) -> Difference:
     Args:
         base: of at least two seeds.
         idea: of as many seeds, on the same draws of images.
+
+    Raises:
+        ValueError: a metric is NaN: the images have no object to find.
     """
+    if np.isnan([base.mean, idea.mean]).any():
+        raise ValueError("a metric is NaN, as images without objects to find have it")
     seeds = len(base.observed)
     draws = idea.resampled.mean(axis=0) - base.resampled.mean(axis=0)  # (R,)
     luck = sum(_own_luck(scores) for scores in (base, idea)) / seeds

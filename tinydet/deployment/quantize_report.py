@@ -23,7 +23,7 @@ from tinydet.deployment.reparameterize import load_folded
 from tinydet.deployment.runtime import OnnxNetwork, pad_to_size
 from tinydet.experiment_file import experiment_from_dict, override
 from tinydet.training.checkpoint import read_checkpoint
-from tinydet.training.evaluate import evaluate_detector
+from tinydet.training.evaluate import evaluate_detector, require_objects
 
 _FEW = 8  # images that the layers' sensitivity is measured on
 _ROUNDS = 5  # rounds of turns in timing
@@ -56,8 +56,8 @@ def quantize_checkpoint(source: Path, options: QuantizeOptions) -> Iterator[str]
     are from as well.
 
     Raises:
-        ValueError: an option is wrong, the data is missing, or the budget cannot be held; nothing
-            is written then.
+        ValueError: an option is wrong, the data is missing, the test split has no object to find,
+            or the budget cannot be held; nothing is written then.
     """
     if options.images < 1 or options.budget < 0:
         raise ValueError("--images must be at least 1 and --budget at least 0")
@@ -67,6 +67,7 @@ def quantize_checkpoint(source: Path, options: QuantizeOptions) -> Iterator[str]
     data = replace(experiment.data, classes=detector.classes)
     experiment = replace(experiment, data=data)
     index = load_split(data, data.test_split)
+    require_objects(index)
     calibration = sample_images(experiment, options.images, 1, data.train_split)
     if not calibration.real:
         raise ValueError(f"no training images to measure ranges on: {calibration.source}")
@@ -110,7 +111,7 @@ def quantize_checkpoint(source: Path, options: QuantizeOptions) -> Iterator[str]
 def _ap50(model: ModelProto, index: Index, experiment: Experiment) -> float:
     cpu = torch.device("cpu")
     metrics = evaluate_detector(OnnxNetwork(model), index, experiment.data, 1, cpu)
-    return float(metrics.as_dict()["AP50"])
+    return metrics.ap50
 
 
 def _table(

@@ -69,9 +69,6 @@ def write_zoo(rows: Sequence[ZooRow], where: str, folder: Path) -> list[Path]:
 
     Returns:
         The files written.
-
-    Raises:
-        ValueError: matplotlib is missing; the tables are written all the same.
     """
     text, numbers, plot = (
         folder / f for f in ("experiments.md", "experiments.json", "accuracy.png")

@@ -103,12 +103,14 @@ class ClassMatches:
 
     Attributes:
         images: (N,) number of each detection's image.
+        scores: (N,), of equal ones those of the first image first.
         right: (T, N) bool, true positives at each IoU threshold.
         ignored: (T, N) bool, neither right nor wrong.
         boxes: (I,) boxes to find in each image.
     """
 
     images: np.ndarray
+    scores: np.ndarray
     right: np.ndarray
     ignored: np.ndarray
     boxes: np.ndarray
@@ -141,7 +143,9 @@ def match_coco(
         scores = np.concatenate([np.zeros(0), *(i["dtScores"] for i in there)])
         order = np.argsort(-scores, kind="stable")
         right = (matched & ~ignored)[:, order]
-        matches.append(ClassMatches(of_detection[order], right, ignored[:, order], boxes))
+        matches.append(
+            ClassMatches(of_detection[order], scores[order], right, ignored[:, order], boxes)
+        )
     return matches
 
 

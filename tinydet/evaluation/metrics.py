@@ -13,6 +13,9 @@ from tinydet.evaluation.boxes import GroundTruth
 from tinydet.evaluation.coco import CocoResult, evaluate_coco
 from tinydet.evaluation.voc import VocResult, evaluate_voc
 
+# What an average precision is that is NaN.
+UNDEFINED = "undefined: the test images have no object to find (difficult ones do not count)"
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -71,6 +74,12 @@ class Metrics:
             "per_class": per_class,
         }
 
+    def in_words(self) -> str:
+        """Return the main figures as a phrase."""
+        if math.isnan(self.ap50):
+            return f"AP50 and AP {UNDEFINED}"
+        return f"AP50 {self.ap50:.4f}, AP {self.ap:.4f}"
+
     def lines(self) -> list[str]:
         """Return a table to print: a line a class, then the means, in percent; "-" is NaN."""
         values = self.as_dict()
@@ -82,7 +91,7 @@ class Metrics:
         sizes = ("AP75", "AP_small", "AP_medium", "AP_large")
         more = "  ".join(f"{key} {_percent(values[key]).strip()}" for key in sizes)
         table.append(f"COCO: {more}  (percent, {self.num_images} images)")
-        return table
+        return [*table, self.in_words()] if math.isnan(self.ap50) else table
 
 
 def _number(value: float) -> float | None:

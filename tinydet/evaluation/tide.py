@@ -30,6 +30,7 @@ What the paper leaves open, or does otherwise:
 - tidecv differs from the paper where an oracle gives a box a second detection: it keeps the one
   that was right before, even if the other is surer, and lets a classification and a localisation
   error of one box repair only the surer of the two. Here it is the surest, for each oracle alone.
+  A weak detector finds objects several times, and its figures differ by as much as a half.
 - A class without ground truth is left out of the means, whatever was detected. If the oracle of
   missed boxes leaves a class nothing to find, its AP50 becomes 100 % if it has no detections that
   count either, and stays 0 if it has.

@@ -4,7 +4,11 @@ A bootstrap over images asks for the metric of thousands of test sets in which s
 several times and others not at all. Which box a detection belongs to is a matter of its own image:
 all images are matched once, and a test set is then a vector of weights. The average precision
 is that of the metric itself with each image repeated (copies behind one another), for all classes
-that the test set has boxes of.
+that the test set has boxes of. A weight need not be whole: of 2.5 copies the last is half a one.
+
+The metrics take detections of equal scores in the order of the images and, in an image, in the
+order given. Where an image has several at one score, its copies are therefore counted one by one:
+right, wrong, right, wrong is less precise than right, right, wrong, wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +47,11 @@ def voc_matches(
         rows = np.flatnonzero(labels == label)
         rows = rows[np.argsort(-scores[rows], kind="stable")]
         judged = outcome[rows][None]
-        matches.append(ClassMatches(images[rows], judged == RIGHT, judged == IGNORED, boxes[label]))
+        matches.append(
+            ClassMatches(
+                images[rows], scores[rows], judged == RIGHT, judged == IGNORED, boxes[label]
+            )
+        )
     return matches
 
 
@@ -52,7 +60,7 @@ def weighted_area_ap(matches: Sequence[ClassMatches], weights: np.ndarray) -> np
 
     Args:
         matches: of `voc_matches`, a class each.
-        weights: (R, I), how often each image is in each of R test sets.
+        weights: (R, I), at least 0, how often each image is in each of R test sets.
 
     Returns:
         (R,) float64; NaN for a test set without boxes to find.
@@ -65,7 +73,7 @@ def weighted_coco_ap(matches: Sequence[ClassMatches], weights: np.ndarray) -> np
 
     Args:
         matches: of `match_coco`, a class each.
-        weights: (R, I), how often each image is in each of R test sets.
+        weights: (R, I), at least 0, how often each image is in each of R test sets.
 
     Returns:
         (R,) float64; NaN for a test set without boxes to find.
@@ -95,9 +103,9 @@ def _curves(matches: ClassMatches, weights: np.ndarray) -> Iterator[tuple[np.nda
         (R, P) true positives so far, and the best precision from there on. Between two true
         positives precision only falls, so no other place is asked for.
     """
-    of_detection = weights[:, matches.images]  # (R, N)
+    rows, of_detection = _copies(matches, weights)  # (N,), (R, N)
     so_far = np.cumsum(of_detection, axis=1)
-    for right, ignored in zip(matches.right, matches.ignored, strict=True):
+    for right, ignored in zip(matches.right[:, rows], matches.ignored[:, rows], strict=True):
         places = np.flatnonzero(right)
         counted = so_far[:, places]
         if ignored.any():
@@ -109,6 +117,27 @@ def _curves(matches: ClassMatches, weights: np.ndarray) -> Iterator[tuple[np.nda
         # Images of weight 0 at the very beginning: 0 of 0 are right.
         precision = np.divide(found, counted, out=np.zeros_like(found), where=counted > 0)
         yield found, np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+
+
+def _copies(matches: ClassMatches, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order in which detections count, and how often each one does.
+
+    Returns:
+        (N',) positions in `matches`: each once, but detections of one image with one score once
+        for each of its copies, those of a copy together. (R, N') weights of them.
+    """
+    images, scores = matches.images, matches.scores
+    same = (images[1:] == images[:-1]) & (scores[1:] == scores[:-1])  # as the one before
+    if not same.any():
+        return np.arange(len(images)), weights[:, images]
+    tied = np.append(same, False) | np.append(False, same)
+    copies = np.where(tied, np.ceil(weights.max(axis=0))[images], 1).astype(np.intp)
+    rows = np.repeat(np.arange(len(images)), copies)
+    copy = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
+    group = np.cumsum(np.append(True, ~same))
+    order = np.lexsort((rows, copy, group[rows]))
+    rows, copy = rows[order], copy[order]
+    return rows, np.clip(weights[:, images[rows]] - copy, 0.0, np.where(tied[rows], 1.0, np.inf))
 
 
 def _area(found: np.ndarray, precision: np.ndarray, num_boxes: np.ndarray) -> np.ndarray:

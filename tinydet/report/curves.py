@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinydet.report.fonts import drawable, font_families
 from tinydet.report.run_log import LogRecords
 from tinydet.report.scatter import save_figure
 
@@ -93,12 +94,10 @@ def plot_curves(
         out: the file; None opens a window.
 
     Raises:
-        ValueError: matplotlib is missing, or has no such backend or style; no window can be opened.
+        ValueError: matplotlib has no such backend or style; no window can be opened.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install 'tinydet[plots]'") from None
+    import matplotlib.pyplot as plt
+
     styles = ("default", *plt.style.available)
     # MMDetection's styles are seaborn's, "dark" and so on, which matplotlib has by a longer name.
     known = [name for name in (style, f"seaborn-v0_8-{style}") if name in styles]
@@ -109,7 +108,8 @@ def plot_curves(
             plt.switch_backend(backend or "agg")
         except (ImportError, ValueError) as error:
             raise ValueError(f"--backend {backend}: {error}") from None
-    with plt.style.context(known[0]):
+    with plt.style.context(known[0]), plt.rc_context():
+        plt.rcParams["font.family"] = font_families([*legend, *keys, title])
         figure = plt.figure(figsize=(8, 1 + 3 * len(keys)), dpi=120, layout="constrained")
         draw_curves(figure, logs, legend, keys, title)
     if out:
@@ -128,4 +128,5 @@ def is_precision(key: str) -> bool:
 
 def _plain(text: str) -> str:
     """Keep matplotlib from reading a name as a formula, or from hiding it (a leading "_")."""
+    text = drawable(text)
     return ("\u200b" + text if text.startswith("_") else text).replace("$", r"\$")

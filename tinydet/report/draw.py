@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tinydet.atomic import replacing
+from tinydet.report.fonts import class_names, drawable, font_for
 
 Color = tuple[int, int, int]
 
@@ -43,7 +44,7 @@ def draw_detections(
         boxes: (N, 4) xyxy pixels of `image`.
         labels: (N,) integers, positions in `classes`.
         scores: (N,) in [0, 1], written behind the name; None for ground truth.
-        classes: class names in label order.
+        classes: class names in label order; `class_names` says how each is written.
 
     Returns:
         (3, H, W) uint8 RGB on the CPU.
@@ -65,7 +66,7 @@ def draw_detections(
 
     draw = ImageDraw.Draw(canvas)
     line = max(2, round(max(canvas.size) / 250))
-    font = ImageFont.load_default(size=_letter_size(canvas))
+    letter, written = letter_size(canvas), class_names(tuple(classes))
     order = sorted(range(len(names)), key=lambda i: values[i] or 0.0)
     # All boxes before all names: no line runs through a name.
     for i in order:
@@ -74,20 +75,21 @@ def draw_detections(
         draw.rectangle(corners, outline=class_color(names[i]), width=line)
     for i in order:
         score = "" if values[i] is None else f" {values[i]:.2f}"
-        text, color = classes[names[i]] + score, class_color(names[i])
-        draw_name(draw, canvas.size, boxes[i].tolist(), text, color, font)
+        text, color = written[names[i]] + score, class_color(names[i])
+        draw_name(draw, canvas.size, boxes[i].tolist(), text, color, letter)
     return _to_tensor(canvas)
 
 
 def write_in_corner(image: Tensor, text: str) -> Tensor:
     """Return a copy of an image (3, H, W) uint8 RGB with a text in its upper left corner."""
     canvas = to_pil(image)
-    font = ImageFont.load_default(size=_letter_size(canvas))
-    draw_name(ImageDraw.Draw(canvas), canvas.size, [0.0, 0.0, 0.0, 0.0], text, (0, 0, 0), font)
+    draw = ImageDraw.Draw(canvas)
+    draw_name(draw, canvas.size, [0.0, 0.0, 0.0, 0.0], text, (0, 0, 0), letter_size(canvas))
     return _to_tensor(canvas)
 
 
-def _letter_size(canvas: Image.Image) -> int:
+def letter_size(canvas: Image.Image) -> int:
+    """Return the size of letters on an image, in pixels."""
     return max(11, round(max(canvas.size) / 42))
 
 
@@ -116,10 +118,11 @@ def draw_name(
     box: list[float],
     text: str,
     color: Color,
-    font: ImageFont.FreeTypeFont,
+    letter: int,
 ) -> None:
-    """Write text on a patch of colour above the box, or inside it at the top."""
-    pad = 2
+    """Write text, `letter` pixels high, on a patch of colour above the box or inside at its top."""
+    pad, text = 2, drawable(text)
+    font = font_for(text, letter)
     ascent, descent = font.getmetrics()
     width, height = draw.textlength(text, font=font) + 2 * pad, ascent + descent
     x = min(max(0.0, box[0]), max(0.0, size[0] - width))

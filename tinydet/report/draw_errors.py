@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tinydet.report.draw import Color, draw_name, to_pil
+from tinydet.report.draw import Color, draw_name, letter_size, to_pil
+from tinydet.report.fonts import drawable, font_for
 
 # Blue and orange of Okabe and Ito: told apart by colour-blind readers, and bright on photographs.
 TRUTH_COLOR: Color = (86, 180, 233)
@@ -43,10 +44,9 @@ def draw_errors(
         (3, H, W) uint8 RGB on the CPU.
     """
     canvas = to_pil(image)
-    draw = ImageDraw.Draw(canvas)
+    draw, letter = ImageDraw.Draw(canvas), letter_size(canvas)
     longest = max(canvas.size)
     thin, thick = max(1, round(longest / 400)), max(2, round(longest / 160))
-    font = ImageFont.load_default(size=max(11, round(longest / 42)))
     # Right ones below, and all names above all boxes.
     for is_error in (False, True):
         width = thick if is_error else thin
@@ -60,7 +60,7 @@ def draw_errors(
     ):
         # The last are drawn on top.
         for i in np.flatnonzero(is_error)[:_MOST_NAMES][::-1]:
-            draw_name(draw, canvas.size, list(boxes[i]), _one_line(names[i]), color, font)
+            draw_name(draw, canvas.size, list(boxes[i]), _one_line(names[i]), color, letter)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
@@ -92,12 +92,8 @@ def _draw_box(
 
 def _one_line(name: str) -> str:
     """Return a name that can be drawn, whatever it holds."""
-    name = _printable(name)
+    name = drawable(name)
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
-
-
-def _printable(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def side_by_side(pictures: Sequence[Tensor], captions: Sequence[str], below: str) -> Tensor:
@@ -113,23 +109,24 @@ def side_by_side(pictures: Sequence[Tensor], captions: Sequence[str], below: str
     """
     panels = [to_pil(picture) for picture in pictures]
     width, height = panels[0].size
-    font = ImageFont.load_default(size=max(11, round(width / 42)))
-    line = sum(font.getmetrics()) + 8
+    letter = max(11, round(width / 42))
+    texts = [drawable(text)[:400] for text in (*captions, below)]
+    fonts = [font_for(text, letter) for text in texts]
+    line = max(sum(font.getmetrics()) for font in fonts) + 8
     gap = max(4, width // 100)
     size = (len(panels) * (width + gap) - gap, height + 2 * line)
     canvas = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(canvas)
-    for i, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+    for i, (panel, text, font) in enumerate(zip(panels, texts[:-1], fonts[:-1], strict=True)):
         left = i * (width + gap)
         canvas.paste(panel, (left, line))
-        draw.text((left + 4, 4), _fitted(caption, width - 8, font), fill=(0, 0, 0), font=font)
-    text = _fitted(below, size[0] - 8, font)
-    draw.text((4, line + height + 4), text, fill=(90, 90, 90), font=font)
+        draw.text((left + 4, 4), _fitted(text, width - 8, font), fill=(0, 0, 0), font=font)
+    text = _fitted(texts[-1], size[0] - 8, fonts[-1])
+    draw.text((4, line + height + 4), text, fill=(90, 90, 90), font=fonts[-1])
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
 
 def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    text = _printable(text)[:400]
     while text and font.getlength(text) > width:
         text = text[:-4] + "..." if len(text) > 4 else ""
     return text

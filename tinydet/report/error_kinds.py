@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tinydet.evaluation.tide_table import NOT_TIDECV
 from tinydet.report.html import Markup, clip, element, join
 from tinydet.report.run_files import LostAp
 
@@ -23,7 +24,7 @@ _NAME = 60  # characters shown of a name
 LOST = (
     "Points of AP50 that mending all errors of one kind, and no others, would win; by the size of "
     "the object, small below 32 x 32 pixels and large above 96 x 96. They do not add up to what is "
-    "missing from 100 %: one error can hide another."
+    f"missing from 100 %: one error can hide another. {' '.join(NOT_TIDECV)}"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from tinydet.evaluation.metrics import UNDEFINED
 from tinydet.report.html import Markup, clip, element, join
 from tinydet.report.line_chart import PATTERNS, Axis, Series, line_chart, swatch
 from tinydet.report.run_files import BadImage, ClassResult, RunRecord
@@ -34,7 +35,8 @@ def headline(run: RunRecord) -> Markup:
         ("Training", time, unit, "without evaluation"),
         ("Speed", _form(m.get("images_per_second"), ".1f"), "img/s", "in training"),
     ]
-    return element(
+    nothing = element("p", f"AP50 and AP are {UNDEFINED}.") if m.get("boxes") == 0 else None
+    main = element(
         "dl",
         *(
             element(
@@ -51,6 +53,7 @@ def headline(run: RunRecord) -> Markup:
         ),
         class_="figures",
     )
+    return join([main, nothing])
 
 
 def training_curves(run: RunRecord) -> Markup | None:

@@ -118,7 +118,8 @@ def summarize(logs: Sequence[tuple[str, LogRecords, float | None]]) -> list[str]
     """
     rows = [("log", "epochs", "best epoch", "AP50 %", "AP %", "last loss", "img/s", "minutes")]
     for name, log, seconds in logs:
-        best = max(log.val, key=lambda r: number(r.get("AP50")) or 0.0, default={})
+        judged = [r for r in log.val if number(r.get("AP50")) is not None]
+        best = max(judged, key=lambda r: number(r["AP50"]), default={})
         _, losses = log.series("loss")
         _, speeds = log.series("images_per_second")
         epochs = [e for r in log.train + log.val if (e := number(r.get("epoch"))) is not None]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinydet.atomic import replacing
+from tinydet.report.fonts import drawable, font_families
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,14 +72,25 @@ def draw_scatter(
         front: join the points of `pareto_front` by steps.
 
     Raises:
-        ValueError: there is no point, or matplotlib is missing.
+        ValueError: there is no point.
     """
     if not points:
         raise ValueError("no points to plot: give at least one")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install 'tinydet[plots]'") from None
+    import matplotlib as mpl
+
+    points = [replace(p, name=drawable(p.name), group=drawable(p.group)) for p in points]
+    labels = {
+        name: "\n".join(map(drawable, text.split("\n")))
+        for name, text in (("xlabel", x_label), ("ylabel", y_label), ("title", title))
+    }
+    texts = [text for p in points for text in (p.name, p.group)]
+    with mpl.rc_context({"font.family": font_families([*texts, *labels.values()])}):
+        return _draw(points, labels, front)
+
+
+def _draw(points: Sequence[Point], labels: dict[str, str], front: bool) -> Figure:
+    from matplotlib.figure import Figure
+
     # Not pyplot: it would keep the figure, and choose a window system.
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -105,7 +117,7 @@ def draw_scatter(
     if min(xs) > 0 and max(xs) / min(xs) >= _LOG_FROM:
         axes.set_xscale("log")
     axes.margins(0.12)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.set(**labels)
     axes.grid(alpha=0.3)
     if len(groups) > 1:
         axes.legend(fontsize=8, framealpha=0.8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tinydet.config import Data
+from tinydet.config import ConfigError, Data
 from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.data.voc import VocDataset
@@ -43,6 +43,19 @@ def detect_split(
             )
     found = gathered(found)
     return [found[image_id] for image_id in index.image_ids]
+
+
+def require_objects(index: Index) -> None:
+    """Check that detectors can be judged on a split.
+
+    Raises:
+        ConfigError: it has no object to find.
+    """
+    if index.difficult.all():
+        raise ConfigError(
+            f"{index.root} ({index.split}): its {len(index)} images have no object to find "
+            "(difficult ones do not count), so AP50 is undefined; name another data.test_split"
+        )
 
 
 def ground_truth(index: Index) -> list[GroundTruth]:

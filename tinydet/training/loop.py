@@ -265,8 +265,9 @@ def _evaluate(
     images = sample_images(metrics, indexes[1]) if rank() == 0 else {}
     log.evaluation(state.epoch, state.steps_done, metrics.as_dict(), images)
     best_before = state.best_ap50
-    is_best = not metrics.ap50 <= best_before
-    state.best_ap50 = max(best_before, metrics.ap50)
+    # Where no AP50 is known, since there is nothing to find (NaN), the newest weights are the best.
+    is_best = metrics.ap50 > best_before or best_before < 0
+    state.best_ap50 = max(best_before, metrics.ap50)  # NaN leaves it
     if is_best and not saver.save_best():
         is_best, state.best_ap50 = False, best_before
     if rank() == 0:
@@ -274,9 +275,9 @@ def _evaluate(
             save_detections(found, indexes[1].image_ids, metrics.classes, metrics.detections)
         with going_on(run_dir / "metrics.json"):
             write_results(run_dir, state, metrics, is_best, *indexes)
+    best = f"best AP50 {state.best_ap50:.4f}, " if state.best_ap50 >= 0 else ""
     logger.info(
-        f"epoch {state.epoch}/{settings.epochs}: AP50 {metrics.ap50:.4f}, "
-        f"AP {metrics.ap:.4f}, best AP50 {state.best_ap50:.4f}, "
+        f"epoch {state.epoch}/{settings.epochs}: {metrics.in_words()}, {best}"
         f"{state.train_seconds / 60:.1f} min of training"
     )
 

@@ -18,6 +18,7 @@ from tinydet.evaluation.error_changes import ImageChange
 from tinydet.evaluation.errors import ImageErrors, image_errors
 from tinydet.evaluation.tide_table import HEADS
 from tinydet.report.draw_errors import draw_errors, encode_jpeg, resize_between, side_by_side
+from tinydet.report.fonts import class_names
 from tinydet.training.evaluate import ground_truth
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> 
         logger.info("%s is not drawn: %s", index.image_ids[i], error)
         return None
     image, factor = resize_between(image, *sides)
-    names, found = index.classes, errors.detections
+    names, found = class_names(tuple(index.classes)), errors.detections
     order = np.argsort(-found.scores, kind="stable")
     return draw_errors(
         image,
