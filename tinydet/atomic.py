@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -32,3 +35,15 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's content."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+@contextmanager
+def warn_on_oserror(path: Path) -> Iterator[None]:
+    """Log a failure to write a file as a warning instead of raising it.
+
+    For what a long run writes on its way: a full disk can be cleared while training continues.
+    """
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s)", path, error.strerror or error)

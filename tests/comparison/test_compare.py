@@ -22,7 +22,7 @@ from tinydet.evaluation import ImageDetections, evaluate
 from tinydet.evaluation.saved_detections import load_detections
 from tinydet.evaluation.tide import KINDS
 from tinydet.experiment_file import load_experiment
-from tinydet.training.divergence import DivergedError
+from tinydet.training.nonfinite import DivergedError
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "compare.py"
 _FILES = [Path("base.py"), Path("copy.py"), Path("idea.py")]

@@ -15,22 +15,22 @@ from torch import nn
 from tinydet.config import Model
 from tinydet.data.dataset import load_split
 from tinydet.experiment_file import load_experiment
-from tinydet.training import distributed, loop, saving
+from tinydet.training import distributed, loop, runs
 from tinydet.training.distributed import (
-    alike,
-    all_agree,
-    from_first,
-    gathered,
-    in_any_process,
-    mean_over_processes,
-    parallel,
+    all_gather_dict,
+    all_reduce_mean,
+    any_rank,
+    any_rank_wants,
+    broadcast_buffers,
+    broadcast_from_rank0,
     process_group,
     rank,
     world_size,
+    wrap_ddp,
 )
-from tinydet.training.divergence import BadSteps
 from tinydet.training.evaluate import evaluate_detector
-from tinydet.training.interrupt import Interrupted
+from tinydet.training.nonfinite import NonFiniteGuard
+from tinydet.training.signals import Interrupted
 from tinydet.yolof.detector import build_detector
 
 STOPPED_AT = (2, 7)  # Of 8 steps, with a question every third: before the first, after the last.
@@ -55,7 +55,7 @@ def learn(steps=5, batch=6):
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    network = parallel(detector, torch.device("cpu"))
+    network = wrap_ddp(detector, torch.device("cpu"))
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(0)
     losses = []
@@ -73,7 +73,7 @@ def learn(steps=5, batch=6):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(mean_over_processes(loss.detach()).item())
+        losses.append(all_reduce_mean(loss.detach()).item())
     return losses, {name: p.detach() for name, p in detector.named_parameters()}
 
 
@@ -84,7 +84,7 @@ def score(data):
     for buffer in detector.buffers():
         if buffer.is_floating_point():
             buffer.mul_(1 + rank())
-    alike(detector)
+    broadcast_buffers(detector)
     index = load_split(data, data.test_split)
     return evaluate_detector(detector, index, data, 2, torch.device("cpu")).as_dict()
 
@@ -103,7 +103,7 @@ def whole_run(experiment, folder):
 def stopped(experiment, folder, told_at):
     """Tell the second process alone, in a step of the first epoch, to stop; return what came."""
     calls, saves = iter(range(1, 100)), []
-    save_last, step = saving.save_last, BadSteps.begin
+    save_last, step = runs.save_last, NonFiniteGuard.snapshot
 
     def begin(*args):
         if next(calls) == told_at and rank() == 1:
@@ -116,9 +116,9 @@ def stopped(experiment, folder, told_at):
 
     settings = replace(experiment.train, batch_size=1)
     with (
-        mock.patch.object(BadSteps, "begin", begin),
-        mock.patch.object(saving, "save_last", save),
-        mock.patch.object(distributed, "_STEPS_BETWEEN_QUESTIONS", 3),
+        mock.patch.object(NonFiniteGuard, "snapshot", begin),
+        mock.patch.object(runs, "save_last", save),
+        mock.patch.object(distributed, "_STEPS_BETWEEN_SYNCS", 3),
     ):
         try:
             loop.train(replace(experiment, train=settings), folder)
@@ -141,18 +141,18 @@ def _raise():
 def _small_parts():
     failed = ""
     try:
-        from_first(_raise)
+        broadcast_from_rank0(_raise)
     except ValueError as error:
         failed = str(error)
     return {
         "rank": rank(),
-        "made": from_first(lambda: f"by {rank()}"),
+        "made": broadcast_from_rank0(lambda: f"by {rank()}"),
         "failed": failed,
-        "gathered": gathered({f"of {rank()}": rank()}),
-        "mean": mean_over_processes(torch.tensor([rank(), 4.0])).tolist(),
-        "any": [in_any_process(torch.tensor(rank() == n)).item() for n in (0, 1, 9)],
+        "gathered": all_gather_dict({f"of {rank()}": rank()}),
+        "mean": all_reduce_mean(torch.tensor([rank(), 4.0])).tolist(),
+        "any": [any_rank(torch.tensor(rank() == n)).item() for n in (0, 1, 9)],
         "agreed": [
-            all_agree([rank() == 1, False], torch.device("cpu"), *at)
+            any_rank_wants([rank() == 1, False], torch.device("cpu"), *at)
             for at in ((9,), (10,), (11,), (9, 4), (12, 4), (16, 4), ())
         ],
     }

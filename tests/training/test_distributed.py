@@ -1,7 +1,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from tinydet.config import ConfigError
 from tinydet.training import distributed
 from tinydet.training.checkpoint import read_checkpoint
-from tinydet.training.launch import free_port
 from tinydet.training.results import write_experiment
 
 SCRIPT = Path(__file__).with_name("run_in_processes.py")
@@ -129,29 +127,29 @@ def test_a_single_process_needs_no_group():
     with distributed.process_group("auto") as device:
         assert device == "auto"
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.from_first(lambda: 3) == 3
-    assert distributed.gathered({"a": 1}) == {"a": 1}
-    assert distributed.all_agree([True, False], torch.device("cpu"), 3) == [True, False]
+    assert distributed.broadcast_from_rank0(lambda: 3) == 3
+    assert distributed.all_gather_dict({"a": 1}) == {"a": 1}
+    assert distributed.any_rank_wants([True, False], torch.device("cpu"), 3) == [True, False]
     model = torch.nn.Linear(1, 1)
-    assert distributed.parallel(model, torch.device("cpu")) is model
+    assert distributed.wrap_ddp(model, torch.device("cpu")) is model
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert distributed._own_gpu("auto") == "cuda:1"
+    assert distributed._local_gpu("auto") == "cuda:1"
     with pytest.raises(ConfigError, match="processes would share it"):
-        distributed._own_gpu("cuda:1")
+        distributed._local_gpu("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="shows 2 GPUs: start fewer"):
-        distributed._own_gpu("auto")
+    with pytest.raises(ConfigError, match="2 visible GPUs: start fewer"):
+        distributed._local_gpu("auto")
 
 
 def test_norms_are_synced_on_gpus_alone():
     with pytest.raises(ConfigError, match="freeze_norms"):
-        distributed.with_synced_norms(torch.nn.BatchNorm2d(3), torch.device("cpu"))
-    synced = distributed.with_synced_norms(torch.nn.BatchNorm2d(3), torch.device("cuda"))
+        distributed.sync_batchnorm(torch.nn.BatchNorm2d(3), torch.device("cpu"))
+    synced = distributed.sync_batchnorm(torch.nn.BatchNorm2d(3), torch.device("cuda"))
     assert isinstance(synced, torch.nn.SyncBatchNorm)
 
 
@@ -165,11 +163,3 @@ def test_a_mistake_on_the_command_line_is_one_line(options, status, tmp_path):
     assert done.returncode == status
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, done.stderr
-
-
-def test_a_taken_port_is_replaced():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        assert free_port(port) != port
-    assert free_port(port) == port

@@ -17,7 +17,7 @@ from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.error_analysis import ErrorOptions, error_lines
 from tinydet.training.evaluate import ground_truth, require_objects
 from tinydet.training.loop import train
-from tinydet.training.saving import Saver
+from tinydet.training.runs import Saver
 
 
 def _mark_difficult(root):

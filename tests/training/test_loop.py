@@ -10,8 +10,8 @@ from tinydet.config import ConfigError
 from tinydet.experiment_file import load_experiment
 from tinydet.training import loop
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint
-from tinydet.training.divergence import DivergedError
 from tinydet.training.loop import train
+from tinydet.training.nonfinite import DivergedError
 from tinydet.training.resume import keep_precision
 from tinydet.yolof.detector import Detector, build_detector
 
@@ -66,9 +66,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tiny_experiment, 
 
     with pytest.MonkeyPatch.context() as patch:
         # Dies in the evaluation after epoch 2, with last.pt of epoch 1 on disk.
-        real = train.__globals__["evaluate_detector"]
+        real = loop.evaluate_detector
         calls = iter([real, killed])
-        patch.setitem(train.__globals__, "evaluate_detector", lambda *a: next(calls)(*a))
+        patch.setattr(loop, "evaluate_detector", lambda *a: next(calls)(*a))
         with pytest.raises(RuntimeError, match="killed"):
             train(tiny_experiment, folder)
     assert read_checkpoint(folder / "last.pt")["epoch"] == 1
@@ -224,8 +224,8 @@ def test_ctrl_c_says_how_to_go_on(tiny_experiment, tmp_path, caplog):
 
     caplog.set_level("INFO")
     with pytest.MonkeyPatch.context() as patch:
-        real = train.__globals__["evaluate_detector"]
-        patch.setitem(train.__globals__, "evaluate_detector", interrupted)
+        real = loop.evaluate_detector
+        patch.setattr(loop, "evaluate_detector", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_experiment, folder)
     assert f"--resume-from {folder / 'last.pt'}" in caplog.text

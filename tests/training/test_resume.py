@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint, read_last
 from tinydet.training.loop import train
-from tinydet.training.runs import newest_to_resume
-from tinydet.training.saving import Saver
+from tinydet.training.runs import Saver, newest_to_resume
 from tinydet.yolof.encoder import DilatedEncoder
 
 

@@ -18,7 +18,7 @@ from tinydet.training.checkpoint import CheckpointError, read_checkpoint, save_c
 from tinydet.training.loop import prepare, train
 from tinydet.training.optim import learning_rate_factor
 from tinydet.training.resume import FIXED_FIELDS, check_resumable, keep_precision, restore
-from tinydet.training.saving import Saver
+from tinydet.training.runs import Saver
 
 CPU = torch.device("cpu")
 

@@ -29,9 +29,9 @@ from tinydet.evaluation.weighted import (
     weighted_area_ap,
     weighted_coco_ap,
 )
-from tinydet.training.divergence import DivergedError
 from tinydet.training.error_analysis import image_change_lines
 from tinydet.training.evaluate import ground_truth, require_objects
+from tinydet.training.nonfinite import DivergedError
 
 logger = logging.getLogger(__name__)
 

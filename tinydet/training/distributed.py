@@ -1,6 +1,6 @@
-"""Several processes train one network together: torchrun starts them, torch's DDP keeps them alike.
+"""Several processes train one network: torchrun starts them, torch's DistributedDataParallel syncs them.
 
-Without torchrun everything here is that of a single process.
+In a single process every function here is the identity.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from tinydet.config import ConfigError
 
 T = TypeVar("T")
 
-_STEPS_BETWEEN_QUESTIONS = 10
+_STEPS_BETWEEN_SYNCS = 10
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started, and leave them at the end; within another, nothing.
+    """Join the processes that torchrun started and leave them at the end; nested calls do nothing.
 
     Args:
-        device: as `train.device` has it.
+        device: as in `train.device`.
 
     Yields:
-        The device of this process: with several GPUs, process n of a machine has its n-th.
+        The device of this process: with several GPUs, local rank n gets the n-th.
 
     Raises:
         ConfigError: torchrun started more processes on a machine than it has GPUs, or one GPU is
             named for all of them.
     """
-    if "WORLD_SIZE" not in os.environ or _joined():
+    if "WORLD_SIZE" not in os.environ or _is_initialized():
         yield device
         return
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
-        device = _own_gpu(device)
+        device = _local_gpu(device)
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     try:
@@ -50,38 +50,37 @@ def process_group(device: str) -> Iterator[str]:
         distributed.destroy_process_group()
 
 
-def _own_gpu(device: str) -> str:
-    number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+def _local_gpu(device: str) -> str:
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device not in ("auto", "cuda") and processes > 1:
         raise ConfigError(
             f"train.device={device}: {processes} processes would share it; leave it at auto and "
             "choose GPUs by CUDA_VISIBLE_DEVICES"
         )
-    if number >= gpus:
-        raise ConfigError(f"{processes} processes on a machine that shows {gpus} GPUs: start fewer")
-    return f"cuda:{number}" if device in ("auto", "cuda") else device
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"{processes} processes on a machine with {gpus} visible GPUs: start fewer"
+        )
+    return f"cuda:{local_rank}" if device in ("auto", "cuda") else device
 
 
 def rank() -> int:
-    """Return this process's number among all, 0 where it is the only one."""
-    return distributed.get_rank() if _joined() else 0
+    """Return the rank of this process, 0 in a single process."""
+    return distributed.get_rank() if _is_initialized() else 0
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return distributed.get_world_size() if _joined() else 1
+    return distributed.get_world_size() if _is_initialized() else 1
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """Return what the first process makes, in all of them; the others wait for it.
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result on every rank.
 
-    An error of the first is raised in all.
-
-    Args:
-        make: a function without arguments, called in the first process alone.
+    An exception raised on rank 0 is raised on every rank.
     """
-    if not _joined():
+    if not _is_initialized():
         return make()
     sent: list[Any] = [None, None]
     if rank() == 0:
@@ -95,89 +94,90 @@ def from_first(make: Callable[[], T]) -> T:
     return sent[0]
 
 
-def gathered(part: Mapping[str, T]) -> dict[str, T]:
-    """Return the entries of all processes together."""
-    if not _joined():
+def all_gather_dict(part: Mapping[str, T]) -> dict[str, T]:
+    """Return the union of the dicts of all ranks."""
+    if not _is_initialized():
         return dict(part)
     parts: list[Any] = [None] * world_size()
     distributed.all_gather_object(parts, dict(part))
     return {name: value for part in parts for name, value in part.items()}
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Return the mean of a float tensor over all processes."""
-    if _joined():
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Return the mean of a float tensor over all ranks."""
+    if _is_initialized():
         values = values.clone()
         distributed.all_reduce(values)
         values /= world_size()
     return values
 
 
-def in_any_process(flag: Tensor) -> Tensor:
-    """Return a bool scalar that is True where it is in any process; the host waits for nothing."""
-    if _joined():
+def any_rank(flag: Tensor) -> Tensor:
+    """Return a bool scalar that is True if it is True on any rank; does not synchronize the host."""
+    if _is_initialized():
         flag = flag.float()
         distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         flag = flag.bool()
     return flag
 
 
-def all_agree(
+def any_rank_wants(
     flags: Sequence[bool], device: torch.device, step: int = 0, stride: int = 1
 ) -> list[bool]:
-    """Return which flags are set in any process: what all must do at the same step, or none.
+    """Return which flags are set on any rank, so that all ranks act at the same step.
 
-    Asking makes the host wait for the device, so several processes ask at every tenth step only.
+    The host has to wait for the device, so several processes synchronize at every tenth step only;
+    in between all flags are returned as False.
 
     Args:
-        flags: what this process wants.
-        device: of this process.
-        step: steps done; at 0 all ask.
-        stride: steps since this was called before: the first call at or after a tenth step asks.
+        flags: of this rank.
+        device: of this rank.
+        step: steps done; at 0 the ranks synchronize.
+        stride: steps since the last call. The first call at or after a tenth step synchronizes.
     """
-    if not _joined():
+    if not _is_initialized():
         return list(flags)
-    if step % _STEPS_BETWEEN_QUESTIONS >= stride:
+    if step % _STEPS_BETWEEN_SYNCS >= stride:
         return [False] * len(flags)
-    asked = torch.tensor(flags, dtype=torch.float32, device=device)
-    distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-    return asked.bool().tolist()
+    wanted = torch.tensor(flags, dtype=torch.float32, device=device)
+    distributed.all_reduce(wanted, distributed.ReduceOp.MAX)
+    return wanted.bool().tolist()
 
 
-def alike(model: nn.Module) -> None:
-    """Give the buffers of all processes (norms' statistics) the first one's values."""
-    if _joined():
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy the buffers (the norms' running statistics) of rank 0 to every rank."""
+    if _is_initialized():
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model wrapped so that gradients are averaged over the processes.
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model wrapped in DistributedDataParallel, which averages gradients over the ranks.
 
-    Its weights become the first process's. A backbone may have stages whose maps nobody reads:
-    torch learns in the first step which weights get no gradient (`static_graph`).
+    `static_graph` is set since a backbone may have stages whose feature maps are not used: torch
+    then finds out in the first step which parameters get no gradient.
     """
-    if not _joined():
+    if not _is_initialized():
         return model
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, static_graph=True)
 
 
-def with_synced_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with batch norms whose statistics are those of all processes' images.
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with batch norms that compute their statistics over all ranks.
 
-    timm's conversion: torch's own loses the activation of a `BatchNormAct2d`.
+    With timm's conversion: torch's own drops the activation of a `BatchNormAct2d`.
 
     Raises:
-        ConfigError: on a CPU, for which torch has no such norm.
+        ConfigError: on a CPU, where torch has no synchronized batch norm.
     """
     if device.type != "cuda":
         raise ConfigError(
-            "train.sync_norms: torch's SyncBatchNorm runs on GPUs alone; leave it off on a CPU, or "
-            "take model.freeze_norms"
+            "train.sync_norms: torch's SyncBatchNorm runs on GPUs only; turn it off on a CPU, or "
+            "set model.freeze_norms"
         )
     return convert_sync_batchnorm(model)
 
 
-def _joined() -> bool:
+def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()

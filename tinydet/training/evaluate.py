@@ -9,7 +9,7 @@ from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.data.voc import VocDataset
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
-from tinydet.training.distributed import gathered, rank, world_size
+from tinydet.training.distributed import all_gather_dict, rank, world_size
 from tinydet.yolof.network import Network
 
 
@@ -41,7 +41,7 @@ def detect_split(
             found[image_id] = ImageDetections(
                 result.boxes.cpu().numpy(), result.scores.cpu().numpy(), result.labels.cpu().numpy()
             )
-    found = gathered(found)
+    found = all_gather_dict(found)
     return [found[image_id] for image_id in index.image_ids]
 
 

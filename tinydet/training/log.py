@@ -1,23 +1,28 @@
-"""What a run says while it goes: a live bar, `log.jsonl`, TensorBoard events."""
+"""What a run reports while it trains: a progress bar, `log.jsonl` and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tinydet.atomic import write_text
-from tinydet.training.appended import AppendedFile, EventFile
-from tinydet.training.distributed import mean_over_processes, rank
+from tinydet.training.distributed import all_reduce_mean, rank
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -28,24 +33,26 @@ _INTERVAL = 10
 class RunLog:
     """Writes one run's progress; use as a context manager.
 
+    A full disk costs log lines and events, not the run.
+
     Args:
-        run_dir: the run's folder; what an earlier process logged after the checkpoint that is gone
-            on from is dropped there, since it is about to come again.
+        run_dir: the run's folder. On resume, log lines after the checkpoint are removed.
         done_steps: batches trained on so far.
         steps_left: batches still to come.
-        done_epochs: epochs of the checkpoint, trained and evaluated.
+        done_epochs: epochs trained and evaluated so far.
     """
 
     def __init__(
         self, run_dir: Path, done_steps: int, steps_left: int, done_epochs: int = 0
     ) -> None:
-        self._file = self._events = None
-        if rank() == 0:
-            path = run_dir / "log.jsonl"
-            if path.is_file():
-                _drop_later(path, done_epochs, done_steps)
-            path.touch()
-            self._file, self._events = AppendedFile(path), _event_file(run_dir, done_steps)
+        self._path = run_dir / "log.jsonl" if rank() == 0 else None
+        self._is_written = True
+        self._events = None
+        if self._path is not None:
+            if self._path.is_file():
+                _drop_later(self._path, done_epochs, done_steps)
+            self._path.touch()
+            self._events = _summary_writer(run_dir, done_steps)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -63,6 +70,8 @@ class RunLog:
         self._since = time.perf_counter()
 
     def __enter__(self) -> RunLog:
+        # TensorBoard writes in a thread: its traceback on a full disk is not shown.
+        self._excepthook, threading.excepthook = threading.excepthook, _ignore_oserror
         self._progress.start()
         return self
 
@@ -73,34 +82,35 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
+        with self._events_may_fail():
+            if self._events is not None:
+                self._events.close()
+        threading.excepthook = self._excepthook
 
     def start_epoch(self) -> None:
-        """Start the clock anew: evaluation and saving do not count as training speed."""
+        """Restart the clock: evaluation and saving do not count as training time."""
         self._losses, self._images = [], 0
         self._since = time.perf_counter()
 
     def step(
         self, epoch: int, step: int, losses: Mapping[str, Tensor], lr: float, images: int
     ) -> None:
-        """Note one training step (numbers from 1); every tenth writes a line, see `flush`."""
+        """Record one training step (numbers from 1); every tenth writes a line, see `flush`."""
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
         self._images += images
-        self._noted = epoch, step, lr
+        self._position = epoch, step, lr
         self._progress.advance(self._task)
         if len(self._losses) == _INTERVAL:
             self.flush()
 
     def flush(self) -> None:
-        """Show and write the means of the steps noted since the last line, if there are any.
-
-        Steps with a loss that is no number are left out.
-        """
+        """Show and write the mean losses since the last line; non-finite ones are left out."""
         if not self._losses:
             return
-        epoch, step, lr = self._noted
+        epoch, step, lr = self._position
         names = list(self._losses[0])
         local = torch.stack([_finite_mean([n[name] for n in self._losses]) for name in names])
-        means = dict(zip(names, mean_over_processes(local).tolist(), strict=True))
+        means = dict(zip(names, all_reduce_mean(local).tolist(), strict=True))
         total = sum(means.values())
         if not math.isfinite(total):
             self.start_epoch()
@@ -119,13 +129,13 @@ class RunLog:
     def evaluation(
         self, epoch: int, step: int, metrics: Mapping[str, Any], images: Mapping[str, Tensor]
     ) -> None:
-        """Note an evaluation after `epoch`.
+        """Record an evaluation.
 
         Args:
             epoch: epochs done.
             step: steps done.
             metrics: as in `metrics.json`.
-            images: for each name (3, H, W) uint8 RGB, for TensorBoard.
+            images: (3, H, W) uint8 RGB by name, for TensorBoard.
         """
         per_class = {
             f"{key}_per_class/{name}": figures[key]
@@ -141,14 +151,50 @@ class RunLog:
         scalars: Mapping[str, float] | None = None,
         images: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Append a record to the log, and its numbers to the events with what goes there alone."""
-        if self._file is None:
+        """Append a record to log.jsonl; its numbers, `scalars` and `images` go to TensorBoard."""
+        if self._path is None:
             return
         record = {k: _round(v) for k, v in record.items()}
-        self._file.append(json.dumps(record, allow_nan=False).encode() + b"\n")
-        if self._events is not None:
-            own = {f"{record['mode']}/{k}": v for k, v in record.items() if isinstance(v, float)}
-            self._events.write(record["step"], own | dict(scalars or {}), images or {})
+        self._append(json.dumps(record, allow_nan=False) + "\n")
+        with self._events_may_fail():
+            if self._events is None:
+                return
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"{record['mode']}/{name}", value, record["step"])
+            for name, value in (scalars or {}).items():
+                self._events.add_scalar(name, value, record["step"])
+            for name, image in (images or {}).items():
+                self._events.add_image(name, image, record["step"])
+            self._events.flush()
+
+    def _append(self, line: str) -> None:
+        """Append a whole line to log.jsonl, or warn once until it can be written again."""
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            self._is_written = True
+        except OSError as error:
+            with suppress(OSError):  # Half a line would spoil the next one too.
+                os.truncate(self._path, size)
+            if self._is_written:
+                logger.warning("%s: log lines are lost (%s)", self._path, error.strerror)
+            self._is_written = False
+
+    @contextmanager
+    def _events_may_fail(self) -> Iterator[None]:
+        """Give up TensorBoard events, with a warning, where they cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            self._events = None
+            logger.warning("no more TensorBoard events: %s", error.strerror or error)
+
+
+def _ignore_oserror(args: threading.ExceptHookArgs) -> None:
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 def _finite_mean(losses: list[Tensor]) -> Tensor:
@@ -157,7 +203,7 @@ def _finite_mean(losses: list[Tensor]) -> Tensor:
 
 
 def _drop_later(path: Path, epochs: int, steps: int) -> None:
-    """Keep the records up to a checkpoint, and drop what is no record, like a line cut short."""
+    """Keep the records up to a checkpoint; drop later ones and incomplete lines."""
     kept = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
@@ -175,9 +221,15 @@ def _round(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _event_file(run_dir: Path, done_steps: int) -> EventFile | None:
+def _summary_writer(run_dir: Path, done_steps: int) -> SummaryWriter | None:
+    """Return a writer of TensorBoard events; TensorBoard ignores earlier ones after `done_steps`."""
     try:
-        return EventFile(run_dir, done_steps)
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.info("no TensorBoard events: pip install 'tinydet[plots]' for them")
+        return None
+    try:
+        return SummaryWriter(str(run_dir), purge_step=done_steps + 1 if done_steps else None)
+    except OSError as error:
+        logger.warning("no TensorBoard events: %s", error.strerror or error)
         return None

@@ -20,11 +20,11 @@ from tinydet.config import Experiment
 from tinydet.data.loader import DetectionLoader
 from tinydet.data.sample import Batch
 from tinydet.training.device import pick_device
-from tinydet.training.divergence import BadSteps
-from tinydet.training.interrupt import Interrupts
 from tinydet.training.log import RunLog
 from tinydet.training.loop import prepare, train_epoch
-from tinydet.training.saving import Saver
+from tinydet.training.nonfinite import NonFiniteGuard
+from tinydet.training.runs import Saver
+from tinydet.training.signals import Signals
 from tinydet.training.state import TrainingState
 
 _ROUNDS = 5  # in each, loop and bare step have a turn
@@ -65,11 +65,11 @@ def time_steps(experiment: Experiment, steps: int = 20) -> StepTime:
     part = _Part(loader, min(len(loader), warm_up + steps), device)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        bad_steps, saver = BadSteps(state, Path(folder)), Saver(Path(folder), state)
+        guard, saver = NonFiniteGuard(state, Path(folder)), Saver(Path(folder), state)
         for epoch in count():
             state.epoch, state.step = epoch, 0
             with RunLog(Path(folder), 0, part.number) as log:
-                train_epoch(state, part, device, log, bad_steps, saver, Interrupts())
+                train_epoch(state, part, device, log, guard, saver, Signals())
             seconds += part.steps[warm_up:]
             if len(seconds) >= steps:
                 break
@@ -105,11 +105,11 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
     )
     loop, waits, bare = [], [], {name: [] for name in _PARTS}
     with tempfile.TemporaryDirectory() as folder:
-        bad_steps, saver = BadSteps(state, Path(folder)), Saver(Path(folder), state)
+        guard, saver = NonFiniteGuard(state, Path(folder)), Saver(Path(folder), state)
         for epoch in range(_ROUNDS):
             state.epoch, state.step = epoch, 0
             with RunLog(Path(folder), 0, _WARM_UP + steps) as log:
-                train_epoch(state, part, device, log, bad_steps, saver, Interrupts())
+                train_epoch(state, part, device, log, guard, saver, Signals())
             loop += part.steps[_WARM_UP:]
             waits += part.waits[_WARM_UP:]
             for times in [_bare_step(state, batch, device) for _ in range(_WARM_UP + steps)][

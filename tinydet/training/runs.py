@@ -1,10 +1,19 @@
-"""Where runs live: `runs/<experiment>/<n>/`."""
+"""A run's folder, `runs/<experiment>/<n>/`, and when its checkpoints are written."""
 
 from __future__ import annotations
 
+import logging
+import shlex
+import time
 from pathlib import Path
 
-from tinydet.training.checkpoint import CheckpointError
+from tinydet.atomic import warn_on_oserror
+from tinydet.training.checkpoint import CheckpointError, previous_of, save_checkpoint, save_last
+from tinydet.training.distributed import rank, world_size
+from tinydet.training.results import write_experiment
+from tinydet.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
@@ -26,13 +35,11 @@ def new_run_dir(name: str, root: Path = RUNS) -> Path:
 def newest_to_resume(name: str, root: Path = RUNS) -> Path:
     """Return the last.pt of the newest run of an experiment, for `checkpoint.read_last`.
 
-    Where the run died between two renamings there is only the one before it.
-
     Raises:
-        CheckpointError: no run of it can be gone on with.
+        CheckpointError: no run of it can be resumed.
     """
-    found = newest_checkpoint(root, "last*.pt", name)
-    return found.with_name("last.pt")
+    # A run killed between two renames has only last.previous.pt.
+    return newest_checkpoint(root, "last*.pt", name).with_name("last.pt")
 
 
 def newest_checkpoint(root: Path = RUNS, file_name: str = "best.pt", name: str = "*") -> Path:
@@ -54,3 +61,99 @@ def newest_checkpoint(root: Path = RUNS, file_name: str = "best.pt", name: str =
             "or name a checkpoint"
         )
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+class Saver:
+    """Writes the checkpoints of one run, on rank 0.
+
+    Args:
+        run_dir: the run's folder, which exists.
+        state: what is saved.
+    """
+
+    def __init__(self, run_dir: Path, state: TrainingState) -> None:
+        self._run_dir = run_dir
+        self._state = state
+        self._last = run_dir / "last.pt"
+        self._saved_at = time.monotonic()
+        self._is_saved = True
+        if rank() == 0:
+            for left in run_dir.glob(".*.tmp.*"):  # half a file of a process that was killed
+                left.unlink(missing_ok=True)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `train.save_minutes` have passed since last.pt was written."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = minutes >= self._state.experiment.train.save_minutes
+        return due and not self._state.bad_in_a_row
+
+    def save_last(self) -> None:
+        """Write last.pt.
+
+        Raises:
+            OSError: it cannot be written; the previous one is still there.
+        """
+        if rank() > 0:
+            return
+        self._saved_at = time.monotonic()  # Also after a failure, which must not repeat every step.
+        self._is_saved = False
+        self._make_dir()
+        try:
+            save_last(self._last, self._state.checkpoint())
+        except OSError as error:
+            error.filename = error.filename or str(self._last)  # A failed write names no file.
+            raise
+        self._is_saved = True
+
+    def try_save_last(self) -> None:
+        """Write last.pt, or warn; not after skipped steps, which the weights may have caused."""
+        if self._state.bad_in_a_row:
+            logger.warning("%s: not written after a step with a non-finite loss", self._last)
+            return
+        with warn_on_oserror(self._last):
+            self.save_last()
+
+    def finish(self) -> None:
+        """Write last.pt again if the last attempt failed.
+
+        Raises:
+            OSError: it still cannot be written.
+        """
+        if not self._is_saved:
+            self.save_last()
+
+    def save_best(self) -> bool:
+        """Write best.pt, or warn; return whether it was written."""
+        if rank() > 0:
+            return True
+        path = self._run_dir / "best.pt"
+        with warn_on_oserror(path):
+            self._make_dir()
+            save_checkpoint(path, self._state.checkpoint())
+            return True
+        return False
+
+    def save_epoch(self) -> None:
+        """Write `epoch_<number>.pt` after every `train.keep_every`-th epoch, or warn."""
+        every, epoch = self._state.experiment.train.keep_every, self._state.epoch
+        if rank() == 0 and every and epoch % every == 0:
+            path = self._run_dir / f"epoch_{epoch:04d}.pt"
+            with warn_on_oserror(path):
+                save_checkpoint(path, self._state.checkpoint())
+
+    def _make_dir(self) -> None:
+        if not self._run_dir.is_dir():
+            logger.warning("%s: the run's folder was deleted; created again", self._run_dir)
+            write_experiment(self._run_dir, self._state.experiment)
+
+    def resume_command(self) -> str:
+        """Return one line with the command that resumes this run, or why there is none."""
+        if not (self._last.is_file() or previous_of(self._last).is_file()):
+            return f"{self._last} does not exist, so this run cannot be resumed"
+        arguments = [str(self._run_dir / "experiment.json"), "--resume-from", str(self._last)]
+        words = ["python", "tools/train.py", *arguments]
+        if world_size() > 1:
+            script = ["bash", "tools/dist_train.sh"]
+            words = [*script, arguments[0], str(world_size()), *arguments[1:]]
+        return f"resume with: {shlex.join(words)}"

@@ -14,10 +14,10 @@ from tinydet.config import Experiment
 from tinydet.data.sample import Batch
 from tinydet.experiment_file import experiment_to_dict
 from tinydet.training.distributed import (
-    from_first,
-    parallel,
-    with_synced_norms,
+    broadcast_from_rank0,
+    sync_batchnorm,
     world_size,
+    wrap_ddp,
 )
 from tinydet.training.ema import AveragedWeights
 from tinydet.training.optim import Plan, make_optimizer, make_plan, set_learning_rate
@@ -89,15 +89,15 @@ class TrainingState:
         """Learning rate of the next optimiser step, outside the backbone."""
         return self.optimizer.param_groups[-1]["lr"]
 
-    @property
-    def at_optimizer_step(self) -> bool:
-        """Whether no gradients wait for the rest of their optimiser step."""
-        whole = self.step == self.batches_an_epoch
-        return whole or self.step % self.experiment.train.accumulate == 0
+    def count_batch(self, images: int) -> None:
+        """Count a batch of so many images, over all ranks, as trained on."""
+        self.step += 1
+        self.steps_done += 1
+        self.images_seen += images
 
     @property
-    def shipped(self) -> Detector:
-        """The network to evaluate and ship; its mode is the caller's affair."""
+    def eval_model(self) -> Detector:
+        """The network to evaluate and to deploy: with averaged weights where there are any."""
         return self.ema.module if self.ema is not None else self.detector
 
     def checkpoint(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class TrainingState:
             "form": "training",
             "experiment": experiment_to_dict(self.experiment),
             "classes": list(self.detector.classes),
-            "model": self.shipped.state_dict(),
+            "model": self.eval_model.state_dict(),
             "raw_model": self.detector.state_dict() if self.ema is not None else None,
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "optimizer": self.optimizer.state_dict(),
@@ -144,14 +144,14 @@ def start_training(
     )
     # All time steps, as each waits for the others in its loss; what the first one finds holds.
     timed = choose_precision(settings, device, detector, first_batch.images, first_batch.targets)
-    precision = from_first(lambda: timed)
+    precision = broadcast_from_rank0(lambda: timed)
     logger.info("%s, %s: %s", precision.dtype, precision.memory_format, precision.reason)
     for line in plan.lines:
         logger.info(line)
     ema = AveragedWeights(detector, settings.ema_decay) if settings.ema_decay else None
     precision.prepare(detector)
     if settings.sync_norms and world_size() > 1:
-        detector = with_synced_norms(detector, device)
+        detector = sync_batchnorm(detector, device)
     if settings.compile:
         for part in (detector.backbone, detector.encoder, detector.head):
             part.compile()
@@ -159,7 +159,7 @@ def start_training(
     return TrainingState(
         experiment=experiment,
         detector=detector,
-        network=parallel(detector, device),
+        network=wrap_ddp(detector, device),
         ema=ema,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.dtype == "float16"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinydet.training import checkpoint
+from tinydet.training import checkpoint, loop
 from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.log import RunLog
 from tinydet.training.loop import train
@@ -72,18 +72,18 @@ def test_a_best_checkpoint_that_was_not_written_is_not_counted(
 
 def test_a_deleted_folder_is_made_anew(tiny_experiment, tmp_path, monkeypatch, caplog):
     folder = tmp_path / "run"
-    evaluate = train.__globals__["evaluate_detector"]
+    evaluate = loop.evaluate_detector
 
     def deleted(*args):
         shutil.rmtree(folder)
         return evaluate(*args)
 
-    monkeypatch.setitem(train.__globals__, "evaluate_detector", deleted)
+    monkeypatch.setattr(loop, "evaluate_detector", deleted)
     settings = replace(tiny_experiment.train, eval_every=2)
     train(replace(tiny_experiment, train=settings), folder)
     assert {"last.pt", "best.pt", "experiment.json"} <= {path.name for path in folder.iterdir()}
     assert read_checkpoint(folder / "last.pt")["epoch"] == 2
-    assert any("made anew" in line for line in _warnings(caplog))
+    assert any("created again" in line for line in _warnings(caplog))
 
 
 def test_lines_that_cannot_be_written_are_said_once(tmp_path, caplog):
@@ -96,6 +96,6 @@ def test_lines_that_cannot_be_written_are_said_once(tmp_path, caplog):
         log.evaluation(3, 9, metrics, {})
         shutil.move(tmp_path / "moved", tmp_path / "run")
         log.evaluation(4, 12, metrics, {})
-    assert sum("log.jsonl: what comes now is lost" in line for line in _warnings(caplog)) == 1
+    assert sum("log.jsonl: log lines are lost" in line for line in _warnings(caplog)) == 1
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert ['"epoch": 1' in lines[0], '"epoch": 4' in lines[1]] == [True, True]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends between two steps, with everything saved."""
+"""Ctrl-C and SIGTERM: a run ends between two optimizer steps, with everything saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked the run to end.
 
     Attributes:
-        exit_status: what a shell expects of a process ended by that signal: 130 or 143.
+        exit_status: what a shell expects of a process that was ended by that signal: 130 or 143.
     """
 
     def __init__(self, number: int) -> None:
@@ -26,22 +26,22 @@ class Interrupted(KeyboardInterrupt):
         self.exit_status = 128 + number
 
 
-class Interrupts:
-    """Turns SIGINT and SIGTERM into `Interrupted`, at a moment that suits.
+class Signals:
+    """SIGINT and SIGTERM as `Interrupted` exceptions, raised at once or when it is safe.
 
     Attributes:
-        received: the number of the signal held back, if there is one.
+        received: number of the deferred signal, None if there is none.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._holding = False
+        self._deferring = False
 
     @contextmanager
-    def caught(self) -> Iterator[Interrupts]:
-        """Take the place of the process's handlers; a signal raises `Interrupted`."""
+    def catch(self) -> Iterator[Signals]:
+        """Install the handlers; inside, a signal raises `Interrupted`."""
         if threading.current_thread() is not threading.main_thread():
-            yield self  # Python lets no other thread handle signals.
+            yield self  # Python handles signals in the main thread only.
             return
         before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
@@ -51,25 +51,21 @@ class Interrupts:
                 signal.signal(number, handler)
 
     @contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Only note a first signal, for `raise_received`; a second one raises at once."""
-        self._holding = True
+    def deferred(self) -> Iterator[None]:
+        """Inside, a first signal is only recorded and raised at the end; a second raises at once."""
+        self._deferring = True
         try:
             yield
         finally:
-            self._holding = False
-        self.raise_received()
-
-    def raise_received(self) -> None:
-        """Raise `Interrupted` if a signal was held back."""
+            self._deferring = False
         if self.received is not None:
             raise Interrupted(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if not self._holding or self.received is not None:
+        if not self._deferring or self.received is not None:
             raise Interrupted(number)
         self.received = number
         # Not print: the signal may have come in the middle of another print.
         if rank() == 0:
-            os.write(2, b"\nfinishing this step, then saving; a second signal stops at once\n")
+            os.write(2, b"\nfinishing this step and saving; a second signal stops at once\n")

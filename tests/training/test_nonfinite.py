@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tinydet.training import loop
 from tinydet.training.checkpoint import read_checkpoint
-from tinydet.training.divergence import BadSteps, DivergedError
 from tinydet.training.loop import train
+from tinydet.training.nonfinite import DivergedError, NonFiniteGuard
 from tinydet.yolof.detector import Detector
 
 
@@ -68,7 +69,7 @@ def test_a_bad_step_leaves_no_trace_but_a_report(
     assert len(batch["targets"]) == 8
     line = next(r.getMessage() for r in caplog.records if "epoch 1, step 3" in r.getMessage())
     assert ", ".join(batch["image_ids"]) in line
-    assert ("the loss is" if spoil == "images" else "the gradient is") in line
+    assert ("non-finite loss" if spoil == "images" else "non-finite gradient") in line
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -76,8 +77,8 @@ def test_a_verdict_one_step_late_protects_as_well(
     tiny_experiment, tmp_path, monkeypatch, optimizer
 ):
     """What a GPU does, here on a CPU: the optimiser skips, the host hears of it a step later."""
-    late = functools.partial(BadSteps, lag=1)
-    monkeypatch.setitem(train.__globals__, "BadSteps", late)
+    late = functools.partial(NonFiniteGuard, lag=1)
+    monkeypatch.setattr(loop, "NonFiniteGuard", late)
     before = _spoil(monkeypatch, {0, 2, 5})
     optim = replace(tiny_experiment.optim, optimizer=optimizer)
     train(replace(tiny_experiment, optim=optim), tmp_path / "run")

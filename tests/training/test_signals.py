@@ -11,35 +11,35 @@ import pytest
 import torch
 
 from tinydet.training.checkpoint import read_checkpoint
-from tinydet.training.interrupt import Interrupted, Interrupts
 from tinydet.training.loop import train
 from tinydet.training.results import write_experiment
+from tinydet.training.signals import Interrupted, Signals
 from tinydet.yolof.detector import Detector
 
 TRAIN = Path(__file__).resolve().parents[2] / "tools" / "train.py"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_held_back_once(number, status):
+def test_a_signal_is_deferred_once(number, status):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     reached = []
-    with pytest.raises(Interrupted) as caught, Interrupts().caught() as interrupts:  # noqa: PT012
-        with interrupts.held_back():
+    with pytest.raises(Interrupted) as caught, Signals().catch() as signals:  # noqa: PT012
+        with signals.deferred():
             os.kill(os.getpid(), number)
             time.sleep(0)
-            reached.append(interrupts.received)
+            reached.append(signals.received)
         reached.append("after")
     assert reached == [number]
     assert caught.value.exit_status == status
 
-    interrupts = Interrupts()
-    with pytest.raises(Interrupted), interrupts.caught(), interrupts.held_back():  # noqa: PT012
+    signals = Signals()
+    with pytest.raises(Interrupted), signals.catch(), signals.deferred():  # noqa: PT012
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
         reached.append("after two")
     assert reached == [number]
 
-    with pytest.raises(Interrupted), Interrupts().caught():
+    with pytest.raises(Interrupted), Signals().catch():
         os.kill(os.getpid(), number)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -68,7 +68,7 @@ def test_a_signal_in_a_step_saves_after_it_and_the_run_goes_on(
     content = read_checkpoint(folder / "last.pt")
     assert (content["epoch"], content["step"]) == (1, 2)
     last = folder / "last.pt"
-    assert f"go on with: python tools/train.py {folder}/experiment.json --resume-from {last}" in (
+    assert f"resume with: python tools/train.py {folder}/experiment.json --resume-from {last}" in (
         caplog.text
     )
     train(tiny_experiment, folder, folder / "last.pt")
