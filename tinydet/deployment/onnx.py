@@ -212,13 +212,12 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
         with torch.inference_mode():
             expected = scores_and_boxes(detector, images)
         scores, boxes = (told[name] for name in (RAW if nms else _WITHOUT_NMS))
-        max_score, max_box = largest_differences(
-            expected, (scores.reshape(expected[0].shape), boxes)
-        )
+        raw = expected, (scores.reshape(expected[0].shape), boxes)
+        max_score, max_box = largest_differences(*raw)
         agreement = Agreement()
         if nms:
             found = unpack(*(told[name] for name in OUTPUTS))
-            agreement = compare_detections(detector.detect(images), found, detector.config)
+            agreement = compare_detections(detector.detect(images), found, detector.config, raw)
         check = Check(
             max(check.max_score, max_score),
             max(check.max_box, max_box),
