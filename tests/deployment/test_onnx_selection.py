@@ -88,6 +88,23 @@ def test_selection__equal_scores_in_the_order_of_torch():
         assert torch.equal(a.labels, b.labels)
 
 
+def test_selection__on_a_plain_picture_another_order_is_no_difference_and_another_limit_is():
+    config = Model(candidates=400)
+    torch.manual_seed(0)
+    corners = 4.0 * torch.cartesian_prod(torch.arange(11), torch.arange(11))
+    boxes = torch.cat([corners, corners + 20], dim=1)[None].clamp(0, 64)
+    logits = [torch.tensor([0.5, -1, -9, 0.5]) + 1e-6 * torch.randn(1, 121, 4) for _ in range(2)]
+    raw = [(x.sigmoid(), boxes) for x in logits]
+    expected = _expected(config, logits[0], boxes)
+    found = unpack(*_run(config, logits[1], boxes))
+    agreement = compare_detections(expected, found, config, raw)
+    assert agreement.unmatched == 0
+    assert agreement.ties > 10
+    for broken in (Model(nms_iou=0.3), Model(nms_iou=0.9), Model(max_detections=20)):
+        found = unpack(*_run(broken, logits[1], boxes))
+        assert not compare_detections(expected, found, config, raw).same, broken
+
+
 def test_selection__padding():
     config = Model(max_detections=6)
     logits = torch.full((2, 3, 2), -9.0)

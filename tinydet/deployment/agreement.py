@@ -135,6 +135,7 @@ def _count_ties(
         limits += raw[0][0].flatten().topk(config.candidates).values[-1:].tolist()
     if raw:
         lost_a, lost_b = lost_a & _is_in(a, *raw[1]), lost_b & _is_in(b, *raw[0])
+    lost_a, lost_b = lost_a & _has_passed_nms(a, config), lost_b & _has_passed_nms(b, config)
     overlaps = box_iou(a.boxes, b.boxes)  # (N, M)
     overlaps = torch.where(a.labels[:, None] == b.labels[None], overlaps, 0)
     near_limit = (overlaps - config.nms_iou).abs() <= _IOU_TIE
@@ -161,6 +162,13 @@ def _is_in(found: Detections, scores: Tensor, boxes: Tensor) -> Tensor:
     near = (found.boxes[:, None] - boxes[None]).abs().amax(dim=-1) <= BOX_TOLERANCE  # (N, A)
     equal = (found.scores[:, None] - scores.T[found.labels]).abs() <= SCORE_TOLERANCE
     return (near & equal).any(dim=1)
+
+
+def _has_passed_nms(found: Detections, config: Model) -> Tensor:
+    """Return (N,) bool: which detections overlap with no other of their class beyond the limit."""
+    over = box_iou(found.boxes, found.boxes) > config.nms_iou + _IOU_TIE
+    same = found.labels[:, None] == found.labels[None]
+    return (over & same).sum(dim=1) <= 1  # Each overlaps with itself.
 
 
 def _at_a_limit(found: Detections, other: Detections, config: Model, limits: list[float]) -> Tensor:
