@@ -63,6 +63,22 @@ def test_run__help_and_mistakes_in_ascii():
     assert done.stderr.splitlines() == [rb"error: no \u732b \udcff"]
 
 
+def test_run__news_of_torch_stay_off_the_screen():
+    code = (
+        "import argparse, logging\n"
+        "from tinydet.cli import run\n"
+        "def main(args):\n"
+        "    import torch\n"
+        "    for part in ('_dynamo', '_inductor', 'utils.cpp_extension'):\n"
+        "        logging.getLogger(f'torch.{part}').warning('news')\n"
+        "        logging.getLogger(f'torch.{part}').error('trouble')\n"
+        "run(main, argparse.ArgumentParser())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, check=True)
+    assert b"news" not in done.stdout + done.stderr
+    assert done.stderr.count(b"trouble") == 3
+
+
 @pytest.mark.parametrize(
     "script",
     sorted(str(p.relative_to(_ROOT)) for d in ("tools", "deploy") for p in _ROOT.glob(f"{d}/*.py")),

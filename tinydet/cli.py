@@ -31,6 +31,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     # Other libraries' news would drown ours.
     for name in ("timm", "torch", "httpx", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # torch sets the levels of its own parts as it is imported: by this.
+    os.environ.setdefault("TORCH_LOGS", "-all")
     try:
         main(args)
     except (ValueError, OSError) as error:

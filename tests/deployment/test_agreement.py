@@ -113,6 +113,17 @@ def test_tie__which_of_equal_scores_is_first():
     assert not compare_detections(both, one, _CONFIG, raw).same
 
 
+def test_tie__no_excuse_for_keeping_both_of_equal_scores():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [0, 0, 10, 12]])
+    raw = [(torch.full((1, 3, 1), 0.9), boxes[None])] * 2
+    labels = torch.tensor([0, 0])
+    both = [Detections(boxes[:2], torch.tensor([0.9, 0.9]), labels)]
+    third = [Detections(boxes[2:], torch.tensor([0.9]), labels[:1])]
+    one = [Detections(boxes[:1], torch.tensor([0.9]), labels[:1])]
+    assert compare_detections(one, third, _CONFIG, raw).same
+    assert not compare_detections(both, third, _CONFIG, raw).same
+
+
 def _select(scores, boxes, config):
     found = postprocess(
         scores.logit(),
