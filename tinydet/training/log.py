@@ -159,7 +159,7 @@ def _finite_mean(losses: list[Tensor]) -> Tensor:
 def _drop_later(path: Path, epochs: int, steps: int) -> None:
     """Keep the records up to a checkpoint, and drop what is no record, like a line cut short."""
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
             in_finished = record["epoch"] <= epochs

@@ -14,7 +14,13 @@ from tinydet.backbones.factory import create_backbone
 from tinydet.backbones.ideas import apply_ideas
 from tinydet.config import Model
 from tinydet.yolof.anchors import make_anchors
-from tinydet.yolof.decode import Detections, decode_boxes, place_in_images, postprocess
+from tinydet.yolof.decode import (
+    Detections,
+    decode_boxes,
+    place_in_images,
+    postprocess,
+    sizes_in_input,
+)
 from tinydet.yolof.encoder import DilatedEncoder
 from tinydet.yolof.head import Head
 from tinydet.yolof.loss import pad_targets, yolof_losses
@@ -129,29 +135,45 @@ class Detector(nn.Module):
 
         Args:
             images: (B, 3, H, W) RGB in 0..255; H and W multiples of 32.
-            sizes: (H, W) of each original image; boxes are clipped to it.
+            sizes: (H, W) of each original image; boxes are clipped to it, before NMS.
             scales: (sy, sx) of each image, network pixels an original pixel; boxes are divided
                 by it. Without `sizes` and `scales` boxes are in pixels of the network input.
         """
         cls_logits, deltas = self(images)
-        detections = self.select(cls_logits, deltas, tuple(images.shape[-2:]))
+        limits = sizes_in_input(images, sizes, scales)
+        detections = self.select(cls_logits, deltas, tuple(images.shape[-2:]), limits)
         return place_in_images(detections, sizes, scales)
 
     def select(
-        self, cls_logits: Tensor, deltas: Tensor, image_size: tuple[int, int]
+        self,
+        cls_logits: Tensor,
+        deltas: Tensor,
+        image_size: tuple[int, int],
+        limits: Sequence[tuple[float, float]] | None = None,
     ) -> list[Detections]:
-        """Decode and select detections from raw outputs, in pixels of the (H, W) network input."""
-        config = self.config
-        boxes = decode_boxes(self.anchors(image_size), deltas, config.center_clamp)
-        return postprocess(
-            cls_logits,
-            boxes,
-            image_size,
-            config.score_threshold,
-            config.candidates,
-            config.nms_iou,
-            config.max_detections,
-        )
+        """Decode and select detections from raw outputs, in pixels of the network input.
+
+        Args:
+            cls_logits: (B, A, K).
+            deltas: (B, A, 4).
+            image_size: (H, W) of the network input.
+            limits: (H, W) of each image within it, without padding, to which boxes are clipped
+                before any is dropped; None clips to the input.
+        """
+        config, anchors = self.config, self.anchors(image_size)
+        limits = limits or [image_size] * len(cls_logits)
+        return [
+            postprocess(
+                logits,
+                decode_boxes(anchors, moves, config.center_clamp),
+                limit,
+                config.score_threshold,
+                config.candidates,
+                config.nms_iou,
+                config.max_detections,
+            )
+            for logits, moves, limit in zip(cls_logits, deltas, limits, strict=True)
+        ]
 
 
 def build_detector(config: Model, classes: Sequence[str]) -> Detector:
