@@ -29,6 +29,11 @@ class Model:
             "random", or the path of a state-dict file (.pth, .pt, .safetensors).
         freeze_norms: the backbone's batch norms keep their statistics, weights and biases, as in
             the reference recipe on COCO.
+        freeze_stages: what runs before the backbone's n-th feature map (as timm counts its maps)
+            keeps its weights, norms and their statistics, and no gradient is computed there; 0
+            trains all. A ResNet's 1 is the stem and 2 its first stage too, as in the reference
+            recipe on COCO: detectron2 numbers them alike (`FREEZE_AT`), MMDetection from the stem
+            on (`frozen_stages=1`). Ideas have to name places behind them.
         activation: an activation function of `tinydet.layers` in place of the backbone's own.
         activation_where: the activations that change, by patterns of their names, such as
             "blocks.4 blocks.5"; empty is all.
@@ -61,6 +66,7 @@ class Model:
     backbone: str = "rexnet_100"
     weights: str = "imagenet"
     freeze_norms: bool = False
+    freeze_stages: int = 0
     activation: Literal["none", "acon-a", "acon-b", "acon-c", "meta-acon"] = "none"
     activation_where: str = ""
     attention: Literal["none", "coord"] = "none"
