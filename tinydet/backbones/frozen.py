@@ -50,7 +50,7 @@ def freeze_stages(
             module.get_submodule(name).requires_grad_(False)
         for name in parameters:
             module.get_parameter(name).requires_grad_(False)
-    except (RuntimeError, AttributeError) as error:
+    except Exception as error:  # What a network raises on an input is of any type.
         problem = str(error).split("\n")[0]
         raise ConfigError(
             f"model.freeze_stages={stages}: the gradients of this backbone do not tell which "
