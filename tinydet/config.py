@@ -97,7 +97,8 @@ class Augment:
 
     An image is resized, flipped, placed (shifted, cropped, padded) and recoloured; with `mosaic`
     four such images share a canvas. The canvas is warped by `rotate`, `shear`, `translate` and
-    `zoom`, and with `mixup` blended with another made the same way.
+    `zoom`, and with `mixup` blended with another made the same way. A box that is cut at an edge
+    on the way is dropped once less than 20 % of its area, or of a side less than a pixel, is left.
 
     Attributes:
         color_jitter: brightness, contrast and saturation vary by up to this fraction; 0 is off.
@@ -195,7 +196,8 @@ class Optim:
         lr: peak learning rate.
         backbone_lr_factor: the backbone's learning rate is `lr` times this.
         momentum: SGD's momentum, or AdamW's first beta.
-        weight_decay: never applied to norms and biases.
+        weight_decay: of weights with two dimensions or more. Norms, biases and other vectors do not
+            decay; in YOLOF's original code biases do.
         schedule: "step" (times `gamma` at `milestones`) or "cosine" (to zero at the end).
         milestones: fractions of the run at which the step schedule drops.
         gamma: factor of each drop.

@@ -14,6 +14,7 @@ from tinydet.config import ConfigError, Model, Optim
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import build_unloaded
+from tinydet.training.distributed import with_synced_norms
 from tinydet.training.optim import make_optimizer, make_plan
 from tinydet.yolof.detector import build_detector
 
@@ -111,7 +112,9 @@ def test_the_map_behind_the_fixed_stages_has_no_graph():
 
 def test_fixed_modules_are_in_eval_mode_through_train():
     detector = _detector(freeze_stages=2)
-    for form in (detector, copy.deepcopy(detector), detector.eval().train()):
+    synced = with_synced_norms(copy.deepcopy(detector), torch.device("cuda"))
+    assert isinstance(synced.backbone.bn1, nn.SyncBatchNorm)
+    for form in (detector, copy.deepcopy(detector), detector.eval().train(), synced.train()):
         modes = {name: m.training for name, m in form.backbone.named_modules() if name}
         fixed = {name for name in modes if _inside(name, "conv1 bn1 act1 maxpool layer1")}
         assert len(fixed) > 10
@@ -204,6 +207,28 @@ def test_processes_train_it_together(tmp_path):
         torch.distributed.destroy_process_group()
     got = {name for name, p in detector.named_parameters() if p.grad is not None}
     assert got == {name for name, p in detector.named_parameters() if p.requires_grad}
+
+
+class _Network(nn.Module):
+    def __init__(self, out_indices=(1,)):
+        super().__init__()
+        self.out_indices = out_indices
+        self.stem = nn.BatchNorm2d(3)
+        self.stem.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.last = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        first = self.stem(x * self.scale)
+        maps = (first, self.last(first))
+        return [maps[index] for index in self.out_indices]
+
+
+def test_weights_outside_any_module_and_unused_ones_are_fixed_too():
+    network = _Network()
+    assert freeze_stages(network, _Network, 1, 1) == ("stem",)
+    learns = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert learns == {"last.weight", "last.bias"}
 
 
 class _NoGradients(nn.Module):
