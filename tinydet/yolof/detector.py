@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinydet.backbones.factory import create_backbone
+from tinydet.backbones.frozen import keep_fixed
 from tinydet.backbones.ideas import apply_ideas
 from tinydet.config import Model
 from tinydet.yolof.anchors import make_anchors
@@ -39,6 +40,7 @@ class Detector(nn.Module):
         classes: class names in label order.
         stride: pixels of the input between neighbouring cells of the feature map.
         config: the model's part of the experiment.
+        fixed: names of the backbone's modules that stay in eval mode.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Detector(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         config: Model,
+        fixed: Sequence[str] = (),
     ) -> None:
         """Take the parts; `mean` and `std` are the backbone's, in units of 0..1."""
         super().__init__()
@@ -60,8 +63,16 @@ class Detector(nn.Module):
         self.classes = tuple(classes)
         self.stride = stride
         self.config = config
+        self.fixed = tuple(fixed)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255, persistent=False)
+        keep_fixed(backbone, self.fixed)
+
+    def train(self, mode: bool = True) -> Detector:
+        """Choose training or evaluation mode; what is fixed stays in evaluation mode."""
+        super().train(mode)
+        keep_fixed(self.backbone, self.fixed)
+        return self
 
     @property
     def anchor_sides(self) -> tuple[float, ...]:
@@ -180,10 +191,12 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
     """Build the detector of an experiment, in training mode.
 
     Raises:
-        ConfigError: the backbone does not exist, has no such feature or no place for an idea, or
-            its weights cannot be had.
+        ConfigError: the backbone does not exist, has no such feature or stage or no place for an
+            idea, or its weights cannot be had.
     """
-    backbone = create_backbone(config.backbone, config.weights, config.feature)
+    backbone = create_backbone(
+        config.backbone, config.weights, config.feature, config.freeze_stages
+    )
     encoder = DilatedEncoder(
         backbone.channels, config.encoder_channels, config.encoder_mid_channels, config.dilations
     )
@@ -195,7 +208,7 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         config.reg_convs,
     )
     return Detector(
-        apply_ideas(backbone.module, config),
+        apply_ideas(backbone.module, config, backbone.fixed),
         encoder,
         head,
         classes,
@@ -203,4 +216,5 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         backbone.mean,
         backbone.std,
         config,
+        backbone.fixed,
     )
