@@ -3,13 +3,12 @@
 python tools/train.py experiments/yolof_r50_dc5_coco.py
 
 Sides of the anchors stay 32 to 512 pixels and 16 is added, so do the encoder's receptive fields.
+What differs from the authors' code is what differs in yolof_r50_c5_coco.py.
 """
 
 from dataclasses import replace
 
 from yolof_r50_c5_coco import experiment as c5
-
-from tinydet.config import Optim
 
 experiment = replace(
     c5,
@@ -21,5 +20,5 @@ experiment = replace(
         match_topk=8,
         match_pos_ignore=0.1,
     ),
-    optim=Optim(lr=0.06, base_batch=32, warmup_iters=3000, warmup_factor=0.000334),
+    optim=replace(c5.optim, lr=0.06, base_batch=32, warmup_iters=3000, warmup_factor=0.000334),
 )

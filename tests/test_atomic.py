@@ -50,3 +50,15 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+def test_write_text__utf8_whatever_the_system_has(tmp_path):
+    code = (
+        "import pathlib, sys, tinydet.atomic as atomic\n"
+        "atomic.write_text(pathlib.Path(sys.argv[1]), '\\u00b1 \\u732b')"
+    )
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "x"], env={**os.environ, **ascii_only}, check=True
+    )
+    assert (tmp_path / "x").read_bytes() == "± 猫".encode()

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import resize
 
-from tinydet.config import Data
+from tinydet.backbones.factory import create_backbone
+from tinydet.config import Augment, Data
 from tinydet.data.dataset import load_split
 from tinydet.data.image import read_image
 from tinydet.data.loader import make_train_loader
@@ -64,7 +65,8 @@ def test_an_experiment_builds_and_takes_a_step_that_lowers_its_loss(path):
 
 
 def test_the_default_experiment_is_the_reference_recipe():
-    # arXiv 2103.09460 and its reference code: SGD 0.12 for 64 images (0.03 for 16), and so on.
+    # arXiv 2103.09460 and its reference code: SGD 0.12 for 64 images (0.03 for 16), and so on; the
+    # rate drops after 8 and 11 of 12 epochs, as in MMDetection.
     experiment = load_experiment(FILES[0].parent / "rexnet_yolof.py")
     optim, model = experiment.optim, experiment.model
     assert optim.lr / optim.base_batch == pytest.approx(0.12 / 64)
@@ -77,6 +79,86 @@ def test_the_default_experiment_is_the_reference_recipe():
     assert (model.center_clamp, model.score_threshold, model.nms_iou) == (32, 0.05, 0.6)
     assert (model.candidates, model.max_detections) == (1000, 100)
     assert [32 * s for s in model.anchor_scales] == [32, 64, 128, 256, 512]
+
+
+# The authors' code, github.com/chensnathan/YOLOF: its defaults and those of detectron2, with what
+# each file of configs/ changes.
+R50_C5 = {
+    "images": 64,
+    "rate": (0.12, 0.334, 0.9, 1e-4),  # the backbone's factor, momentum and weight decay
+    "warmup": (0.00066667, 1500),
+    "steps": (15000, 20000, 22500),  # the last one is the end
+    "sizes": (800, 1333),
+    "augment": Augment(hflip=0.5, shift=0.5, max_shift=32),
+    "frozen": {"conv1", "bn1", "layer1"},  # detectron2's FREEZE_AT=2
+    "frozen_norms": True,
+    "synced_norms": False,
+    "anchors": (32, 64, 128, 256, 512),
+    "encoder": (512, 128, (2, 4, 6, 8)),
+    "decoder": (2, 4),
+    "matcher": (4, 0.15, 0.7),
+    "test": (32, 0.05, 1000, 0.6, 100),
+}
+ORIGINALS = {
+    "yolof_r50_c5_coco": R50_C5,
+    "yolof_r50_dc5_coco": R50_C5
+    | {
+        "images": 32,
+        "rate": (0.06, 0.334, 0.9, 1e-4),
+        "warmup": (0.000334, 3000),
+        "steps": (30000, 40000, 45000),
+        "anchors": (16, 32, 64, 128, 256, 512),
+        "encoder": (512, 128, (4, 8, 12, 16)),
+        "matcher": (8, 0.1, 0.7),
+    },
+    "yolof_cspdarknet53_dc5_coco": R50_C5
+    | {
+        "rate": (0.04, 1.0, 0.9, 1e-4),
+        "steps": (52500, 62500, 67500),
+        "sizes": (640, 640),
+        # Saturation and value by factors of 1/1.5 to 1.5.
+        "augment": replace(
+            R50_C5["augment"], multiscale=(0.8, 1.2), mosaic=0.5, hsv=(0.1, 0.5, 0.5)
+        ),
+        "frozen": {"stem_conv1", "stages_0", "stages_1"},  # the code of its DarkNet
+        "frozen_norms": False,
+        "synced_norms": True,
+        "anchors": (16, 32, 64, 128, 256, 512),
+        "encoder": (512, 128, (1, 2, 3, 4, 5, 6, 7, 8)),
+        "matcher": (4, 0.1, 0.7),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_an_experiment_on_coco_has_the_original_s_values(name):
+    theirs = ORIGINALS[name]
+    experiment = load_experiment(FILES[0].parent / f"{name}.py", ["model.weights=random"])
+    model, data, optim = experiment.model, experiment.data, experiment.optim
+    backbone = create_backbone(model.backbone, "random", model.feature, model.freeze_stages)
+    ours = {
+        "images": optim.base_batch,
+        "rate": (optim.lr, optim.backbone_lr_factor, optim.momentum, optim.weight_decay),
+        "warmup": (optim.warmup_factor, optim.warmup_iters),
+        "steps": tuple(round(part * theirs["steps"][-1], 6) for part in (*optim.milestones, 1)),
+        "sizes": (data.short_side or data.image_size, data.image_size),
+        "augment": data.augment,
+        "frozen": {part for part in backbone.fixed if list(backbone.module[part].parameters())},
+        "frozen_norms": model.freeze_norms,
+        "synced_norms": experiment.train.sync_norms,
+        "anchors": tuple(scale * backbone.stride for scale in model.anchor_scales),
+        "encoder": (model.encoder_channels, model.encoder_mid_channels, model.dilations),
+        "decoder": (model.cls_convs, model.reg_convs),
+        "matcher": (model.match_topk, model.match_pos_ignore, model.match_neg_ignore),
+        "test": (
+            *(model.center_clamp, model.score_threshold, model.candidates),
+            *(model.nms_iou, model.max_detections),
+        ),
+    }
+    assert ours == theirs
+    assert data.keep_ratio == (theirs["sizes"][0] != theirs["sizes"][1])
+    # Whole epochs of the 118,287 images of train2017.
+    assert experiment.train.epochs == theirs["steps"][-1] * theirs["images"] // 118_287
 
 
 def _train(detector, experiment, batches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse `sys.argv` and call `main`; a user's mistake is one line on stderr and exit 2."""
+    _print_in_any_encoding()
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     keep_freed_memory()
@@ -29,6 +31,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     # Other libraries' news would drown ours.
     for name in ("timm", "torch", "httpx", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # torch sets the levels of its own parts as it is imported: by this.
+    os.environ.setdefault("TORCH_LOGS", "-all")
     try:
         main(args)
     except (ValueError, OSError) as error:
@@ -43,6 +47,13 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
         # That of a signal, where it is not Ctrl-C's own.
         sys.exit(getattr(error, "exit_status", 130))
+
+
+def _print_in_any_encoding() -> None:
+    """Let a letter that the terminal or a pipe cannot take be written as its code, not end all."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _let_the_first_speak(speaks: bool) -> None:

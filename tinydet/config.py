@@ -29,6 +29,11 @@ class Model:
             "random", or the path of a state-dict file (.pth, .pt, .safetensors).
         freeze_norms: the backbone's batch norms keep their statistics, weights and biases, as in
             the reference recipe on COCO.
+        freeze_stages: what runs before the backbone's n-th feature map (as timm counts its maps)
+            keeps its weights, norms and their statistics, and no gradient is computed there; 0
+            trains all. A ResNet's 1 is the stem and 2 its first stage too, as in the reference
+            recipe on COCO: detectron2 numbers them alike (`FREEZE_AT`), MMDetection from the stem
+            on (`frozen_stages=1`). Ideas have to name places behind them.
         activation: an activation function of `tinydet.layers` in place of the backbone's own.
         activation_where: the activations that change, by patterns of their names, such as
             "blocks.4 blocks.5"; empty is all.
@@ -61,6 +66,7 @@ class Model:
     backbone: str = "rexnet_100"
     weights: str = "imagenet"
     freeze_norms: bool = False
+    freeze_stages: int = 0
     activation: Literal["none", "acon-a", "acon-b", "acon-c", "meta-acon"] = "none"
     activation_where: str = ""
     attention: Literal["none", "coord"] = "none"
@@ -91,7 +97,8 @@ class Augment:
 
     An image is resized, flipped, placed (shifted, cropped, padded) and recoloured; with `mosaic`
     four such images share a canvas. The canvas is warped by `rotate`, `shear`, `translate` and
-    `zoom`, and with `mixup` blended with another made the same way.
+    `zoom`, and with `mixup` blended with another made the same way. A box that is cut at an edge
+    on the way is dropped once less than 20 % of its area, or of a side less than a pixel, is left.
 
     Attributes:
         color_jitter: brightness, contrast and saturation vary by up to this fraction; 0 is off.
@@ -189,7 +196,8 @@ class Optim:
         lr: peak learning rate.
         backbone_lr_factor: the backbone's learning rate is `lr` times this.
         momentum: SGD's momentum, or AdamW's first beta.
-        weight_decay: never applied to norms and biases.
+        weight_decay: of weights with two dimensions or more. Norms, biases and other vectors do not
+            decay; in YOLOF's original code biases do.
         schedule: "step" (times `gamma` at `milestones`) or "cosine" (to zero at the end).
         milestones: fractions of the run at which the step schedule drops.
         gamma: factor of each drop.

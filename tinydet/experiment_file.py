@@ -26,6 +26,7 @@ _ANY = math.inf
 # Smallest and largest value of each number; of every item of a tuple.
 _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
     "model": {
+        "freeze_stages": (0, 5),
         "encoder_channels": (1, _ANY),
         "encoder_mid_channels": (1, _ANY),
         "dilations": (1, _ANY),

@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     for path in set(args.checkpoint) - set(checkpoints):
         load_experiment(path)  # registers its backbone
 
-    from tinydet.training.error_analysis import ErrorOptions, error_lines
+    from tinydet.comparison.error_analysis import ErrorOptions, error_lines
 
     options = ErrorOptions(args.device, tuple(args.set), args.out)
     path, *other = checkpoints

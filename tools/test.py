@@ -47,9 +47,9 @@ def main(args: argparse.Namespace) -> None:
         metrics = evaluate_detector(detector, index, data, experiment.train.eval_batch_size, device)
         if rank() > 0:
             return
-    print("\n".join(metrics.lines()))
     if args.out:
         write_json(args.out, metrics.as_dict())
+    print("\n".join(metrics.lines()))
 
 
 if __name__ == "__main__":

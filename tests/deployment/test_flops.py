@@ -123,6 +123,43 @@ def test_count__a_network_that_looks_at_values_is_run_on_them():
     assert count(_LooksAtValues(), -torch.ones(1, 3, 12, 20)).multiply_adds == 0
 
 
+class _Attends(nn.Module):
+    """Attention of several kinds, in a network that looks at values."""
+
+    def __init__(self, kind):
+        super().__init__()
+        layers = {
+            "fused": nn.Identity,
+            "module": lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+            "layer": lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True),
+            "lstm": lambda: nn.LSTM(16, 8, batch_first=True),
+        }
+        self.kind, self.layer = kind, layers[kind]()
+
+    def forward(self, x):
+        assert x.sum().item() < 1e9
+        if self.kind == "fused":
+            return F.scaled_dot_product_attention(x, x, x)
+        return self.layer(x, x, x) if self.kind == "module" else self.layer(x)
+
+
+_PROJECTIONS, _ATTENTION = 4 * 10 * 16 * 16, 2 * 2 * 5 * 5 * 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "macs"),
+    [
+        ("fused", _ATTENTION),
+        ("module", _PROJECTIONS + _ATTENTION),
+        ("layer", _PROJECTIONS + _ATTENTION + 2 * 10 * 16 * 32),
+        ("lstm", 10 * 4 * 8 * (16 + 8)),
+    ],
+)
+def test_count__kernels_that_hide_their_products(kind, macs):
+    x = torch.randn(2, 5, 16)
+    assert count(_Attends(kind), x).multiply_adds == macs
+
+
 def test_count__leaves_the_model_as_it_was_and_prints_nothing(capfd):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Hardswish(), _Functional())
     model[3].conv = nn.Conv2d(4, 4, 1)

@@ -1,5 +1,6 @@
 """The selection graph against the detector's own post-processing, on made-up scores and boxes."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from tinydet.deployment.onnx_selection import selection_graph  # noqa: E402
 from tinydet.yolof.decode import postprocess  # noqa: E402
 
 
-def _run(config, logits, boxes):
+def _run(config, logits, boxes, sizes=None):
     graph = selection_graph(config, logits.shape[-1])
     session = onnxruntime.InferenceSession(
         graph.SerializeToString(), providers=["CPUExecutionProvider"]
@@ -21,20 +22,23 @@ def _run(config, logits, boxes):
         "pair_scores": logits.sigmoid().flatten(1).numpy(),
         "anchor_boxes": boxes.numpy(),
     }
+    if sizes:
+        inputs["sizes"] = np.array(sizes, np.float32)
     outputs = session.run(["boxes", "scores", "labels", "count"], inputs)
     return [torch.from_numpy(x) for x in outputs]
 
 
-def _expected(config, logits, boxes):
-    return postprocess(
-        logits,
-        boxes,
-        (64, 64),
-        config.score_threshold,
-        config.candidates,
-        config.nms_iou,
-        config.max_detections,
-    )
+def _expected(config, logits, boxes, sizes=None):
+    return [
+        postprocess(
+            *image,
+            config.score_threshold,
+            config.candidates,
+            config.nms_iou,
+            config.max_detections,
+        )
+        for image in zip(logits, boxes, sizes or [(64, 64)] * len(boxes), strict=True)
+    ]
 
 
 def _random(num_images, num_anchors, num_classes, seed):
@@ -60,6 +64,45 @@ def test_selection__as_postprocess(candidates, max_detections, num_classes, num_
     assert agreement.matched >= 1
     assert agreement.max_score < 1e-6
     assert agreement.max_box < 1e-4
+
+
+@pytest.mark.parametrize("max_detections", [7, 100])
+def test_selection__clips_to_the_images_before_any_is_dropped(max_detections):
+    config = Model(max_detections=max_detections)
+    logits, boxes = _random(3, 150, 4, seed=1)
+    sizes = [(64, 64), (20.5, 64), (33, 12)]
+    found = unpack(*_run(config, logits, boxes, sizes))
+    agreement = compare_detections(_expected(config, logits, boxes, sizes), found, config)
+    assert agreement.unmatched == agreement.ties == 0
+    assert agreement.matched >= 3 * min(max_detections, 50)
+    assert agreement.max_box == 0
+
+
+def test_selection__equal_scores_in_the_order_of_torch():
+    config = Model(candidates=300, nms_iou=1.0)
+    logits, boxes = _random(2, 150, 4, seed=2)
+    logits = logits.round()
+    found = unpack(*_run(config, logits, boxes))
+    for a, b in zip(found, _expected(config, logits, boxes), strict=True):
+        assert torch.equal(a.boxes, b.boxes)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_selection__on_a_plain_picture_another_order_is_no_difference_and_another_limit_is():
+    config = Model(candidates=400)
+    torch.manual_seed(0)
+    corners = 4.0 * torch.cartesian_prod(torch.arange(11), torch.arange(11))
+    boxes = torch.cat([corners, corners + 20], dim=1)[None].clamp(0, 64)
+    logits = [torch.tensor([0.5, -1, -9, 0.5]) + 1e-6 * torch.randn(1, 121, 4) for _ in range(2)]
+    raw = [(x.sigmoid(), boxes) for x in logits]
+    expected = _expected(config, logits[0], boxes)
+    found = unpack(*_run(config, logits[1], boxes))
+    agreement = compare_detections(expected, found, config, raw)
+    assert agreement.unmatched == 0
+    assert agreement.ties > 10
+    for broken in (Model(nms_iou=0.3), Model(nms_iou=0.9), Model(max_detections=20)):
+        found = unpack(*_run(broken, logits[1], boxes))
+        assert not compare_detections(expected, found, config, raw).same, broken
 
 
 def test_selection__padding():

@@ -6,7 +6,7 @@ import torch
 from tinydet.config import Data
 from tinydet.data.shapes import render_shapes
 from tinydet.deployment import reparameterize
-from tinydet.deployment.images import random_images
+from tinydet.deployment.images import SampleImages, random_images
 from tinydet.deployment.reparameterize import reparameterize_checkpoint
 from tinydet.reparam.norms import count_norms
 from tinydet.training.checkpoint import load_detector, read_checkpoint
@@ -61,6 +61,44 @@ def test_refuses_to_write_a_detector_that_differs(
     with pytest.raises(ValueError, match="nothing was written"):
         reparameterize_checkpoint(source)
     assert [p.name for p in source.parent.iterdir()] == ["best.pt"]
+
+
+_RAMP = torch.arange(416).repeat(320, 1)
+PICTURES = {
+    "grey": torch.full((3, 320, 416), 128),
+    "black": torch.zeros(3, 320, 416),
+    "gradient": torch.stack([_RAMP, 416 - _RAMP, 2 * _RAMP]) // 4,
+    "noise": random_images(1, (320, 416))[0],
+}
+
+
+@pytest.fixture(scope="module")
+def plain(make_detector):
+    """A detector that finds nearly the same at all places, its folded form, and one more of it."""
+    detector = make_detector()
+    detector.config = dataclasses.replace(detector.config, candidates=1000, max_detections=100)
+    with torch.no_grad():
+        detector.head.cls_score.bias.fill_(0.5)
+        for tower in (detector.head.cls_tower, detector.head.reg_tower):
+            last = [m for m in tower if isinstance(m, torch.nn.BatchNorm2d)][-1]
+            last.weight.mul_(1e-5)
+            last.bias.uniform_(0.5, 1)
+    return detector, *(reparameterize.fold_detector(detector)[0] for _ in range(2))
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_plain_pictures_are_no_difference_and_another_weight_is_one(plain, picture):
+    detector, folded, other = plain
+    images = SampleImages((PICTURES[picture].to(torch.uint8)[None].clone(),), picture, False)
+    *_, agreement = reparameterize.check_same(detector, folded, images)
+    assert agreement.matched > 50
+    assert agreement.ties > 10
+    with torch.no_grad():
+        weight = other.head.cls_score.weight
+        weight.copy_(folded.head.cls_score.weight)
+        weight[0, 0, 1, 1] += 0.01
+    with pytest.raises(ValueError, match="nothing was written"):
+        reparameterize.check_same(detector, other, images)
 
 
 def test_refuses_nan(make_checkpoint, make_detector, monkeypatch):

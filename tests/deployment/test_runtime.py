@@ -11,6 +11,7 @@ pytest.importorskip("onnxscript")
 
 from tinydet.config import Data  # noqa: E402
 from tinydet.data.transforms import network_size  # noqa: E402
+from tinydet.deployment.agreement import compare_detections  # noqa: E402
 from tinydet.deployment.images import random_images  # noqa: E402
 from tinydet.deployment.onnx import export_checkpoint, export_detector  # noqa: E402
 from tinydet.deployment.reparameterize import fold_detector  # noqa: E402
@@ -65,6 +66,27 @@ def test_the_file_alone_finds_what_the_checkpoint_finds(files, sizes):
         assert (a.boxes.amax(0) <= torch.tensor([width, height] * 2)).all()
 
 
+def test_a_file_without_the_sizes_of_images_clips_in_the_end(exported):
+    older = onnx.ModelProto()
+    older.CopyFrom(exported)
+    del older.graph.input[1]
+    images, sizes = random_images(2, (96, 128)), [(60, 128), (96, 70)]
+    for found, size in zip(OnnxNetwork(older).detect(images, sizes), sizes, strict=True):
+        assert len(found.scores) > 3
+        assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+        assert (found.boxes <= torch.tensor([*size[::-1]] * 2)).all()
+
+
+@pytest.mark.parametrize("sizes", [None, [(60, 128), (96, 70)]])
+def test_a_box_in_the_padding_takes_no_place(exported, make_detector, sizes):
+    images = random_images(2, (96, 128))
+    detector = fold_detector(make_detector())[0]
+    found, expected = (d.detect(images, sizes) for d in (OnnxNetwork(exported), detector))
+    agreement = compare_detections(expected, found, detector.config)
+    assert agreement.unmatched == 0
+    assert agreement.matched > 80  # Without padding, 50 an image: all it may find.
+
+
 def test_boxes_are_in_pixels_of_the_image(files):
     checkpoint, file, data = files
     size = (128, 128)
@@ -108,7 +130,8 @@ def test_a_fixed_size_pads_what_is_smaller_and_refuses_what_is_larger(
     images = random_images(2, (64, 96))
     padded = torch.full((2, 3, 96, 128), 114, dtype=torch.uint8)
     padded[:, :, :64, :96] = images
-    for a, b in zip(fixed.detect(images), free.detect(padded), strict=True):
+    for a, b in zip(fixed.detect(images), free.detect(padded, [(64, 96)] * 2), strict=True):
+        assert len(a.scores) > 3
         torch.testing.assert_close(a.boxes, b.boxes, rtol=0, atol=1e-3)
     with pytest.raises(ValueError, match="128x96 for a file of 96x128: export"):
         fixed.detect(random_images(1, (128, 96)))

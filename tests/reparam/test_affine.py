@@ -93,10 +93,10 @@ def test_multiply_adds__half_of_the_flops_torch_counts(name):
     model = timm.create_model(name).eval()
     x = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
     # torch counts nothing of the fused attention of some CPUs.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x)
-        flow = observe(model, (x,), is_leaf=lambda _: False)
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    flow = observe(model, (x,), is_leaf=lambda _: False)
     assert multiply_adds(flow.ops) * 2 == counter.get_total_flops()
 
 
@@ -104,3 +104,28 @@ def test_multiply_adds__transposed_and_grouped():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 6, 3, groups=2))
     flow = observe(model, (torch.randn(1, 4, 6, 6),), is_leaf=lambda _: False)
     assert multiply_adds(flow.ops) == 4 * 4 * 8 * 2 * 9 + 4 * 4 * 8 * 3 * 9
+
+
+class _Attention(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(width, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+def test_multiply_adds__attention_in_one_kernel():
+    # B images, N places, D channels: four projections, and two products of all places with all.
+    b, n, d = 2, 7, 24
+    flow = observe(_Attention().eval(), (torch.randn(b, n, d),), is_leaf=lambda _: False)
+    assert multiply_adds(flow.ops) == 4 * b * n * d * d + 2 * b * n * n * d
+
+
+def test_multiply_adds__attention_of_other_places():
+    class Cross(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x[:, :, :3], x[:, :, :3])
+
+    flow = observe(Cross(), (torch.randn(2, 4, 7, 8),), is_leaf=lambda _: False)
+    assert multiply_adds(flow.ops) == 2 * (2 * 4 * 7 * 3 * 8)

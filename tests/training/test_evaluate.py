@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tinydet.comparison.error_analysis import ErrorOptions, error_lines
 from tinydet.config import ConfigError
 from tinydet.data.dataset import load_split
 from tinydet.evaluation import evaluate
 from tinydet.evaluation.metrics import UNDEFINED
 from tinydet.report.run_log import read_log, summarize
+from tinydet.training import loop
 from tinydet.training.checkpoint import read_checkpoint
-from tinydet.training.error_analysis import ErrorOptions, error_lines
 from tinydet.training.evaluate import ground_truth, require_objects
 from tinydet.training.loop import train
 from tinydet.training.runs import Saver
@@ -64,7 +65,7 @@ def test_training_says_it_and_keeps_the_newest_weights(hopeless, tmp_path, caplo
 
 
 def test_a_known_best_is_not_written_over_by_an_unknown(tiny_experiment, tmp_path, monkeypatch):
-    real = train.__globals__["evaluate_detector"]
+    real = loop.evaluate_detector
     calls = []
 
     def evaluated(detector, index, *others):
@@ -73,7 +74,7 @@ def test_a_known_best_is_not_written_over_by_an_unknown(tiny_experiment, tmp_pat
         truth = [replace(t, difficult=t.difficult | True) for t in ground_truth(index)]
         return metrics if len(calls) == 1 else evaluate(metrics.detections, truth, index.classes)
 
-    monkeypatch.setitem(train.__globals__, "evaluate_detector", evaluated)
+    monkeypatch.setattr(loop, "evaluate_detector", evaluated)
     train(tiny_experiment, tmp_path / "1")
     assert read_checkpoint(tmp_path / "1" / "best.pt")["epoch"] == 1
     metrics = json.loads((tmp_path / "1" / "metrics.json").read_text())

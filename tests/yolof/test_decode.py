@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinydet.yolof.decode import decode_boxes, postprocess
+from tinydet.yolof.decode import decode_boxes, postprocess, sizes_in_input
 
 SETTINGS = {"score_threshold": 0.05, "candidates": 1000, "nms_iou": 0.6, "max_detections": 100}
 
@@ -55,9 +55,9 @@ def test_detections_are_the_reference(reference, outputs, mode):
     boxes = decode_boxes(reference["anchors"], deltas, 32)
     expected = reference["head"][mode]["predict"]
     assert max(len(image["scores"]) for image in expected) == 100
-    found = postprocess(cls_logits, boxes, (320, 416), **SETTINGS)
-    for image, expected_image in zip(found, expected, strict=True):
-        assert_detections(image, expected_image)
+    for logits, image_boxes, expected_image in zip(cls_logits, boxes, expected, strict=True):
+        found = postprocess(logits, image_boxes, (320, 416), **SETTINGS)
+        assert_detections(found, expected_image)
 
 
 def test_few_faint_detections_are_the_reference(reference, outputs):
@@ -65,8 +65,7 @@ def test_few_faint_detections_are_the_reference(reference, outputs):
     boxes = decode_boxes(reference["anchors"], deltas, 32)
     for i, image in enumerate(reference["head"]["predict"]["plain"]):
         size = reference["head"]["predict"]["metas"][i]["img_shape"]
-        (found,) = postprocess(cls_logits[i : i + 1], boxes[i : i + 1], size, **SETTINGS)
-        assert_detections(found, image)
+        assert_detections(postprocess(cls_logits[i], boxes[i], size, **SETTINGS), image)
 
 
 def slow_postprocess(scores, boxes, size, threshold, candidates, nms_iou, limit):
@@ -94,48 +93,63 @@ def slow_postprocess(scores, boxes, size, threshold, candidates, nms_iou, limit)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 3),
-    st.integers(1, 3),
     st.sampled_from([1, 5, 1000]),
     st.sampled_from([1, 4, 100]),
+    st.booleans(),
 )
-def test_agrees_with_slow_selection(seed, num_images, num_classes, candidates, limit):
+def test_agrees_with_slow_selection(seed, num_classes, candidates, limit, ties):
     generator = torch.Generator().manual_seed(seed)
-    corners = torch.rand(num_images, 12, 2, generator=generator) * 60 - 15
-    sides = torch.rand(num_images, 12, 2, generator=generator) * 40
-    boxes = torch.cat([corners, corners + sides], -1)
-    count = num_images * 12 * num_classes  # scores without ties, whose order is not promised
-    scores = (torch.randperm(count, generator=generator) + 1).reshape(num_images, 12, -1) / (
-        count + 1
-    )
-    found = postprocess(scores.logit(), boxes, (30, 40), 0.3, candidates, 0.4, limit)
-    assert len(found) == num_images
-    for i, image in enumerate(found):
-        arguments = scores[i].tolist(), boxes[i].tolist(), (30, 40), 0.3, candidates, 0.4, limit
-        expected = slow_postprocess(*arguments)
-        assert image.labels.tolist() == [k for _, _, k in expected]
-        values = torch.tensor([s for s, _, _ in expected])
-        torch.testing.assert_close(image.scores, values, rtol=1e-4, atol=1e-5)
-        rows = torch.tensor([b for _, b, _ in expected]).reshape(-1, 4)
-        torch.testing.assert_close(image.boxes, rows)
+    corners = torch.rand(40, 2, generator=generator) * 60 - 15
+    boxes = torch.cat([corners, corners + torch.rand(40, 2, generator=generator) * 40], -1)
+    count = 40 * num_classes
+    ranks = torch.randperm(count, generator=generator).reshape(40, -1) + 1
+    logits = ((ranks // 9 * 9 + 1 if ties else ranks) / (count + 9)).logit()
+    found = postprocess(logits, boxes, (30, 40), 0.3, candidates, 0.4, limit)
+    # Python's sort is stable too: of equal scores the first comes first.
+    scores = logits.sigmoid().tolist()
+    expected = slow_postprocess(scores, boxes.tolist(), (30, 40), 0.3, candidates, 0.4, limit)
+    assert found.labels.tolist() == [k for _, _, k in expected]
+    assert found.scores.tolist() == [s for s, _, _ in expected]
+    rows = torch.tensor([b for _, b, _ in expected]).reshape(-1, 4)
+    torch.testing.assert_close(found.boxes, rows)
 
 
 def test_nothing_above_threshold_gives_empty_detections_of_the_right_shape():
-    found = postprocess(torch.full((2, 3, 4), -9.0), torch.zeros(2, 3, 4), (32, 32), **SETTINGS)
-    for image in found:
-        assert image.boxes.shape == (0, 4)
-        assert image.scores.shape == image.labels.shape == (0,)
-        assert image.boxes.dtype == image.scores.dtype == torch.float32
-        assert image.labels.dtype == torch.int64
+    found = postprocess(torch.full((3, 4), -9.0), torch.zeros(3, 4), (32, 32), **SETTINGS)
+    assert found.boxes.shape == (0, 4)
+    assert found.scores.shape == found.labels.shape == (0,)
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+    assert found.labels.dtype == torch.int64
 
 
-def test_box_outside_the_image_is_dropped():
-    boxes = torch.tensor([[[40.0, 0, 50, 10], [0, 0, 10, 10]]])
-    (found,) = postprocess(torch.full((1, 2, 1), 3.0), boxes, (32, 32), **SETTINGS)
-    torch.testing.assert_close(found.boxes, boxes[0, 1:])
+def test_box_outside_the_image_is_dropped_and_takes_no_place():
+    boxes = torch.tensor([[40.0, 0, 50, 10], [0, 0, 10, 10]])
+    logits = torch.tensor([[3.0], [2.0]])
+    found = postprocess(logits, boxes, (32, 32), **{**SETTINGS, "max_detections": 1})
+    torch.testing.assert_close(found.boxes, boxes[1:])
+
+
+def test_overlap_is_that_of_the_clipped_boxes():
+    boxes = torch.tensor([[0.0, 0, 30, 10], [0, 0, 60, 10]])  # IoU 0.5; 0.75 of what is visible
+    logits = torch.tensor([[2.0], [1.0]])
+    assert len(postprocess(logits, boxes, (10, 60), **SETTINGS).scores) == 2
+    assert len(postprocess(logits, boxes, (10, 40), **SETTINGS).scores) == 1
 
 
 def test_score_at_the_threshold_is_not_enough():
-    box = torch.tensor([[[0.0, 0, 10, 10]]])
+    box = torch.tensor([[0.0, 0, 10, 10]])
     settings_ = {**SETTINGS, "score_threshold": 0.5}
-    (found,) = postprocess(torch.zeros(1, 1, 1), box, (32, 32), **settings_)
+    found = postprocess(torch.zeros(1, 1), box, (32, 32), **settings_)
     assert len(found.scores) == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scales", "expected"),
+    [
+        (None, [(2.0, 0.5)] * 2, [(64, 96), (64, 96)]),
+        ([(50, 60), (90, 20)], None, [(50, 60), (64, 20)]),
+        ([(32, 48), (128, 48)], [(2.0, 1.5), (0.5, 0.25)], [(64, 72), (64, 12)]),
+    ],
+)
+def test_sizes_in_input(sizes, scales, expected):
+    assert sizes_in_input(torch.zeros(2, 3, 64, 96), sizes, scales) == expected

@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torchvision.ops import nms
 
 from tinydet.config import ConfigError, Model
 from tinydet.reparam.branches import BLOCKS
@@ -47,8 +50,8 @@ def targets_of(reference, scenario):
 
 def test_pixels_are_normalized_with_the_mean_and_deviation_of_the_backbone(detector):
     pixels = images()
-    for given in (pixels, pixels.float()):
-        detector(given)
+    for x in (pixels, pixels.float()):
+        detector(x)
         mean = torch.tensor([0.5, 0.25, 0.75]).reshape(3, 1, 1)
         std = torch.tensor([0.1, 0.2, 0.4]).reshape(3, 1, 1)
         expected = (pixels.float() / 255 - mean) / std
@@ -89,8 +92,11 @@ def test_detections_in_original_pixels_are_the_reference(detector, reference):
 
 def test_detections_in_network_pixels_are_the_reference(detector, reference):
     # The second image of the reference is clipped to a smaller size than the batch has.
-    found = detector.detect(images())
-    assert_same(found[0], reference["head"]["predict"]["plain"][0])
+    part = reference["head"]["predict"]
+    sizes = [tuple(meta["img_shape"]) for meta in part["metas"]]
+    assert sizes[0] != sizes[1]
+    for found, expected in zip(detector.detect(images(), sizes), part["plain"], strict=True):
+        assert_same(found, expected)
 
 
 def test_scale_is_height_first(detector):
@@ -101,16 +107,24 @@ def test_scale_is_height_first(detector):
 def test_detect_leaves_no_gradient_and_no_box_outside_or_empty(detector):
     # Most of the input is padding here, and some boxes lie in it entirely.
     plain = detector.detect(images())
-    inside = [(found.boxes[:, :2] < torch.tensor([300, 140])).all(1) for found in plain]
-    assert not inside[0].all()
-    clipped = detector.detect(images(), [(140, 300)] * 2, [(1.0, 1.0)] * 2)
-    for found, before, kept in zip(clipped, plain, inside, strict=True):
+    assert any((found.boxes[:, :2] >= torch.tensor([300, 140])).any() for found in plain)
+    for found in detector.detect(images(), [(140, 300)] * 2, [(1.0, 1.0)] * 2):
+        assert len(found.scores) > 0
         assert not found.boxes.requires_grad
         assert (found.boxes >= 0).all()
         assert (found.boxes <= torch.tensor([300, 140, 300, 140])).all()
         assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
-        torch.testing.assert_close(found.scores, before.scores[kept])
-        torch.testing.assert_close(found.labels, before.labels[kept])
+
+
+def test_a_box_in_the_padding_takes_no_place(detector):
+    size, scale = [(140, 300)] * 2, [(1.0, 1.0)] * 2
+    every = detector.detect(images(), size, scale)
+    # The best of all lie in the padding of one of the images.
+    detector.config = replace(detector.config, max_detections=1)
+    corners = torch.tensor([300, 140])
+    assert any((found.boxes[:, :2] >= corners).any() for found in detector.detect(images()))
+    for found, expected in zip(detector.detect(images(), size, scale), every, strict=True):
+        assert torch.equal(found.boxes, expected.boxes[:1])
 
 
 @pytest.mark.parametrize(
@@ -190,6 +204,60 @@ def test_detections_do_not_depend_on_the_batch(small):
     for i in range(3):
         for whole, single in zip(together, small(pixels[i : i + 1]), strict=True):
             torch.testing.assert_close(whole[i], single[0], rtol=1e-4, atol=1e-4)
+
+
+def _exact_nms(found, boxes, iou):
+    """Class by class, in float64, with torchvision's plain NMS."""
+    kept = []
+    for label in found.labels.unique():
+        (own,) = (found.labels == label).nonzero(as_tuple=True)
+        kept += own[nms(boxes[own].double(), found.scores[own].double(), iou)].tolist()
+    return sorted(kept)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(2))
+def test_selection_is_the_same_alone_and_in_a_batch_bit_by_bit(seed, device):
+    torch.manual_seed(seed)
+    # 32 images of 800x1344 and 80 classes, of which a few have boxes enough to overlap.
+    config = replace(SMALL, candidates=600, max_detections=600, anchor_scales=(4.0, 5.0))
+    detector = Detector(*[nn.Identity()] * 3, range(80), 32, [0] * 3, [1] * 3, config)
+    detector.to(device)
+    logits = torch.full((32, 25 * 42 * 2, 80), -9.0)
+    logits[..., [0, 7, 78, 79]] = torch.randn(32, 25 * 42 * 2, 4)
+    deltas = 0.1 * torch.randn(32, 25 * 42 * 2, 4)
+    logits, deltas = logits.to(device), deltas.to(device)
+    together = detector.select(logits, deltas, (800, 1344))
+    detector.config = replace(config, nms_iou=1.0)  # What goes into NMS.
+    every = detector.select(logits, deltas, (800, 1344))
+    detector.config = config
+    dropped = 0
+    for i, (found, candidates) in enumerate(zip(together, every, strict=True)):
+        (alone,) = detector.select(logits[i : i + 1], deltas[i : i + 1], (800, 1344))
+        kept = _exact_nms(candidates, candidates.boxes, config.nms_iou)
+        for name in ("boxes", "scores", "labels"):
+            assert torch.equal(getattr(found, name), getattr(alone, name))
+            assert torch.equal(getattr(found, name), getattr(candidates, name)[kept])
+        dropped += len(candidates.scores) - len(kept)
+    assert dropped > 300
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.integers(1, 9), st.booleans())
+def test_selection_of_any_shape_is_the_same_alone_and_in_a_batch(seed, batch, classes, ties):
+    torch.manual_seed(seed)
+    config = replace(SMALL, candidates=20, score_threshold=0.1)
+    detector = Detector(*[nn.Identity()] * 3, range(classes), 32, [0] * 3, [1] * 3, config)
+    logits, deltas = torch.randn(batch, 30, classes), torch.randn(batch, 30, 4)
+    if ties:
+        logits = logits.round()
+    for i, found in enumerate(detector.select(logits, deltas, (96, 160))):
+        (alone,) = detector.select(logits[i : i + 1], deltas[i : i + 1], (96, 160))
+        for name in ("boxes", "scores", "labels"):
+            assert torch.equal(getattr(found, name), getattr(alone, name))
 
 
 def test_the_blocks_of_the_configuration_are_those_there_are():

@@ -13,6 +13,7 @@ from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
+from tinydet.backbones.frozen import freeze_stages
 from tinydet.backbones.weights import load_weights
 from tinydet.config import ConfigError
 
@@ -32,6 +33,7 @@ class Backbone:
         stride: input pixels between neighbouring cells.
         mean: of the normalisation, per channel in 0..1.
         std: of the normalisation, per channel in 0..1.
+        fixed: names of the modules that do not learn (`tinydet.backbones.frozen`).
     """
 
     module: nn.Module
@@ -39,6 +41,7 @@ class Backbone:
     stride: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fixed: tuple[str, ...] = ()
 
 
 class _ChannelsFirst(nn.Module):
@@ -68,16 +71,17 @@ def check_backbone(name: str) -> None:
         )
 
 
-def create_backbone(name: str, weights: str, feature: str) -> Backbone:
+def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0) -> Backbone:
     """Build a timm backbone that returns one feature map.
 
     Args:
         name: a timm model name.
         weights: "imagenet", "random" or a file; see `tinydet.config.Model`.
         feature: "C5", "DC5" or "C4".
+        stages_fixed: `model.freeze_stages`; see `tinydet.config.Model`.
 
     Raises:
-        ConfigError: no such model or feature, or the weights cannot be had.
+        ConfigError: no such model, feature or stage, or the weights cannot be had.
     """
     check_backbone(name)
     reduction, kwargs = _FEATURES[feature]
@@ -95,10 +99,13 @@ def create_backbone(name: str, weights: str, feature: str) -> Backbone:
     if isinstance(module, (EfficientNetFeatures, MobileNetV3Features)):
         # These two run stages that no feature needs; timm's other wrappers do not build them.
         module.blocks = module.blocks[: info["stage"]]
+    build = partial(_build, name, **kwargs)
+    fixed = freeze_stages(module, build, stages_fixed, index) if stages_fixed else ()
     config = module.pretrained_cfg
     if getattr(module, "output_fmt", None) == Format.NHWC:
-        module = _ChannelsFirst(module)
-    return Backbone(module, info["num_chs"], info["reduction"], config["mean"], config["std"])
+        module, fixed = _ChannelsFirst(module), tuple(f"body.{part}" for part in fixed)
+    normalisation = (config["mean"], config["std"])
+    return Backbone(module, info["num_chs"], info["reduction"], *normalisation, fixed)
 
 
 def _build(name: str, **kwargs: object) -> nn.Module:

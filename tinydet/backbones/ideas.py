@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
+from tinydet.backbones.frozen import check_left_alone
 from tinydet.backbones.surgery import add_attention, replace_activation
 from tinydet.config import ConfigError, Model
 from tinydet.reparam.expand import expand
@@ -14,7 +17,7 @@ from tinydet.reparam.expand import expand
 _EXAMPLE = (1, 3, 128, 128)
 
 
-def apply_ideas(module: nn.Module, config: Model) -> nn.Module:
+def apply_ideas(module: nn.Module, config: Model, fixed: Sequence[str] = ()) -> nn.Module:
     """Return a backbone with the ideas that an experiment names.
 
     Their order is frozen norms, activation, attention, expand. Each begins as (nearly) the
@@ -24,9 +27,11 @@ def apply_ideas(module: nn.Module, config: Model) -> nn.Module:
     Args:
         module: the backbone, with its weights; not modified by ideas other than frozen norms.
         config: the experiment's model.
+        fixed: names of its modules that do not learn.
 
     Raises:
-        ConfigError: an idea finds no place in this backbone, or a place is named without an idea.
+        ConfigError: an idea finds no place in this backbone or takes one that does not learn, or a
+            place is named without an idea.
     """
     if config.freeze_norms:
         module = freeze_batch_norm_2d(module)
@@ -40,6 +45,7 @@ def apply_ideas(module: nn.Module, config: Model) -> nn.Module:
             continue
         try:
             module = _apply(module, idea, kind, where, config)
+            check_left_alone(module, fixed)
         except ValueError as error:
             raise ConfigError(f"model.{idea}={kind}, model.{idea}_where: {error}") from error
     return module

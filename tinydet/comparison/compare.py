@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tinydet.comparison.budget import parse_budget
+from tinydet.comparison.error_analysis import image_change_lines
 from tinydet.comparison.plan import Plan, load_experiments, make_plan
 from tinydet.comparison.price import prices
 from tinydet.comparison.report import Outcome, Report, report_lines, write_report
@@ -29,7 +30,6 @@ from tinydet.evaluation.weighted import (
     weighted_area_ap,
     weighted_coco_ap,
 )
-from tinydet.training.error_analysis import image_change_lines
 from tinydet.training.evaluate import ground_truth, require_objects
 from tinydet.training.nonfinite import DivergedError
 

@@ -7,6 +7,7 @@ pooling, and it sees neither functions nor classes derived from those it knows.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinydet.config import Experiment
@@ -142,11 +144,24 @@ def _shapes_alone(counter: Any, model: nn.Module, images: Tensor) -> Any:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return counter(copy.deepcopy(model).to(device).eval(), images.to(device))
+                with _no_fused_kernels():
+                    return counter(copy.deepcopy(model).to(device).eval(), images.to(device))
         except (RuntimeError, NotImplementedError):
             if device == "cpu":
                 raise
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _no_fused_kernels() -> Iterator[None]:
+    """Run attention and LSTMs as the matrix products they are made of, which torch can count."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _count_with_torch(model: nn.Module, images: Tensor) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """One self-contained ONNX file: uint8 pixels in, detections out, checked against torch.
 
 Input  `images`  (batch, 3, height, width) uint8 RGB; height and width multiples of 32.
+       `sizes`   (batch, 2) float32 heights and widths of the images within it, without padding, to
+                 which boxes are clipped; may be left out: then they are clipped to the input
 Output `boxes`   (batch, max_detections, 4) float32 xyxy, pixels of the input; 0 where there is none
        `scores`  (batch, max_detections) float32, descending; 0 where there is none
        `labels`  (batch, max_detections) int64, index into the class names; -1 where there is none
@@ -8,7 +10,8 @@ Output `boxes`   (batch, max_detections, 4) float32 xyxy, pixels of the input; 0
 
 Without selection, for runtimes that have no NonMaxSuppression (`--no-nms`):
 Output `scores`  (batch, anchors, classes) float32 in [0, 1]
-       `boxes`   (batch, anchors, 4) float32 xyxy, pixels of the input, clipped to it
+       `boxes`   (batch, anchors, 4) float32 xyxy, pixels of the input, clipped to it: clip them to
+                 the image without its padding before NMS
 """
 
 from __future__ import annotations
@@ -209,13 +212,12 @@ def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence
         with torch.inference_mode():
             expected = scores_and_boxes(detector, images)
         scores, boxes = (told[name] for name in (RAW if nms else _WITHOUT_NMS))
-        max_score, max_box = largest_differences(
-            expected, (scores.reshape(expected[0].shape), boxes)
-        )
+        raw = expected, (scores.reshape(expected[0].shape), boxes)
+        max_score, max_box = largest_differences(*raw)
         agreement = Agreement()
         if nms:
             found = unpack(*(told[name] for name in OUTPUTS))
-            agreement = compare_detections(detector.detect(images), found, detector.config)
+            agreement = compare_detections(detector.detect(images), found, detector.config, raw)
         check = Check(
             max(check.max_score, max_score),
             max(check.max_box, max_box),

@@ -5,6 +5,7 @@ B images, A anchors, K classes, P = A * K pairs, C candidates, D = max_detection
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 from onnx import ModelProto
 
@@ -17,7 +18,7 @@ IR_VERSION = 10
 # `tinydet_*` so that none meets a name of the network's graph.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
-selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes)
+selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes, float[sized, 2] sizes)
   => (float[batch, {D}, 4] boxes, float[batch, {D}] scores,
       int64[batch, {D}] labels, int64[batch] count)
   <float tinydet_threshold = {{{threshold}}}, float tinydet_nms_iou = {{{nms_iou}}},
@@ -25,7 +26,7 @@ selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes)
    int64 tinydet_classes = {{{K}}}, int64[1,{K},1] tinydet_class_ids = {{{class_ids}}},
    int64[1] tinydet_last = {{-1}}, int64[1] tinydet_0 = {{0}}, int64[1] tinydet_1 = {{1}},
    int64[1] tinydet_2 = {{2}}, int64[1] tinydet_4 = {{4}},
-   int64[2] tinydet_image_and_rank = {{0, 2}},
+   int64[2] tinydet_image_and_rank = {{0, 2}}, int64[4] tinydet_whwh = {{1, 0, 1, 0}},
    float tinydet_zero = {{0.0}}, int64 tinydet_no_label = {{-1}}, int64 tinydet_no_index = {{0}},
    int64[4] tinydet_pad_pairs = {{0, 0, 0, {D}}},
    int64[6] tinydet_pad_boxes = {{0, 0, 0, 0, {D}, 0}}>
@@ -38,7 +39,11 @@ selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes)
   tinydet_anchors = Div (tinydet_top_pairs, tinydet_classes)
   tinydet_labels = Mod (tinydet_top_pairs, tinydet_classes)
   tinydet_anchor_rows = Unsqueeze (tinydet_anchors, tinydet_last)
-  tinydet_boxes = GatherND <batch_dims = 1> (anchor_boxes, tinydet_anchor_rows)
+  tinydet_input_boxes = GatherND <batch_dims = 1> (anchor_boxes, tinydet_anchor_rows)
+  # Clipped to the image without its padding, where that is known.
+  tinydet_limits = Gather <axis = 1> (sizes, tinydet_whwh)
+  tinydet_limit_rows = Unsqueeze (tinydet_limits, tinydet_1)
+  tinydet_boxes = Min (tinydet_input_boxes, tinydet_limit_rows)
   # An empty box gets score 0, which no threshold lets through.
   tinydet_corner1 = Slice (tinydet_boxes, tinydet_0, tinydet_2, tinydet_2)
   tinydet_corner2 = Slice (tinydet_boxes, tinydet_2, tinydet_4, tinydet_2)
@@ -80,9 +85,10 @@ selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes)
 def selection_graph(config: Model, num_classes: int) -> ModelProto:
     """Build the graph from scores and clipped boxes to padded detections.
 
-    Inputs are `pair_scores` (B, A * K) after the sigmoid and `anchor_boxes` (B, A, 4) clipped to
-    the image; outputs `boxes` (B, D, 4), `scores` (B, D), `labels` (B, D), `count` (B,), padded
-    with 0, and -1 for labels.
+    Inputs are `pair_scores` (B, A * K) after the sigmoid, `anchor_boxes` (B, A, 4) clipped to the
+    network input, and `sizes` (B, 2), the images' heights and widths within it, which may be left
+    out; outputs `boxes` (B, D, 4), `scores` (B, D), `labels` (B, D), `count` (B,), padded with 0,
+    and -1 for labels.
     """
     text = _GRAPH.format(
         ir_version=IR_VERSION,
@@ -95,4 +101,8 @@ def selection_graph(config: Model, num_classes: int) -> ModelProto:
         class_ids=", ".join(str(k) for k in range(num_classes)),
     )
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    return onnx.parser.parse_model("\n".join(lines))
+    model = onnx.parser.parse_model("\n".join(lines))
+    # An input that has a value already may be left out.
+    anything = np.full((1, 2), np.inf, np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(anything, "sizes"))
+    return model

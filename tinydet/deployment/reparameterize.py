@@ -120,7 +120,7 @@ def check_same(
         score, box = largest_differences(*raw)
         max_score, max_box = max(max_score, score), max(max_box, box)
         found = [form.detect(batch) for form in (detector, folded)]
-        agreement = agreement.merge(compare_detections(*found, detector.config))
+        agreement = agreement.merge(compare_detections(*found, detector.config, raw))
     if not (max_score <= MAX_SCORE and max_box <= MAX_BOX and agreement.same):
         raise ValueError(
             f"the folded detector differs on {images.source}: scores by {max_score:.1e} (allowed "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from onnx import ModelProto
@@ -25,7 +26,7 @@ from tinydet.data.transforms import test_transform
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import load_detector, read_checkpoint
-from tinydet.yolof.decode import Detections, place_in_images
+from tinydet.yolof.decode import Detections, place_in_images, sizes_in_input
 from tinydet.yolof.network import Network
 
 OUTPUTS = ["boxes", "scores", "labels", "count"]
@@ -91,14 +92,17 @@ class OnnxNetwork:
 
         Args:
             images: (B, 3, H, W) uint8 RGB; H and W multiples of 32, not above a fixed size.
-            sizes: (H, W) of each original image; boxes are clipped to it.
+            sizes: (H, W) of each original image; boxes are clipped to it, before NMS.
             scales: (sy, sx) of each image, network pixels an original pixel.
 
         Raises:
             ValueError: the images are larger than the file's fixed size.
         """
-        inputs = pad_to_size(images, self.size).cpu().contiguous().numpy()
-        outputs = self.session.run(OUTPUTS, {"images": inputs})
+        inputs = {"images": pad_to_size(images, self.size).cpu().contiguous().numpy()}
+        if self.session.get_overridable_initializers():  # Files of older versions have none.
+            limits = sizes_in_input(images, sizes, scales)
+            inputs["sizes"] = np.array(limits, np.float32)
+        outputs = self.session.run(OUTPUTS, inputs)
         return place_in_images(unpack(*map(torch.from_numpy, outputs)), sizes, scales)
 
 

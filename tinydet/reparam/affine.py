@@ -103,11 +103,19 @@ def _ends_at_a_number(op: Op) -> bool:
 def multiply_adds(ops: Iterable[Op]) -> int:
     """Return the multiply-adds of the convolutions and matrix products among operations.
 
-    Products of two weights, or of two activations (attention), count like any other.
+    Products of two weights, or of two activations (attention), count like any other; also those
+    inside torch's fused kernels of attention.
     """
     total = 0
     for op in ops:
-        if op.name == "aten.convolution":
+        if op.name.startswith("aten._scaled_dot_product"):
+            query, key, value = op.args[:3]  # (..., N, D), (..., M, D), (..., M, E)
+            places = math.prod(query.shape[:-1]) * key.shape[-2]
+            total += places * (query.shape[-1] + value.shape[-1])
+        elif op.name == "aten._native_multi_head_attention":
+            x = op.args[0]  # (B, N, D): three projections, two products of them, one more
+            total += math.prod(x.shape) * (4 * x.shape[-1] + 2 * x.shape[-2])
+        elif op.name == "aten.convolution":
             weight, transposed = op.args[1], bool(op.args[6])
             # Each output (of a transposed one: each input) meets one kernel's worth of weights.
             meets = op.inputs[0] if transposed else op.outputs[0]

@@ -1,4 +1,4 @@
-"""Several processes train one network: torchrun starts them, torch's DistributedDataParallel syncs them.
+"""Several processes train one network: torchrun starts them, DistributedDataParallel syncs them.
 
 In a single process every function here is the identity.
 """
@@ -113,7 +113,7 @@ def all_reduce_mean(values: Tensor) -> Tensor:
 
 
 def any_rank(flag: Tensor) -> Tensor:
-    """Return a bool scalar that is True if it is True on any rank; does not synchronize the host."""
+    """Return a bool scalar that is True if it is True on any rank, without a host sync."""
     if _is_initialized():
         flag = flag.float()
         distributed.all_reduce(flag, distributed.ReduceOp.MAX)

@@ -205,7 +205,7 @@ def _finite_mean(losses: list[Tensor]) -> Tensor:
 def _drop_later(path: Path, epochs: int, steps: int) -> None:
     """Keep the records up to a checkpoint; drop later ones and incomplete lines."""
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
             in_finished = record["epoch"] <= epochs
@@ -222,7 +222,7 @@ def _round(value: Any) -> Any:
 
 
 def _summary_writer(run_dir: Path, done_steps: int) -> SummaryWriter | None:
-    """Return a writer of TensorBoard events; TensorBoard ignores earlier ones after `done_steps`."""
+    """Return a TensorBoard writer; TensorBoard ignores earlier events after `done_steps`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

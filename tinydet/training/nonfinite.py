@@ -1,4 +1,4 @@
-"""Optimizer steps with a non-finite loss or gradient: skipped, reported, and too many end the run."""
+"""Optimizer steps with a non-finite loss or gradient: skipped, reported, in the end fatal."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a first signal is only recorded and raised at the end; a second raises at once."""
+        """Inside, a first signal is recorded and raised at the end; a second raises at once."""
         self._deferring = True
         try:
             yield

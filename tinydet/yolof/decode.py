@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image, nms
 
 # A box grows to at most 1000/16 times its anchor's side: exp() of an untrained output stays finite
 # (the bound used since Fast R-CNN).
@@ -58,46 +58,71 @@ def decode_boxes(anchors: Tensor, deltas: Tensor, center_clamp: float) -> Tensor
 def postprocess(
     cls_logits: Tensor,
     boxes: Tensor,
-    image_size: tuple[int, int],
+    image_size: tuple[float, float],
     score_threshold: float,
     candidates: int,
     nms_iou: float,
     max_detections: int,
-) -> list[Detections]:
-    """Select detections: threshold, best candidates, clip, drop empty boxes, per-class NMS.
+) -> Detections:
+    """Select an image's detections: threshold, best candidates, clip, drop empty, per-class NMS.
+
+    One image at a time: in a batch even a sigmoid's last digit depends on where in memory it lies
+    (the vectors of a CPU end somewhere). Of equal scores the first in `cls_logits` comes first.
 
     Args:
-        cls_logits: (B, A, K); an (anchor, class) pair is a candidate when its sigmoid is above
+        cls_logits: (A, K); an (anchor, class) pair is a candidate when its sigmoid is above
             `score_threshold`, so one anchor may give several detections.
-        boxes: (B, A, 4) xyxy pixels of the network input.
-        image_size: (H, W) of the network input, to which boxes are clipped.
+        boxes: (A, 4) xyxy pixels of the network input.
+        image_size: (H, W) of the image within the network input, to which boxes are clipped.
         score_threshold: lowest score, exclusive.
-        candidates: pairs of an image that go into NMS, the best over all classes.
+        candidates: pairs that go into NMS, the best over all classes.
         nms_iou: IoU above which the lower-scored box of a class is dropped.
-        max_detections: kept for an image.
+        max_detections: kept.
     """
-    num_images, num_anchors, num_classes = cls_logits.shape
-    scores = cls_logits.sigmoid().flatten(1)  # (B, A * K)
-    top_scores, top_pairs = scores.topk(min(candidates, num_anchors * num_classes), dim=1)
-    image_idxs, ranks = (top_scores > score_threshold).nonzero(as_tuple=True)
-    pairs = top_pairs[image_idxs, ranks]
-    kept_scores = top_scores[image_idxs, ranks]
+    num_classes = cls_logits.shape[1]
+    scores = cls_logits.sigmoid().flatten()  # (A * K,)
+    (pairs,) = (scores > score_threshold).nonzero(as_tuple=True)
+    scores = scores[pairs]
+    if len(pairs) > candidates:
+        # Which of equal scores topk takes is not defined: it only says how low to go.
+        enough = scores >= scores.topk(candidates).values.min()
+        pairs, scores = pairs[enough], scores[enough]
+    scores, order = scores.sort(descending=True, stable=True)
+    scores, pairs = scores[:candidates], pairs[order[:candidates]]
     labels = pairs % num_classes
-    kept_boxes = boxes[image_idxs, pairs // num_classes]
-    kept_boxes = clip_boxes_to_image(kept_boxes, image_size)
+    boxes = clip_boxes_to_image(boxes[pairs // num_classes], image_size)
+    solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
+    # Classes lie side by side and do not meet. float32 would lose the last digits of coordinates to
+    # such offsets; float64 keeps them all, but for those within 0.001 pixels of the left border.
+    apart = boxes.double()
+    apart[:, 0::2] += labels[:, None] * math.ceil(image_size[1])
+    keep = nms(apart, scores.double(), nms_iou)[:max_detections]
+    return Detections(boxes[keep], scores[keep], labels[keep])
 
-    solid = (kept_boxes[:, 2:] > kept_boxes[:, :2]).all(dim=1)
-    kept_boxes, kept_scores, labels, image_idxs = (
-        t[solid] for t in (kept_boxes, kept_scores, labels, image_idxs)
-    )
-    # One NMS for the whole batch: a class of one image never meets another image's.
-    keep = batched_nms(kept_boxes, kept_scores, image_idxs * num_classes + labels, nms_iou)
-    # batched_nms sorts by score over all images; a stable sort by image keeps that order in each.
-    order = keep[image_idxs[keep].argsort(stable=True)]
-    counts = torch.bincount(image_idxs[order], minlength=num_images).tolist()
+
+def sizes_in_input(
+    images: Tensor,
+    sizes: Sequence[tuple[int, int]] | None,
+    scales: Sequence[tuple[float, float]] | None,
+) -> list[tuple[float, float]]:
+    """Return how much of the network input each image takes, without its padding.
+
+    Args:
+        images: (B, 3, H, W).
+        sizes: (H, W) of each original image; None takes the input for the image.
+        scales: (sy, sx) of each image, network pixels an original pixel; None is 1.
+
+    Returns:
+        (H, W) of each image in pixels of the network input.
+    """
+    height, width = images.shape[-2:]
+    if sizes is None:
+        return [(height, width)] * len(images)
+    scales = scales or [(1.0, 1.0)] * len(images)
     return [
-        Detections(kept_boxes[i], kept_scores[i], labels[i])
-        for i in (part[:max_detections] for part in order.split(counts))
+        (min(height, h * sy), min(width, w * sx))
+        for (h, w), (sy, sx) in zip(sizes, scales, strict=True)
     ]
 
 
@@ -114,7 +139,7 @@ def place_in_images(
         scales: (sy, sx) of each image, network pixels an original pixel; boxes are divided by it.
 
     Returns:
-        The detections without those that lay in the padding alone.
+        The detections; without those that lie in the padding alone, if selection left any.
     """
     placed = []
     for i, found in enumerate(detections):

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from tinydet.backbones.factory import create_backbone
+from tinydet.backbones.frozen import keep_fixed
 from tinydet.backbones.ideas import apply_ideas
 from tinydet.config import Model
 from tinydet.yolof.anchors import make_anchors
-from tinydet.yolof.decode import Detections, decode_boxes, place_in_images, postprocess
+from tinydet.yolof.decode import (
+    Detections,
+    decode_boxes,
+    place_in_images,
+    postprocess,
+    sizes_in_input,
+)
 from tinydet.yolof.encoder import DilatedEncoder
 from tinydet.yolof.head import Head
 from tinydet.yolof.loss import pad_targets, yolof_losses
@@ -33,6 +40,7 @@ class Detector(nn.Module):
         classes: class names in label order.
         stride: pixels of the input between neighbouring cells of the feature map.
         config: the model's part of the experiment.
+        fixed: names of the backbone's modules that stay in eval mode.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Detector(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         config: Model,
+        fixed: Sequence[str] = (),
     ) -> None:
         """Take the parts; `mean` and `std` are the backbone's, in units of 0..1."""
         super().__init__()
@@ -54,8 +63,16 @@ class Detector(nn.Module):
         self.classes = tuple(classes)
         self.stride = stride
         self.config = config
+        self.fixed = tuple(fixed)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255, persistent=False)
+        keep_fixed(backbone, self.fixed)
+
+    def train(self, mode: bool = True) -> Detector:
+        """Choose training or evaluation mode; what is fixed stays in evaluation mode."""
+        super().train(mode)
+        keep_fixed(self.backbone, self.fixed)
+        return self
 
     @property
     def anchor_sides(self) -> tuple[float, ...]:
@@ -129,39 +146,57 @@ class Detector(nn.Module):
 
         Args:
             images: (B, 3, H, W) RGB in 0..255; H and W multiples of 32.
-            sizes: (H, W) of each original image; boxes are clipped to it.
+            sizes: (H, W) of each original image; boxes are clipped to it, before NMS.
             scales: (sy, sx) of each image, network pixels an original pixel; boxes are divided
                 by it. Without `sizes` and `scales` boxes are in pixels of the network input.
         """
         cls_logits, deltas = self(images)
-        detections = self.select(cls_logits, deltas, tuple(images.shape[-2:]))
+        limits = sizes_in_input(images, sizes, scales)
+        detections = self.select(cls_logits, deltas, tuple(images.shape[-2:]), limits)
         return place_in_images(detections, sizes, scales)
 
     def select(
-        self, cls_logits: Tensor, deltas: Tensor, image_size: tuple[int, int]
+        self,
+        cls_logits: Tensor,
+        deltas: Tensor,
+        image_size: tuple[int, int],
+        limits: Sequence[tuple[float, float]] | None = None,
     ) -> list[Detections]:
-        """Decode and select detections from raw outputs, in pixels of the (H, W) network input."""
-        config = self.config
-        boxes = decode_boxes(self.anchors(image_size), deltas, config.center_clamp)
-        return postprocess(
-            cls_logits,
-            boxes,
-            image_size,
-            config.score_threshold,
-            config.candidates,
-            config.nms_iou,
-            config.max_detections,
-        )
+        """Decode and select detections from raw outputs, in pixels of the network input.
+
+        Args:
+            cls_logits: (B, A, K).
+            deltas: (B, A, 4).
+            image_size: (H, W) of the network input.
+            limits: (H, W) of each image within it, without padding, to which boxes are clipped
+                before any is dropped; None clips to the input.
+        """
+        config, anchors = self.config, self.anchors(image_size)
+        limits = limits or [image_size] * len(cls_logits)
+        return [
+            postprocess(
+                logits,
+                decode_boxes(anchors, moves, config.center_clamp),
+                limit,
+                config.score_threshold,
+                config.candidates,
+                config.nms_iou,
+                config.max_detections,
+            )
+            for logits, moves, limit in zip(cls_logits, deltas, limits, strict=True)
+        ]
 
 
 def build_detector(config: Model, classes: Sequence[str]) -> Detector:
     """Build the detector of an experiment, in training mode.
 
     Raises:
-        ConfigError: the backbone does not exist, has no such feature or no place for an idea, or
-            its weights cannot be had.
+        ConfigError: the backbone does not exist, has no such feature or stage or no place for an
+            idea, or its weights cannot be had.
     """
-    backbone = create_backbone(config.backbone, config.weights, config.feature)
+    backbone = create_backbone(
+        config.backbone, config.weights, config.feature, config.freeze_stages
+    )
     encoder = DilatedEncoder(
         backbone.channels, config.encoder_channels, config.encoder_mid_channels, config.dilations
     )
@@ -173,7 +208,7 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         config.reg_convs,
     )
     return Detector(
-        apply_ideas(backbone.module, config),
+        apply_ideas(backbone.module, config, backbone.fixed),
         encoder,
         head,
         classes,
@@ -181,4 +216,5 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         backbone.mean,
         backbone.std,
         config,
+        backbone.fixed,
     )

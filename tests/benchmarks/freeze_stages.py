@@ -1,0 +1,73 @@
+"""What fixed stages save of a CPU's training step: python tests/benchmarks/freeze_stages.py.
+
+Steps of 0, 1, 2, ... fixed stages take turns in one process, one thread and float32; the ratios are
+those of the processor's time, which other programs on the machine change less than the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from tinydet.cli import add_overrides, run
+
+EXPERIMENT = Path(__file__).resolve().parents[2] / "experiments" / "custom_voc.py"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", type=Path, nargs="?", default=EXPERIMENT)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="the settings")
+    parser.add_argument("--size", type=int, default=320, help="image sides in pixels; default 320")
+    parser.add_argument("--batch", type=int, default=8, help="images a step; default 8")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each; default 7")
+    add_overrides(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Time forward and backward pass and optimiser step of each setting in turns, and print."""
+    import torch
+
+    from tinydet.experiment_file import load_experiment
+    from tinydet.training.optim import make_optimizer, make_plan
+    from tinydet.training.precision import Precision
+    from tinydet.yolof.detector import build_detector
+
+    torch.set_num_threads(1)
+    experiment = load_experiment(args.experiment, args.set)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8)
+    box = torch.tensor([[0.2, 0.2, 0.6, 0.7]]) * args.size
+    targets = [{"boxes": box, "labels": torch.tensor([0])}] * args.batch
+    precision = Precision("float32", "channels_last", "")
+    images = images.contiguous(memory_format=precision.torch_format)
+    runs = []
+    for stages in args.stages:
+        detector = build_detector(replace(experiment.model, freeze_stages=stages), ("a", "b"))
+        precision.prepare(detector)
+        plan = make_plan(experiment.optim, args.batch, 1000)
+        runs.append((detector.train(), make_optimizer(detector, experiment.optim, plan)[0]))
+    seconds: list[list[float]] = [[] for _ in runs]
+    for done in range(args.rounds + 1):
+        for (detector, optimizer), found in zip(runs, seconds, strict=True):
+            started = time.process_time()
+            sum(detector(images, targets).values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if done:  # The first step makes memory and kernels.
+                found.append(time.process_time() - started)
+    for stages, found in zip(args.stages, seconds, strict=True):
+        ratios = [one / first for one, first in zip(found, seconds[0], strict=True)]
+        print(
+            f"freeze_stages={stages}: {statistics.median(found):.3f} s of processor a step, "
+            f"{statistics.median(ratios):.3f} of the first "
+            f"(from {min(ratios):.3f} to {max(ratios):.3f})"
+        )
+
+
+if __name__ == "__main__":
+    run(main, _parser())

@@ -1,0 +1,118 @@
+"""What tools print reaches an output of any encoding, and ends nothing."""
+
+import argparse
+import io
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinydet.config import Experiment
+
+_ROOT = Path(__file__).resolve().parents[1]
+_TOOL = """
+import argparse, logging, sys
+from rich.console import Console
+from rich.progress import track
+from tinydet.cli import run
+def main(args):
+    print("AP50 80.0 \\u00b1 0.3 \\u732b \\udcff")
+    logging.info("logged \\u732b")
+    Console().print("rich \\u732b")
+    list(track([1], description="\\u732b"))
+    print("end")
+    if args.fail:
+        raise ValueError("no \\u732b \\udcff")
+parser = argparse.ArgumentParser()
+parser.add_argument("--fail", action="store_true", help="\\u732b")
+run(main, parser)
+"""
+
+
+def _run(encoding, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", _TOOL, *arguments],
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(_ROOT)},
+        capture_output=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk", "utf-8"])
+def test_run__letters_that_the_output_cannot_take(encoding):
+    done = _run(encoding)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    cat, bad = "猫".encode(encoding, "backslashreplace"), rb"\udcff"
+    plus_minus = "±".encode(encoding, "backslashreplace")
+    lines = done.stdout.splitlines()
+    assert lines[0] == b" ".join([b"AP50 80.0", plus_minus, b"0.3", cat, bad])
+    assert lines[1] == b"logged " + cat
+    assert lines[2] == b"rich " + cat
+    assert lines[-1] == b"end"
+
+
+def test_run__help_and_mistakes_in_ascii():
+    assert rb"\u732b" in _run("ascii", "--help").stdout
+    done = _run("ascii", "--fail")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [rb"error: no \u732b \udcff"]
+
+
+def test_run__news_of_torch_stay_off_the_screen():
+    code = (
+        "import argparse, logging\n"
+        "from tinydet.cli import run\n"
+        "def main(args):\n"
+        "    import torch\n"
+        "    for part in ('_dynamo', '_inductor', 'utils.cpp_extension'):\n"
+        "        logging.getLogger(f'torch.{part}').warning('news')\n"
+        "        logging.getLogger(f'torch.{part}').error('trouble')\n"
+        "run(main, argparse.ArgumentParser())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, check=True)
+    assert b"news" not in done.stdout + done.stderr
+    assert done.stderr.count(b"trouble") == 3
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted(str(p.relative_to(_ROOT)) for d in ("tools", "deploy") for p in _ROOT.glob(f"{d}/*.py")),
+)
+def test_every_tool_runs_through_it(script, monkeypatch):
+    called = []
+    monkeypatch.setattr("tinydet.cli.run", lambda *given: called.append(given))
+    runpy.run_path(str(_ROOT / script), run_name="__main__")
+    assert len(called) == 1
+
+
+class _Metrics:
+    def lines(self):
+        return ["猫 80.0"]
+
+    def as_dict(self):
+        return {"AP50": 0.8}
+
+
+def test_numbers_are_written_before_they_are_printed(monkeypatch, tmp_path):
+    main = runpy.run_path(str(_ROOT / "tools/test.py"))["main"]
+    detector = argparse.Namespace(classes=("猫",))
+    for name, value in {
+        "tinydet.experiment_file.load_experiment": Experiment(),
+        "tinydet.training.checkpoint.load_detector": detector,
+        "tinydet.data.dataset.load_split": None,
+        "tinydet.training.evaluate.evaluate_detector": _Metrics(),
+    }.items():
+        monkeypatch.setattr(name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    out = tmp_path / "numbers.json"
+    args = argparse.Namespace(
+        experiment=None, checkpoint=Path("x.pt"), device="cpu", out=out, set=[], eval="mAP"
+    )
+    with pytest.raises(UnicodeEncodeError):
+        main(args)
+    assert "0.8" in out.read_text()
