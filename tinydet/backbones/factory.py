@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from dataclasses import dataclass
-from functools import partial
 
 import timm
+import torch
 from einops import rearrange
 from timm.layers import Format
 from timm.models.efficientnet import EfficientNetFeatures
@@ -20,6 +21,8 @@ from tinydet.config import ConfigError
 _FEATURES = {"C5": (32, {}), "DC5": (16, {"output_stride": 16}), "C4": (16, {})}
 # timm's models built for one input size take any with these, each where it knows the word.
 _ANY_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+# Height and width in pixels: multiples of 32 with few common factors.
+_CHECKED_SIZES = ((64, 96), (160, 128))
 
 
 @dataclass
@@ -77,7 +80,8 @@ def create_backbone(name: str, weights: str, feature: str) -> Backbone:
         feature: "C5", "DC5" or "C4".
 
     Raises:
-        ConfigError: no such model or feature, or the weights cannot be had.
+        ConfigError: no such model or feature, it takes images of some sizes only, or the weights
+            cannot be had.
     """
     check_backbone(name)
     reduction, kwargs = _FEATURES[feature]
@@ -90,15 +94,47 @@ def create_backbone(name: str, weights: str, feature: str) -> Backbone:
         )
     # The last map of that stride is the deepest.
     index = len(reductions) - 1 - reductions[::-1].index(reduction)
-    module = load_weights(partial(_build, name, out_indices=(index,), **kwargs), name, weights)
+    module = _build(name, out_indices=(index,), **kwargs)
     info = module.feature_info.info[index]
     if isinstance(module, (EfficientNetFeatures, MobileNetV3Features)):
         # These two run stages that no feature needs; timm's other wrappers do not build them.
         module.blocks = module.blocks[: info["stage"]]
     config = module.pretrained_cfg
+    own = module
     if getattr(module, "output_fmt", None) == Format.NHWC:
         module = _ChannelsFirst(module)
-    return Backbone(module, info["num_chs"], info["reduction"], config["mean"], config["std"])
+    backbone = Backbone(module, info["num_chs"], info["reduction"], config["mean"], config["std"])
+    _check_map(backbone, name, feature)
+    load_weights(own, name, weights)
+    return backbone
+
+
+def _check_map(backbone: Backbone, name: str, feature: str) -> None:
+    """Refuse a backbone whose map is not what the anchors are laid out for.
+
+    A copy makes the map, for images of two sizes: some modules keep what they computed for a size.
+
+    Raises:
+        ConfigError: it takes images of some sizes only, or its map is of another shape.
+    """
+    module = copy.deepcopy(backbone.module).eval()
+    for height, width in _CHECKED_SIZES:
+        rows, columns = -(-height // backbone.stride), -(-width // backbone.stride)
+        wanted = (1, backbone.channels, rows, columns)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                (found,) = module(torch.zeros(1, 3, height, width))
+            if found.shape == wanted:
+                continue
+            cause, problem = None, f"it has the shape {tuple(found.shape)}"
+        except Exception as error:  # timm's models have many ways to say that they cannot.
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            cause, problem = error, first_line.rstrip(" :.")
+        raise ConfigError(
+            f"model.backbone={name}: does not take images of any size, as a detector's are. Of "
+            f"{height}x{width} pixels its {feature} map must have the shape {wanted}, but "
+            f"{problem}. Choose a backbone that does, such as rexnet_100, resnet18 or convnext_atto"
+        ) from cause
 
 
 def _build(name: str, **kwargs: object) -> nn.Module:
