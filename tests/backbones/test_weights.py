@@ -158,7 +158,7 @@ def test_wrappers_and_a_prefix_are_taken_off(tmp_path, caplog, prefix, wrappers)
     loaded = backbone.module.state_dict()
     for name, tensor in loaded.items():
         assert torch.equal(tensor, model[name]), name
-    said = [line for line in caplog.messages if "prefix" in line]
+    said = [line for line in caplog.messages if "the prefix" in line]
     assert len(said) == (prefix != "")
     assert all(f"the prefix {prefix} off" in line for line in said)
 
@@ -168,6 +168,18 @@ def test_a_prefix_that_is_not_all_that_is_wrong_is_named(tmp_path):
     torch.save({f"net.{k}": t for k, t in state_dict.items()}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"has the shape .*prefix net\. off is not enough"):
         create_backbone("mobilenetv3_small_050", str(tmp_path / "other.pth"), "C5")
+
+
+def test_tensors_without_a_place_are_counted(tmp_path, caplog):
+    # A checkpoint whose activations were trained is no loss without a word for a plain backbone.
+    model = Model("resnet18", "random", activation="acon-c", feature="C4", encoder_channels=8)
+    backbone = build_detector(model, ("a",)).backbone.state_dict()
+    torch.save({f"backbone.{name}": tensor for name, tensor in backbone.items()}, tmp_path / "a.pt")
+    plain = create_backbone("resnet18", "random", "C4").module.state_dict()
+    with caplog.at_level("INFO", logger="tinydet"):
+        create_backbone("resnet18", str(tmp_path / "a.pt"), "C4")
+    (line,) = caplog.messages
+    assert f"; {len(backbone) - len(plain)} tensors have no place in the backbone" in line
 
 
 # timm's wrappers and layouts: of their own, list, list with names joined by _, getter, NHWC.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
 
 
 def without_prefix(
@@ -40,13 +37,16 @@ def without_prefix(
     return found, prefix
 
 
-def load_whole(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_whole(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> str:
     """Give every tensor of a feature extractor the one of that name, or none of them.
 
     Args:
         module: made by timm with `features_only`, which writes `stages_0` for `stages.0`.
         tensors: of the whole network or of such an extractor; others than the module's are ignored.
         source: where they come from and of which network they should be, for the message.
+
+    Returns:
+        What was not taken as it is, in words; empty where that is nothing.
 
     Raises:
         ValueError: a tensor is missing, of another shape, or holds integers for fractions.
@@ -56,21 +56,25 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     found, prefix = without_prefix(tensors, own)
     by_plain_name = {_plain(name): tensor for name, tensor in found.items()}
     given = {name: found.get(name, by_plain_name.get(_plain(name))) for name in own}
+    reasons = {name: _why_wrong(given[name], own[name]) for name in own}
     # Files of old lack these counters, which nothing reads.
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
-    wrong = {name: why for name in needed if (why := _why_wrong(given[name], own[name]))}
+    wrong = [name for name in needed if reasons[name]]
     if wrong:
-        name, why = next(iter(wrong.items()))
         raise ValueError(
             f"{source}: {len(wrong)} of the {len(needed)} tensors needed are missing or of another "
-            f"shape or type, e.g. {name} {why}; the file's names are such as "
+            f"shape or type, e.g. {wrong[0]} {reasons[wrong[0]]}; the file's names are such as "
             f"{next(iter(tensors), 'none')}"
             + (f", and taking their prefix {prefix} off is not enough" if prefix else "")
             + ". Is it this model's file?"
         )
-    if prefix:
-        logger.info(f"{source}: took the prefix {prefix} off the names of its tensors")
-    body.load_state_dict({name: own[name] if t is None else t for name, t in given.items()})
+    body.load_state_dict({name: own[name] if reasons[name] else given[name] for name in own})
+    known = {_plain(name) for name in own}
+    unused = [name for name in found if _plain(name) not in known]
+    remarks = [f"took the prefix {prefix} off the names of its tensors"] if prefix else []
+    if unused:
+        remarks.append(f"{len(unused)} tensors have no place in the backbone, e.g. {unused[0]}")
+    return "; ".join(remarks)
 
 
 def _plain(name: str) -> str:

