@@ -122,7 +122,7 @@ def test_every_reader_refuses_a_page_a_folder_and_no_file(tmp_path, name):
 
 def _load(name, path):
     # No backbone: the file is refused before the names of its tensors matter.
-    load_weights(nn.Identity(), name, str(path))
+    load_weights(nn.Identity(), nn.Identity, name, str(path))
 
 
 def test_quantised_weights_are_refused_not_taken_for_fractions(tmp_path):
@@ -182,13 +182,14 @@ def test_tensors_without_a_place_are_counted(tmp_path, caplog):
     assert f"; {len(backbone) - len(plain)} tensors have no place in the backbone" in line
 
 
-# timm's wrappers and layouts: of their own, list, list with names joined by _, getter, NHWC.
+# timm's wrappers and layouts: of their own, list, list with names joined by _, getter, NHWC, hook.
 _OF_ALL_KINDS = [
     ("mobilenetv3_small_050", "C4"),
     ("resnet18", "C4"),
     ("convnext_atto", "C5"),
     ("vit_tiny_patch16_224", "C4"),
     ("mambaout_femto", "C4"),
+    ("legacy_xception", "C4"),
 ]
 
 

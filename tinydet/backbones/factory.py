@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torch
@@ -94,7 +95,8 @@ def create_backbone(name: str, weights: str, feature: str) -> Backbone:
         )
     # The last map of that stride is the deepest.
     index = len(reductions) - 1 - reductions[::-1].index(reduction)
-    module = _build(name, out_indices=(index,), **kwargs)
+    build = partial(_build, name, out_indices=(index,), **kwargs)
+    module = build()
     info = module.feature_info.info[index]
     if isinstance(module, (EfficientNetFeatures, MobileNetV3Features)):
         # These two run stages that no feature needs; timm's other wrappers do not build them.
@@ -105,7 +107,7 @@ def create_backbone(name: str, weights: str, feature: str) -> Backbone:
         module = _ChannelsFirst(module)
     backbone = Backbone(module, info["num_chs"], info["reduction"], config["mean"], config["std"])
     _check_map(backbone, name, feature)
-    load_weights(own, name, weights)
+    load_weights(own, build, name, weights)
     return backbone
 
 

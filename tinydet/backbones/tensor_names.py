@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 
@@ -51,7 +50,9 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     Raises:
         ValueError: a tensor is missing, of another shape, or holds integers for fractions.
     """
-    body = module.model if isinstance(module, FeatureGetterNet) else module
+    # Two of timm's wrappers hold the network so, under its own names.
+    children = dict(module.named_children())
+    body = next(iter(children.values())) if set(children) in ({"model"}, {"body"}) else module
     own = body.state_dict()
     found, prefix = without_prefix(tensors, own)
     by_plain_name = {_plain(name): tensor for name, tensor in found.items()}

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,11 +35,14 @@ _PACKAGES = {
 }
 
 
-def load_weights(module: nn.Module, name: str, weights: str) -> None:
+def load_weights(
+    module: nn.Module, build: Callable[..., nn.Module], name: str, weights: str
+) -> None:
     """Give a feature extractor its weights: all of them, or none.
 
     Args:
-        module: with random weights.
+        module: the extractor, with random weights.
+        build: builds another like it; takes timm's `pretrained`.
         name: timm name of the backbone.
         weights: "imagenet", "random" or the path of a state-dict file in timm's names, with or
             without a prefix, such as `backbone.` in a checkpoint of TinyDet's; for RepVGG and
@@ -55,7 +58,7 @@ def load_weights(module: nn.Module, name: str, weights: str) -> None:
     elif _package_installed(name):
         tensors = _read_package(name)
     else:
-        tensors = _read_hub(name)
+        tensors = _read_hub(build, name)
     # Not by timm, which with features_only loads what it finds and leaves the rest random.
     try:
         remarks = load_whole(module, tensors, f"model.weights={weights} for timm's {name}")
@@ -65,11 +68,13 @@ def load_weights(module: nn.Module, name: str, weights: str) -> None:
         logger.info(f"model.weights={weights}: {remarks}")
 
 
-def _read_hub(name: str) -> dict[str, Tensor]:
+def _read_hub(build: Callable[..., nn.Module], name: str) -> dict[str, Tensor]:
     try:
-        # The whole model, which timm loads strictly; no random number of the run is used up.
+        # No random number of the run is used up.
         with _no_retries_without_network(), torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=True).state_dict()
+            # For its errors: timm loads a classifier strictly, an extractor as far as names go.
+            timm.create_model(name, pretrained=True)
+            return build(pretrained=True).state_dict()
     except Exception as error:
         package = _PACKAGES.get(name.split(".")[0])
         install = f" pip install {package[0]};" if package else ""
