@@ -24,9 +24,10 @@ class Model:
     """The detector: YOLOF (arXiv 2103.09460) on one feature map of a timm backbone.
 
     Attributes:
-        backbone: any timm model name that works with `features_only=True`.
+        backbone: a timm model name that works with `features_only=True` and images of any size.
         weights: "imagenet" (the installed weight package for this backbone, else timm's hub),
-            "random", or the path of a state-dict file (.pth, .pt, .safetensors).
+            "random", or the path of a state-dict file or of a detector's checkpoint (.pth, .pt,
+            .safetensors).
         freeze_norms: the backbone's batch norms keep their statistics, weights and biases, as in
             the reference recipe on COCO.
         freeze_stages: what runs before the backbone's n-th feature map (as timm counts its maps)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -73,3 +75,36 @@ def test_normalisation_is_timm_s():
 def test_what_cannot_be_built_is_said(name, feature, says):
     with pytest.raises(ConfigError, match=says):
         create_backbone(name, "random", feature)
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "says"),
+    [
+        ("coat_tiny", "C5", r"224"),  # one size only
+        ("levit_128s", "C5", r"RuntimeError"),  # the same, and said less clearly
+        ("halonet_h1", "C4", r"AssertionError"),  # multiples of 8 cells; no word at all
+        ("inception_v3", "C4", r"it has the shape \(1, 768, 2, 4\)"),  # convs without padding
+    ],
+)
+def test_a_backbone_that_does_not_take_all_sizes_is_refused(name, feature, says):
+    with pytest.raises(ConfigError) as caught:
+        create_backbone(name, "imagenet", feature)  # before any weights are looked for
+    message = str(caught.value)
+    assert re.search(rf"model\.backbone={name}: does not take .* any size.*{says}", message)
+    assert "such as rexnet_100" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("feature", ["C5", "C4"])
+def test_the_check_of_sizes_leaves_no_trace(feature):
+    torch.manual_seed(4)
+    timm.create_model("rexnet_100", features_only=True)  # what tells the strides
+    index = {"C5": 4, "C4": 3}[feature]
+    expected = timm.create_model("rexnet_100", features_only=True, out_indices=(index,))
+    number = torch.rand(())
+    torch.manual_seed(4)
+    found = create_backbone("rexnet_100", "random", feature).module
+    assert torch.equal(torch.rand(()), number)
+    assert all(module.training for module in found.modules())
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor), key

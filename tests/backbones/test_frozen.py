@@ -100,7 +100,7 @@ def test_the_map_behind_the_fixed_stages_has_no_graph():
     detector = _detector(freeze_stages=2)
     seen = []
     detector.backbone.layer2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    losses = detector(
+    losses, _ = detector(
         torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8),
         [{"boxes": torch.tensor([[8.0, 8, 50, 50]]), "labels": torch.tensor([0])}] * 2,
     )
@@ -128,7 +128,7 @@ def test_the_whole_backbone_can_be_fixed():
     assert not any(m.training for name, m in detector.backbone.named_modules() if name)
     assert all(p.requires_grad for p in detector.encoder.parameters())
     optim = Optim()
-    optimizer, _ = make_optimizer(detector, optim, make_plan(optim, 16, 100))
+    optimizer = make_optimizer(detector, optim, make_plan(optim, 16, 100))
     steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert steps == {id(p) for p in detector.parameters() if p.requires_grad}
 

@@ -207,12 +207,14 @@ def test_official_weights_give_the_authors_function(name):
         torch.testing.assert_close(_loaded(name, official)(x), expected)
 
 
-def test_names_from_data_parallel_are_read_and_timms_are_left_alone():
+def test_names_with_a_prefix_are_read_and_timms_are_left_alone():
     official = _trained("grouped").state_dict()
     wanted = convert_official_names(official)
-    parallel = convert_official_names({f"module.{k}": v for k, v in official.items()})
-    assert list(parallel) == list(wanted)
-    assert all(parallel[k] is official[old] for k, old in zip(wanted, official, strict=True))
+    for prefix in ("module.", "model.backbone."):
+        named = {"head.weight": None} | {f"{prefix}{k}": v for k, v in official.items()}
+        found = convert_official_names(named)
+        assert list(found) == list(wanted)
+        assert all(found[k] is official[old] for k, old in zip(wanted, official, strict=True))
     assert convert_official_names(wanted) == wanted
 
 
@@ -220,6 +222,8 @@ def test_deploy_form_and_strange_names_are_refused():
     tensor = torch.zeros(1)
     with pytest.raises(ValueError, match=r"deploy form.*give the training form"):
         convert_official_names({"stage0.rbr_reparam.weight": tensor, "linear.bias": tensor})
+    with pytest.raises(ValueError, match="deploy form"):
+        convert_official_names({"backbone.stage0.rbr_reparam.weight": tensor})
     official = {"stage0.rbr_dense.conv.weight": tensor}
     for strange in ("stage1_aux.1.weight", "stage5.0.rbr_1x1.bn.bias", "stage1.0.rbr_avg.bn.bias"):
         with pytest.raises(ValueError, match=strange):

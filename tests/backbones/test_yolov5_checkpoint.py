@@ -190,6 +190,17 @@ def test_the_file_and_the_converted_one_are_a_backbone_s_weights(convert, checkp
         torch.testing.assert_close(found, model.features(x)[-1])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict_ema"])
+def test_names_with_a_prefix_are_read(prefix, wrapper, tmp_path):
+    tensors = _network().state_dict()
+    expected = rename_official(tensors)
+    for names in (tensors, expected):
+        named = {f"{prefix}{name}": tensor for name, tensor in names.items()}
+        torch.save({wrapper: named}, tmp_path / "state.pt")
+        _equal(convert_official(tmp_path / "state.pt"), expected)
+
+
 def test_timm_loads_the_official_names(checkpoint):
     path, model = checkpoint
     overlay = {"state_dict": load_official(path)}

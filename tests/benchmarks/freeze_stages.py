@@ -50,12 +50,12 @@ def main(args: argparse.Namespace) -> None:
         detector = build_detector(replace(experiment.model, freeze_stages=stages), ("a", "b"))
         precision.prepare(detector)
         plan = make_plan(experiment.optim, args.batch, 1000)
-        runs.append((detector.train(), make_optimizer(detector, experiment.optim, plan)[0]))
+        runs.append((detector.train(), make_optimizer(detector, experiment.optim, plan)))
     seconds: list[list[float]] = [[] for _ in runs]
     for done in range(args.rounds + 1):
         for (detector, optimizer), found in zip(runs, seconds, strict=True):
             started = time.process_time()
-            sum(detector(images, targets).values()).backward()
+            sum(detector(images, targets)[0].values()).backward()
             optimizer.step()
             optimizer.zero_grad()
             if done:  # The first step makes memory and kernels.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import timm
+import torch
 from einops import rearrange
 from timm.layers import Format
 from timm.models.efficientnet import EfficientNetFeatures
@@ -21,6 +23,8 @@ from tinydet.config import ConfigError
 _FEATURES = {"C5": (32, {}), "DC5": (16, {"output_stride": 16}), "C4": (16, {})}
 # timm's models built for one input size take any with these, each where it knows the word.
 _ANY_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+# Height and width in pixels: multiples of 32 with few common factors.
+_CHECKED_SIZES = ((64, 96), (160, 128))
 
 
 @dataclass
@@ -81,7 +85,8 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
         stages_fixed: `model.freeze_stages`; see `tinydet.config.Model`.
 
     Raises:
-        ConfigError: no such model, feature or stage, or the weights cannot be had.
+        ConfigError: no such model, feature or stage, it takes images of some sizes only, or the
+            weights cannot be had.
     """
     check_backbone(name)
     reduction, kwargs = _FEATURES[feature]
@@ -94,18 +99,51 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
         )
     # The last map of that stride is the deepest.
     index = len(reductions) - 1 - reductions[::-1].index(reduction)
-    module = load_weights(partial(_build, name, out_indices=(index,), **kwargs), name, weights)
+    build = partial(_build, name, out_indices=(index,), **kwargs)
+    module = build()
     info = module.feature_info.info[index]
     if isinstance(module, (EfficientNetFeatures, MobileNetV3Features)):
         # These two run stages that no feature needs; timm's other wrappers do not build them.
         module.blocks = module.blocks[: info["stage"]]
-    build = partial(_build, name, **kwargs)
-    fixed = freeze_stages(module, build, stages_fixed, index) if stages_fixed else ()
     config = module.pretrained_cfg
-    if getattr(module, "output_fmt", None) == Format.NHWC:
-        module, fixed = _ChannelsFirst(module), tuple(f"body.{part}" for part in fixed)
-    normalisation = (config["mean"], config["std"])
-    return Backbone(module, info["num_chs"], info["reduction"], *normalisation, fixed)
+    own, is_nhwc = module, getattr(module, "output_fmt", None) == Format.NHWC
+    if is_nhwc:
+        module = _ChannelsFirst(module)
+    backbone = Backbone(module, info["num_chs"], info["reduction"], config["mean"], config["std"])
+    _check_map(backbone, name, feature)
+    load_weights(own, build, name, weights)
+    if not stages_fixed:
+        return backbone
+    fixed = freeze_stages(own, partial(_build, name, **kwargs), stages_fixed, index)
+    return replace(backbone, fixed=tuple(f"body.{part}" if is_nhwc else part for part in fixed))
+
+
+def _check_map(backbone: Backbone, name: str, feature: str) -> None:
+    """Refuse a backbone whose map is not what the anchors are laid out for.
+
+    A copy makes the map, for images of two sizes: some modules keep what they computed for a size.
+
+    Raises:
+        ConfigError: it takes images of some sizes only, or its map is of another shape.
+    """
+    module = copy.deepcopy(backbone.module).eval()
+    for height, width in _CHECKED_SIZES:
+        rows, columns = -(-height // backbone.stride), -(-width // backbone.stride)
+        wanted = (1, backbone.channels, rows, columns)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                (found,) = module(torch.zeros(1, 3, height, width))
+            if found.shape == wanted:
+                continue
+            cause, problem = None, f"it has the shape {tuple(found.shape)}"
+        except Exception as error:  # timm's models have many ways to say that they cannot.
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            cause, problem = error, first_line.rstrip(" :.")
+        raise ConfigError(
+            f"model.backbone={name}: does not take images of any size, as a detector's are. Of "
+            f"{height}x{width} pixels its {feature} map must have the shape {wanted}, but "
+            f"{problem}. Choose a backbone that does, such as rexnet_100, resnet18 or convnext_atto"
+        ) from cause
 
 
 def _build(name: str, **kwargs: object) -> nn.Module:

@@ -15,6 +15,8 @@ from timm.models.byobnet import ByobNet, model_cfgs
 from timm.models.byobnet import default_cfgs as timm_default_cfgs
 from torch import Tensor
 
+from tinydet.backbones.tensor_names import without_prefix
+
 # The authors' name of a block's part -> timm's.
 _PARTS = {
     "rbr_dense.": "conv_kxk.",
@@ -23,6 +25,8 @@ _PARTS = {
     "se.down.": "attn.fc1.",
     "se.up.": "attn.fc2.",
 }
+_FIRST = "stage0.rbr_dense.conv.weight"
+_FIRST_DEPLOYED = "stage0.rbr_reparam.weight"
 _TENSOR = re.compile(r"stage(?:0|([1-4])\.(\d+))\.(rbr_\w+\.|se\.\w+\.)(.+)")
 
 default_cfgs = generate_default_cfgs(
@@ -39,8 +43,8 @@ def convert_official_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state_dict: of the training form, with the authors' names (`stage0.rbr_dense.conv.weight`
-            and so on; D2se's too), with or without the `module.` of DataParallel. Any other names
-            are taken for timm's.
+            and so on; D2se's too), with or without a prefix such as the `module.` of DataParallel.
+            Any other names are taken for timm's.
 
     Returns:
         The same tensors under timm's names, in the same order; any other dict as it is.
@@ -48,15 +52,15 @@ def convert_official_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: the deploy form, whose branches are gone, or a name that RepVGG does not have.
     """
-    names = {key.removeprefix("module."): key for key in state_dict}
-    if "stage0.rbr_reparam.weight" in names:
+    found, _ = without_prefix(state_dict, (_FIRST, _FIRST_DEPLOYED))
+    if _FIRST_DEPLOYED in found:
         raise ValueError(
             "this RepVGG checkpoint is the deploy form (rbr_reparam), already folded: its branches "
             "cannot be had back; give the training form (the authors' files named *-train.pth)"
         )
-    if "stage0.rbr_dense.conv.weight" not in names:
+    if _FIRST not in found:
         return state_dict
-    return {_timm_name(name): state_dict[key] for name, key in names.items()}
+    return {_timm_name(name): tensor for name, tensor in found.items()}
 
 
 def _timm_name(name: str) -> str:

