@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tinydet.comparison import error_analysis
 from tinydet.comparison.error_analysis import ErrorOptions, error_lines
 from tinydet.data.dataset import load_split
 from tinydet.evaluation.boxes import ImageDetections
@@ -15,7 +16,6 @@ from tinydet.evaluation.tide import tide
 from tinydet.evaluation.tide_table import tide_lines
 from tinydet.experiment_file import experiment_to_dict
 from tinydet.report.draw_errors import DETECTION_COLOR
-from tinydet.training import error_analysis
 from tinydet.training.checkpoint import save_checkpoint
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.pictures import draw_change
