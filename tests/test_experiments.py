@@ -24,13 +24,13 @@ from tinydet.data.dataset import load_split
 from tinydet.data.image import read_image
 from tinydet.data.loader import make_train_loader
 from tinydet.data.shapes import render_shapes
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 from tinydet.deployment.decoding import largest_differences, scores_and_boxes
 from tinydet.deployment.images import random_images
 from tinydet.deployment.onnx import check_against_torch, export_detector
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import load_experiment
-from tinydet.training.optim import make_optimizer, make_plan
+from tinydet.training.optim import make_optimizer, make_schedule
 from tinydet.yolof.detector import build_detector
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "experiments").glob("*.py"))
@@ -51,8 +51,8 @@ def test_an_experiment_builds_and_takes_a_step_that_lowers_its_loss(path):
         {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
         {"boxes": torch.tensor([[60.0, 60, 120, 120]]), "labels": torch.tensor([0])},
     ]
-    plan = make_plan(experiment.optim, 4, 100)
-    optimizer = make_optimizer(detector, experiment.optim, plan)
+    schedule = make_schedule(experiment.optim, 4, 100)
+    optimizer = make_optimizer(detector, experiment.optim, schedule)
     losses = []
     for _ in range(8):
         loss = sum(detector(images, targets)[0].values())
@@ -163,8 +163,8 @@ def test_an_experiment_on_coco_has_the_original_s_values(name):
 
 def _train(detector, experiment, batches):
     # From random weights the whole rate at once is too much; the recipe's 1500 steps are too slow.
-    plan = make_plan(replace(experiment.optim, warmup_iters=50), 8, 100)
-    optimizer = make_optimizer(detector, experiment.optim, plan)
+    schedule = make_schedule(replace(experiment.optim, warmup_iters=50), 8, 100)
+    optimizer = make_optimizer(detector, experiment.optim, schedule)
     losses = []
     for batch in batches:
         loss = sum(detector(batch.images, batch.targets)[0].values())
@@ -235,7 +235,7 @@ def _run_all(names, folder_of_images):
         render_shapes(root, num_train=160, num_test=1)
         data = Data(root=str(root), source="shapes", classes=(), image_size=160, workers=0)
         index = load_split(data, "trainval")
-        loader = make_train_loader(VocDataset(index), data, 8, 0)
+        loader = make_train_loader(DetectionDataset(index), data, 8, 0)
         batches = list(islice(loader, 20))
     assert len(batches) == 20
     for path in FILES:

@@ -15,7 +15,7 @@ from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import build_unloaded
 from tinydet.training.distributed import with_synced_norms
-from tinydet.training.optim import make_optimizer, make_plan
+from tinydet.training.optim import make_optimizer, make_schedule
 from tinydet.yolof.detector import build_detector
 
 RECIPE = Path(__file__).resolve().parents[2] / "experiments" / "rexnet_yolof.py"
@@ -128,7 +128,7 @@ def test_the_whole_backbone_can_be_fixed():
     assert not any(m.training for name, m in detector.backbone.named_modules() if name)
     assert all(p.requires_grad for p in detector.encoder.parameters())
     optim = Optim()
-    optimizer = make_optimizer(detector, optim, make_plan(optim, 16, 100))
+    optimizer = make_optimizer(detector, optim, make_schedule(optim, 16, 100))
     steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert steps == {id(p) for p in detector.parameters() if p.requires_grad}
 

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from tinydet.experiment_file import load_experiment
-    from tinydet.training.optim import make_optimizer, make_plan
+    from tinydet.training.optim import make_optimizer, make_schedule
     from tinydet.training.precision import Precision
     from tinydet.yolof.detector import build_detector
 
@@ -49,8 +49,8 @@ def main(args: argparse.Namespace) -> None:
     for stages in args.stages:
         detector = build_detector(replace(experiment.model, freeze_stages=stages), ("a", "b"))
         precision.prepare(detector)
-        plan = make_plan(experiment.optim, args.batch, 1000)
-        runs.append((detector.train(), make_optimizer(detector, experiment.optim, plan)))
+        schedule = make_schedule(experiment.optim, args.batch, 1000)
+        runs.append((detector.train(), make_optimizer(detector, experiment.optim, schedule)))
     seconds: list[list[float]] = [[] for _ in runs]
     for done in range(args.rounds + 1):
         for (detector, optimizer), found in zip(runs, seconds, strict=True):

@@ -96,7 +96,7 @@ def measure(folder: Path, batches: int, workers: int) -> None:
     from tinydet.config import Data
     from tinydet.data.dataset import load_split
     from tinydet.data.loader import make_train_loader
-    from tinydet.data.voc import VocDataset
+    from tinydet.data.voc import DetectionDataset
 
     torch.set_num_threads(1)
     data = Data(
@@ -111,7 +111,7 @@ def measure(folder: Path, batches: int, workers: int) -> None:
     started = time.perf_counter()
     index = load_split(data, SPLIT)
     read = time.perf_counter()
-    loader = make_train_loader(VocDataset(index), data, batch_size=8)
+    loader = make_train_loader(DetectionDataset(index), data, batch_size=8)
     iterator = iter(loader)
     next(iterator)
     first = time.perf_counter()

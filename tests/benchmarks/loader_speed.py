@@ -68,12 +68,12 @@ def _batches(experiment: Path, overrides: list[str]) -> Iterator[int]:
     """Yield the number of batches in an epoch, then the size of one batch after another."""
     from tinydet.data.dataset import load_split
     from tinydet.data.loader import make_train_loader
-    from tinydet.data.voc import VocDataset
+    from tinydet.data.voc import DetectionDataset
     from tinydet.experiment_file import load_experiment
 
     loaded = load_experiment(experiment, overrides)
     data = loaded.data
-    dataset = VocDataset(load_split(data, data.train_split))
+    dataset = DetectionDataset(load_split(data, data.train_split))
     loader = make_train_loader(dataset, data, loaded.train.batch_size)
     yield len(loader)
     for epoch in itertools.count():

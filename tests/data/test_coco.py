@@ -14,7 +14,7 @@ from tinydet.config import Augment, ConfigError, Data, Experiment, Model, Optim,
 from tinydet.data.coco import read_index, split_names
 from tinydet.data.dataset import fetch, is_missing, load_split
 from tinydet.data.loader import make_train_loader
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 from tinydet.evaluation import ImageDetections, evaluate, evaluate_coco
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.loop import train
@@ -170,7 +170,7 @@ def test_read_index__size_mode_and_orientation(coco_tree):
     assert index.boxes[:2].tolist() == [[1, 1, 60, 40], [1, 1, 40, 60]]
     counts = {"wrong_size": 1, "exif_applied": 1, "exif_ignored": 1, "not_rgb": 1, "clipped": 5}
     assert index.problems.counts == counts
-    dataset = VocDataset(index)
+    dataset = DetectionDataset(index)
     assert [tuple(dataset[i].image.shape) for i in (1, 3)] == [(3, 60, 40), (3, 40, 60)]
 
 
@@ -462,7 +462,7 @@ def test_crowds_are_no_training_targets(coco_tree):
     index = load_split(data, "train")
     assert index.classes[2] == "bus"
     singles = int((~index.coco.crowd).sum())
-    loader = make_train_loader(VocDataset(index), data, batch_size=4)
+    loader = make_train_loader(DetectionDataset(index), data, batch_size=4)
     for epoch in range(2):
         loader.set_epoch(epoch)
         labels = [int(v) for batch in loader for t in batch.targets for v in t["labels"]]

@@ -20,7 +20,7 @@ from tinydet.data.loader import (
 from tinydet.data.sample import Sample
 from tinydet.data.sampler import SampleKey
 from tinydet.data.training_images import TrainingImages
-from tinydet.data.voc import VocDataset, read_index
+from tinydet.data.voc import DetectionDataset, read_index
 
 DATA = Data(image_size=64, workers=0, augment=Augment(0.3, 0.1, (0.5, 1.5), multiscale=(0.5, 1.5)))
 
@@ -31,7 +31,7 @@ def dataset(tree):
     for i, name in enumerate(names):
         objects = [("cat", (3 + i, 3, 30 + i, 30)), ("dog", (2, 2, 12, 12 + i), True)]
         tree.add(name, objects if i != 4 else [], size=(50, 70) if i % 3 == 0 else (60, 40))
-    return VocDataset(read_index(tree.split(*names), "train"))
+    return DetectionDataset(read_index(tree.split(*names), "train"))
 
 
 def test_make_train_loader__same_batches_whatever_number_of_workers(dataset):
@@ -303,7 +303,7 @@ def test_make_train_loader__own_transform(dataset):
         return dataclasses.replace(sample, image=torch.zeros(3, 5, 5, dtype=torch.uint8))
 
     data = dataclasses.replace(DATA, augment=Augment())
-    own = VocDataset(dataset.index, transform)
+    own = DetectionDataset(dataset.index, transform)
     batch = next(iter(make_train_loader(own, data, batch_size=2)))
     assert batch.images.shape == (2, 3, 32, 32)
 

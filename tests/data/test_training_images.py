@@ -15,7 +15,7 @@ from tinydet.data import training_images
 from tinydet.data.loader import make_train_loader
 from tinydet.data.training_images import TrainingImages, largest_reduction
 from tinydet.data.transforms import network_size, train_transform
-from tinydet.data.voc import VocDataset, read_index
+from tinydet.data.voc import DetectionDataset, read_index
 
 DATA = Data(image_size=64, augment=Augment(hflip=0.5, shift=0.5))
 
@@ -70,7 +70,7 @@ def test_largest_reduction__never_below_four_thirds_of_what_is_needed(size, need
 def test_read__boxes_are_exact_at_reduced_scale(tree, size):
     # On whole blocks of 16 pixels, so that JPEG keeps the edges sharp.
     paint(tree, "a", size, (96, 160, 256, 320), quality=95, subsampling=0)
-    dataset = VocDataset(read_index(tree.split("a"), "train"))
+    dataset = DetectionDataset(read_index(tree.split("a"), "train"))
     sample = TrainingImages(dataset, lambda _: (100, 80), 0).read(0)
     reduction = largest_reduction(size[::-1], (100, 80))
     assert reduction in (2, 4)
@@ -85,7 +85,7 @@ def test_read__boxes_are_exact_at_reduced_scale(tree, size):
 @pytest.mark.parametrize("augment", [Augment(), Augment(scale=(0.5, 1.4), mosaic=0.5)])
 def test_transform__after_reduced_decoding_boxes_and_pixels_agree(tree, augment):
     paint(tree, "a", (643, 485), (100, 150, 300, 330), quality=95)
-    dataset = VocDataset(read_index(tree.split("a"), "train"))
+    dataset = DetectionDataset(read_index(tree.split("a"), "train"))
     transform = train_transform(dataclasses.replace(DATA, image_size=160, augment=augment))
     images = TrainingImages(dataset, lambda size: transform.largest_size(size, 160), 0)
     whole = dataset.read(0)
@@ -114,7 +114,7 @@ def test_reductions__jpeg_alone_and_nothing_turned(tree, decodes, caplog):
     exif[0x0112] = 6
     paint(tree, "e", (400, 300), box, exif=exif)
     tree.annotation("e", [("cat", (1, 1, 50, 50))], (300, 400))
-    dataset = VocDataset(read_index(tree.split(*"abcde"), "train"))
+    dataset = DetectionDataset(read_index(tree.split(*"abcde"), "train"))
     with caplog.at_level(logging.INFO):
         images = TrainingImages(dataset, lambda size: network_size(size, 64, True), cache_mb=4)
     assert "2 of 5 training images are decoded at 1/4 of" in caplog.text
@@ -131,7 +131,7 @@ def test_reductions__jpeg_alone_and_nothing_turned(tree, decodes, caplog):
 def dataset(tree):
     for i in range(6):
         paint(tree, f"{i}", (100 + 60 * i, 80 + 50 * i), (10, 10, 50, 60))
-    return VocDataset(read_index(tree.split(*map(str, range(6))), "train"))
+    return DetectionDataset(read_index(tree.split(*map(str, range(6))), "train"))
 
 
 def batches(dataset, data, epochs=2):
@@ -190,12 +190,14 @@ def test_loader__decodes_whole_images_where_asked_or_for_an_own_transform(tree, 
     paint(tree, "a", (400, 400), (100, 100, 200, 200))
     index = read_index(tree.split("a"), "train")
     data = dataclasses.replace(DATA, workers=0)
-    list(make_train_loader(VocDataset(index), data, 1))
+    list(make_train_loader(DetectionDataset(index), data, 1))
     assert decodes() == ["a 4"]
-    list(make_train_loader(VocDataset(index), dataclasses.replace(data, reduced_jpeg=False), 1))
-    list(make_train_loader(VocDataset(index, lambda sample, _: sample), data, 1))
+    list(
+        make_train_loader(DetectionDataset(index), dataclasses.replace(data, reduced_jpeg=False), 1)
+    )
+    list(make_train_loader(DetectionDataset(index, lambda sample, _: sample), data, 1))
     assert decodes() == ["a 1", "a 1"]
     # Random scale and the batch's own size can ask for 64 * 1.5 * 1.5 pixels.
     large = dataclasses.replace(data.augment, scale=(0.5, 1.5), multiscale=(0.5, 1.5))
-    list(make_train_loader(VocDataset(index), dataclasses.replace(data, augment=large), 1))
+    list(make_train_loader(DetectionDataset(index), dataclasses.replace(data, augment=large), 1))
     assert decodes() == ["a 2"]

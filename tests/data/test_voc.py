@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinydet.data.voc import VocDataset, read_index
+from tinydet.data.voc import DetectionDataset, read_index
 
 
 def test_read_index__coordinates_are_one_based_and_inclusive(tree):
@@ -94,7 +94,7 @@ def test_read_index__exif_orientation_only_where_the_stated_size_calls_for_it(tr
     index = read_index(tree.split("turned", "stored", "upside-down", "plain"), "train")
     assert index.sizes.tolist() == [[60, 40], [40, 60], [40, 60], [40, 60]]
     assert index.problems.counts == {"exif_applied": 1, "exif_ignored": 2}
-    dataset = VocDataset(index)
+    dataset = DetectionDataset(index)
     for i in range(4):
         assert tuple(dataset[i].image.shape[1:]) == index.size(i)
 
@@ -104,8 +104,8 @@ def test_read_index__grey_and_cmyk_become_rgb(tree):
     tree.add("b", mode="CMYK")
     index = read_index(tree.split("a", "b"), "train")
     assert index.problems.examples["not_rgb"] == ["a: L", "b: CMYK"]
-    assert VocDataset(index)[0].image.shape == (3, 40, 60)
-    assert VocDataset(index)[1].image.shape == (3, 40, 60)
+    assert DetectionDataset(index)[0].image.shape == (3, 40, 60)
+    assert DetectionDataset(index)[1].image.shape == (3, 40, 60)
 
 
 def test_read_index__split_lines(tree):
@@ -135,7 +135,7 @@ def test_read_index__images_without_objects_stay(tree):
     index = read_index(tree.split("b", "a"), "train")
     assert index.image_ids == ["b", "a"]
     assert index.objects(0).boxes.shape == (0, 4)
-    sample = VocDataset(index)[0]
+    sample = DetectionDataset(index)[0]
     assert sample.boxes.shape == (0, 4)
     assert sample.labels.dtype == torch.int64
 
@@ -242,13 +242,13 @@ def test_read_index__bccd(bccd):
 def test_voc_dataset__sample_and_transform(tree):
     tree.add("a", [("cat", (11, 6, 30, 20), True)])
     index = read_index(tree.split("a"), "train")
-    sample = VocDataset(index)[0]
+    sample = DetectionDataset(index)[0]
     assert sample.boxes.tolist() == [[10, 5, 30, 20]]
     assert sample.difficult.tolist() == [True]
     assert (sample.image_id, sample.size, sample.scale) == ("a", (40, 60), (1.0, 1.0))
     sample.boxes.zero_()
     assert index.boxes.any(), "samples must not share memory with the index"
-    drawn = VocDataset(index, lambda _, generator: torch.rand(3, generator=generator))
+    drawn = DetectionDataset(index, lambda _, generator: torch.rand(3, generator=generator))
     torch.testing.assert_close(drawn[0], drawn[0])
 
 
@@ -345,7 +345,7 @@ def test_read_index__unicode_forms_of_file_names(tree):
     assert index.image_ids == [decomposed, composed + "2"]
     assert len(index.labels) == 2
     assert index.problems.counts == {"duplicate_id": 1}
-    assert VocDataset(index)[0].image.shape == (3, 40, 60)
+    assert DetectionDataset(index)[0].image.shape == (3, 40, 60)
 
 
 def test_read_index__paths_to_elsewhere_are_not_taken_for_ours(tree):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tinydet.config import Optim
 from tinydet.layers import AconA, AconB, AconC, MetaAcon
-from tinydet.training.optim import make_optimizer, make_plan
+from tinydet.training.optim import make_optimizer, make_schedule
 
 ALL = [AconA, AconB, AconC, MetaAcon]
 SHAPES = [(3, 6), (2, 6, 5), (2, 6, 4, 7), (1, 6, 2, 3, 4), (1, 6, 1, 1)]
@@ -235,7 +235,7 @@ def test_no_parameter_decays(kind):
     model = nn.Module()
     model.backbone = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), kind(6))
     optim = Optim(weight_decay=0.1)
-    optimizer = make_optimizer(model, optim, make_plan(optim, 8, 100))
+    optimizer = make_optimizer(model, optim, make_schedule(optim, 8, 100))
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decays[id(model.backbone[0].weight)] == 0.1
     assert all(decays[id(p)] == 0 for p in model.backbone[1].parameters())

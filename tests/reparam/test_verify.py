@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinydet.reparam.verify import compare, difference
+from tinydet.reparam.verify import compare_outputs, difference
 
 
 @dataclass
@@ -51,9 +51,9 @@ def test_difference__empty_tensors_are_equal():
 
 def test_compare__inputs_survive_inplace_models():
     x = torch.tensor([-1.0, 2.0])
-    assert compare(nn.ReLU(inplace=True), nn.ReLU(), [x, (x,)]).max_abs == 0.0
+    assert compare_outputs(nn.ReLU(inplace=True), nn.ReLU(), [x, (x,)]).max_abs == 0.0
     assert x.tolist() == [-1.0, 2.0]
-    assert compare(nn.ReLU(), nn.Identity(), [x]).max_abs == 1.0
+    assert compare_outputs(nn.ReLU(), nn.Identity(), [x]).max_abs == 1.0
 
 
 def test_compare__nothing_to_compare():
@@ -62,4 +62,4 @@ def test_compare__nothing_to_compare():
             return str(x.shape)
 
     with pytest.raises(ValueError, match="no tensor"):
-        compare(Mute(), Mute(), [torch.zeros(1)])
+        compare_outputs(Mute(), Mute(), [torch.zeros(1)])

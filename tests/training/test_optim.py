@@ -5,42 +5,42 @@ import torch
 from torch import nn
 
 from tinydet.config import Optim
-from tinydet.training.optim import learning_rate_factor, make_optimizer, make_plan
+from tinydet.training.optim import learning_rate_factor, make_optimizer, make_schedule
 
 
 def test_plan_scales_rate_up_and_warmup_down_with_the_batch():
-    plan = make_plan(Optim(lr=0.03, warmup_iters=1500), total_batch=32, iterations=10_000)
-    assert plan.lr == pytest.approx(0.06)
-    assert plan.warmup_iters == 750
-    assert "0.03 -> 0.06" in plan.lines[0]
-    assert "1500 -> 750" in plan.lines[0]
+    schedule = make_schedule(Optim(lr=0.03, warmup_iters=1500), total_batch=32, iterations=10_000)
+    assert schedule.lr == pytest.approx(0.06)
+    assert schedule.warmup_iters == 750
+    assert "0.03 -> 0.06" in schedule.lines[0]
+    assert "1500 -> 750" in schedule.lines[0]
 
 
 def test_plan_says_nothing_at_the_base_batch_and_when_scaling_is_off():
-    assert make_plan(Optim(), 16, 10_000).lines == ()
-    plan = make_plan(Optim(lr=0.03, scale_with_batch=False), 64, 10_000)
-    assert (plan.lr, plan.warmup_iters, plan.lines) == (0.03, 1500, ())
+    assert make_schedule(Optim(), 16, 10_000).lines == ()
+    schedule = make_schedule(Optim(lr=0.03, scale_with_batch=False), 64, 10_000)
+    assert (schedule.lr, schedule.warmup_iters, schedule.lines) == (0.03, 1500, ())
 
 
 def test_plan_cuts_a_warmup_longer_than_a_third_of_the_run():
-    plan = make_plan(Optim(warmup_iters=1500), 16, 300)
-    assert plan.warmup_iters == 100
-    assert "300" in plan.lines[0]
+    schedule = make_schedule(Optim(warmup_iters=1500), 16, 300)
+    assert schedule.warmup_iters == 100
+    assert "300" in schedule.lines[0]
 
 
 def test_step_schedule_by_hand():
     # 12 epochs of 100 iterations, drops after epochs 8 and 11, warm-up over 100 from 0.1.
     optim = Optim(warmup_iters=100, warmup_factor=0.1)
-    plan = make_plan(optim, 16, 1200)
+    schedule = make_schedule(optim, 16, 1200)
     expected = {0: 0.1, 50: 0.55, 100: 1.0, 799: 1.0, 800: 0.1, 1099: 0.1, 1100: 0.01, 1199: 0.01}
-    got = {i: learning_rate_factor(optim, plan, i) for i in expected}
+    got = {i: learning_rate_factor(optim, schedule, i) for i in expected}
     assert got == pytest.approx(expected)
 
 
 def test_cosine_schedule_by_hand():
     optim = Optim(schedule="cosine", warmup_iters=0)
-    plan = make_plan(optim, 16, 100)
-    got = [learning_rate_factor(optim, plan, i) for i in (0, 25, 50, 75, 100)]
+    schedule = make_schedule(optim, 16, 100)
+    got = [learning_rate_factor(optim, schedule, i) for i in (0, 25, 50, 75, 100)]
     assert got == pytest.approx([1, 0.5 + 2**0.5 / 4, 0.5, 0.5 - 2**0.5 / 4, 0], abs=1e-12)
 
 
@@ -52,8 +52,8 @@ class _Net(nn.Module):
 
 
 def _groups(net, optim):
-    plan = make_plan(optim, 16, 100)
-    return make_optimizer(net, optim, plan)
+    schedule = make_schedule(optim, 16, 100)
+    return make_optimizer(net, optim, schedule)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

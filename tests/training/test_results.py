@@ -17,7 +17,7 @@ from tinydet.evaluation.errors import image_errors
 from tinydet.report.draw_errors import DETECTION_COLOR, TRUTH_COLOR
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.loop import train
-from tinydet.training.pictures import sample_images, worst_images
+from tinydet.training.pictures import draw_samples, worst_images
 from tinydet.training.results import evaluate_again
 
 
@@ -79,7 +79,7 @@ def test_an_image_that_is_gone_is_not_drawn(split):
     names = [w["name"] for w in worst_images(metrics, gone, count=len(split))]
     assert len(names) == len(split) - 1
     assert split.image_ids[0] not in names
-    assert split.image_ids[0] not in sample_images(metrics, gone)
+    assert split.image_ids[0] not in draw_samples(metrics, gone)
 
 
 def test_the_page_is_made_of_what_was_measured(run):
@@ -160,7 +160,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tiny_experiment, tmp
 def test_boxes_are_drawn_where_the_objects_are(split):
     metrics = _metrics(split, lambda _, found: found)
     truth = ground_truth(split)
-    for name, drawing in sample_images(metrics, split).items():
+    for name, drawing in draw_samples(metrics, split).items():
         boxes = truth[split.image_ids.index(name)].boxes * (320 / 96)
         color = torch.tensor(DETECTION_COLOR, dtype=torch.uint8)[:, None, None]
         ys, xs = torch.nonzero((drawing == color).all(0)).numpy().T
@@ -168,7 +168,7 @@ def test_boxes_are_drawn_where_the_objects_are(split):
         expected = [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
         np.testing.assert_allclose(drawn, expected, atol=1.5)
     nothing = _metrics(split, lambda _, found: _empty(*found))
-    for name, drawing in sample_images(nothing, split).items():
+    for name, drawing in draw_samples(nothing, split).items():
         color = torch.tensor(TRUTH_COLOR, dtype=torch.uint8)[:, None, None]
         ys, _ = torch.nonzero((drawing == color).all(0)).numpy().T
         lowest = truth[split.image_ids.index(name)].boxes[:, 3].max() * (320 / 96)

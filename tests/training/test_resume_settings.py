@@ -181,7 +181,7 @@ def test_every_other_setting_of_the_optimiser_takes_effect(tiny_experiment, opti
             k: v for k, v in two.items() if k not in ("params", "lr")
         }
     assert resumed.optimizer_steps_done == 3
-    rate = fresh.plan.lr * learning_rate_factor(changed.optim, fresh.plan, 3)
+    rate = fresh.schedule.lr * learning_rate_factor(changed.optim, fresh.schedule, 3)
     assert resumed.lr == pytest.approx(rate, rel=1e-12)
 
 

@@ -20,7 +20,7 @@ from tinydet.data.sample import Batch, Sample
 from tinydet.data.sampler import TestBatches, TrainBatches
 from tinydet.data.sources import TestSource, TrainSource
 from tinydet.data.transforms import network_size, padded_size, test_transform
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 from tinydet.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def dead_workers_named() -> Iterator[None]:
 
 
 def make_train_loader(
-    dataset: VocDataset,
+    dataset: DetectionDataset,
     data: Data,
     batch_size: int,
     seed: int = 0,
@@ -125,7 +125,7 @@ def make_train_loader(
 
 
 def make_test_loader(
-    dataset: VocDataset,
+    dataset: DetectionDataset,
     data: Data,
     batch_size: int,
     *,

@@ -16,7 +16,7 @@ from tinydet.data.sampler import SampleKey, largest_image_size
 from tinydet.data.seeding import integer, seeded_generator
 from tinydet.data.training_images import TrainingImages
 from tinydet.data.transforms import plain, train_transform
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 
 
 class TrainSource(Dataset[Sample]):
@@ -31,7 +31,9 @@ class TrainSource(Dataset[Sample]):
         epochs: epochs of the whole run, or None; decides which of them are plain.
     """
 
-    def __init__(self, dataset: VocDataset, data: Data, seed: int, epochs: int | None) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, data: Data, seed: int, epochs: int | None
+    ) -> None:
         self.dataset = dataset
         self.seed = seed
         self.transform = train_transform(data)
@@ -81,7 +83,7 @@ class TestSource(Dataset[Sample]):
         transform: called with the sample in its original size and a generator.
     """
 
-    def __init__(self, dataset: VocDataset, transform: Callable[..., Sample]) -> None:
+    def __init__(self, dataset: DetectionDataset, transform: Callable[..., Sample]) -> None:
         self.dataset = dataset
         self.transform = transform
 

@@ -13,7 +13,7 @@ from tinydet.config import ConfigError
 from tinydet.data.image import JPEG_SUFFIXES, read_image
 from tinydet.data.image_cache import ImageCache
 from tinydet.data.sample import Sample
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 from tinydet.memory import machine_memory
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class TrainingImages:
 
     def __init__(
         self,
-        dataset: VocDataset,
+        dataset: DetectionDataset,
         largest_size: Callable[[tuple[int, int]], tuple[int, int]] | None,
         cache_mb: int,
     ) -> None:
@@ -81,7 +81,7 @@ def largest_reduction(size: tuple[int, int], needed: tuple[int, int]) -> int:
 
 
 def _reductions(
-    dataset: VocDataset, largest_size: Callable[[tuple[int, int]], tuple[int, int]] | None
+    dataset: DetectionDataset, largest_size: Callable[[tuple[int, int]], tuple[int, int]] | None
 ) -> np.ndarray:
     """Return the reduction of each image, (I,) uint8, and say how many are reduced."""
     index = dataset.index
@@ -104,7 +104,7 @@ def _reductions(
     return reductions
 
 
-def _make_cache(dataset: VocDataset, reductions: np.ndarray, cache_mb: int) -> ImageCache:
+def _make_cache(dataset: DetectionDataset, reductions: np.ndarray, cache_mb: int) -> ImageCache:
     memory_mb = machine_memory() // 2**20
     if cache_mb > memory_mb:
         raise ConfigError(

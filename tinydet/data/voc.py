@@ -45,7 +45,7 @@ _OTHER_ENCODINGS = (
 )
 
 
-class VocDataset(Dataset[Sample]):
+class DetectionDataset(Dataset[Sample]):
     """The samples of an index; an image that cannot be decoded raises ValueError.
 
     Args:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from tinydet.config import Data, Experiment
 from tinydet.data.dataset import is_missing, load_split
 from tinydet.data.loader import make_test_loader
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def sample_images(
     except (ValueError, OSError) as error:
         return _random(data.image_size, batch_size, str(error))
     batches, left = [], count
-    for batch in make_test_loader(VocDataset(index), data, batch_size):
+    for batch in make_test_loader(DetectionDataset(index), data, batch_size):
         batches.append(batch.images[:left])
         left -= len(batches[-1])
         if left <= 0:
@@ -64,7 +64,7 @@ def largest_input(data: Data) -> tuple[int, int]:
     return height, width
 
 
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Return (B, 3, H, W) uint8 images in another size; the aspect ratio is not kept."""
     images = functional.interpolate(images.float(), size, mode="bilinear", antialias=True)
     return images.round().clamp(0, 255).to(torch.uint8)

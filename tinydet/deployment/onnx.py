@@ -44,7 +44,7 @@ from tinydet.deployment.decoding import (
     scores_and_boxes,
 )
 from tinydet.deployment.fixed_padding import with_fixed_padding
-from tinydet.deployment.images import random_images, resized, sample_images
+from tinydet.deployment.images import random_images, resize_images, sample_images
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.deployment.runtime import OUTPUTS, open_session, unpack
@@ -139,7 +139,7 @@ def export_checkpoint(
     batches = list(images.batches) if size is None else []
     # Photographs, not noise, where there are any: on noise a network may be all rounding.
     for n in (1, 3):
-        same_size = [resized(batch, size or (64 + 32 * n, 96)) for batch in images.batches]
+        same_size = [resize_images(batch, size or (64 + 32 * n, 96)) for batch in images.batches]
         batches.append(torch.cat(same_size * n)[:n])
     model = export_detector(detector, experiment.data, size, nms)
     path = out or source.with_suffix(".onnx")

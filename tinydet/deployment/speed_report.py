@@ -14,7 +14,7 @@ from torch import Tensor
 from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, count
 from tinydet.deployment.gemm import gemm_peak
-from tinydet.deployment.images import random_images, resized, sample_images
+from tinydet.deployment.images import random_images, resize_images, sample_images
 from tinydet.deployment.reparameterize import fold_detector, load_folded
 from tinydet.deployment.speed import (
     Form,
@@ -179,7 +179,7 @@ def _batches(experiment: Experiment, options: SpeedOptions) -> tuple[list[Tensor
     elif options.size:
         batches = [random_images(options.batch_size, options.size)]
     if options.size:
-        batches = [resized(batch, options.size) for batch in batches]
+        batches = [resize_images(batch, options.size) for batch in batches]
     return batches, images.source
 
 

@@ -8,14 +8,14 @@ from tinydet.reparam.branches import BLOCKS
 from tinydet.reparam.expand import expand, expanded_names
 from tinydet.reparam.fold import fold
 from tinydet.reparam.report import FoldReport, Step
-from tinydet.reparam.verify import Difference, compare
+from tinydet.reparam.verify import OutputDifference, compare_outputs
 
 __all__ = [
     "BLOCKS",
-    "Difference",
     "FoldReport",
+    "OutputDifference",
     "Step",
-    "compare",
+    "compare_outputs",
     "expand",
     "expanded_names",
     "fold",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Difference:
+class OutputDifference:
     """How far two sets of outputs are apart.
 
     Attributes:
@@ -26,9 +26,9 @@ class Difference:
     max_abs: float = 0.0
     max_rel: float = 0.0
 
-    def merge(self, other: Difference) -> Difference:
+    def merge(self, other: OutputDifference) -> OutputDifference:
         """Return the larger of both, field by field."""
-        return Difference(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
+        return OutputDifference(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -44,7 +44,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def difference(a: Any, b: Any) -> Difference:
+def difference(a: Any, b: Any) -> OutputDifference:
     """Compare two outputs tensor by tensor.
 
     Args:
@@ -62,21 +62,21 @@ def difference(a: Any, b: Any) -> Difference:
     shapes_b = [tuple(t.shape) for t in tensors_b]
     if shapes_a != shapes_b:
         raise ValueError(f"outputs have other shapes: {shapes_a} and {shapes_b}")
-    largest = Difference()
+    largest = OutputDifference()
     for x, y in zip(tensors_a, tensors_b, strict=True):
         if x.numel() == 0:
             continue
         x, y = x.detach().double(), y.detach().double().to(x.device)
         max_abs = (x - y).abs().max().item()
         if not math.isfinite(max_abs):
-            return Difference(math.inf, math.inf)
+            return OutputDifference(math.inf, math.inf)
         scale = x.abs().max().item()
         max_rel = 0.0 if max_abs == 0.0 else max_abs / scale if scale > 0.0 else math.inf
-        largest = largest.merge(Difference(max_abs, max_rel))
+        largest = largest.merge(OutputDifference(max_abs, max_rel))
     return largest
 
 
-def compare(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Difference:
+def compare_outputs(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> OutputDifference:
     """Run two networks on the same inputs and compare what they return.
 
     Args:
@@ -90,7 +90,7 @@ def compare(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Difference:
     Raises:
         ValueError: the outputs differ in number or shape, or hold no tensor at all.
     """
-    largest = Difference()
+    largest = OutputDifference()
     with torch.no_grad():
         for item in inputs:
             arguments = item if isinstance(item, tuple) else (item,)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tinydet.reparam.fold import exact_arithmetic, fold
 from tinydet.reparam.norms import is_norm, why_not_linear
 from tinydet.reparam.report import FoldReport
-from tinydet.reparam.verify import compare, difference
+from tinydet.reparam.verify import compare_outputs, difference
 from tinydet.reparam.zoo_models import (
     build_model,
     example_images,
@@ -141,7 +141,9 @@ def _fold_one(name: str) -> dict[str, Any]:
             takes_other = _runs(model64, example_images(name, 1, *other).double())
             inputs = [example_images(name, 1, side, side)]
             inputs += [example_images(name, 1, *other)] if takes_other else []
-            error64 = max(error64, compare(model64, folded64, [x.double() for x in inputs]).max_rel)
+            error64 = max(
+                error64, compare_outputs(model64, folded64, [x.double() for x in inputs]).max_rel
+            )
         baseline32 = difference(expected, model(images)).max_rel
         error32 = difference(expected, folded(images)).max_rel
     left = {path: module for path, module in folded.named_modules() if is_norm(module)}

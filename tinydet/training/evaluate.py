@@ -7,7 +7,7 @@ import torch
 from tinydet.config import ConfigError, Data
 from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
 from tinydet.training.distributed import all_gather_dict, rank, world_size
 from tinydet.yolof.network import Network
@@ -29,7 +29,12 @@ def detect_split(
     Processes that train together share the images, and all of them get all detections.
     """
     loader = make_test_loader(
-        VocDataset(index), data, batch_size, rank=rank(), world_size=world_size(), device=device
+        DetectionDataset(index),
+        data,
+        batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        device=device,
     )
     found: dict[str, ImageDetections] = {}
     for batch in loader:

@@ -26,7 +26,7 @@ from tinydet.data.loader import (
 )
 from tinydet.data.sample import Batch
 from tinydet.data.seeding import seed_globally
-from tinydet.data.voc import VocDataset
+from tinydet.data.voc import DetectionDataset
 from tinydet.evaluation.saved_detections import save_detections
 from tinydet.training.checkpoint import build_unloaded, previous_of, read_last
 from tinydet.training.device import pick_device
@@ -41,7 +41,7 @@ from tinydet.training.distributed import (
 from tinydet.training.evaluate import evaluate_detector, require_objects
 from tinydet.training.log import RunLog
 from tinydet.training.nonfinite import NonFiniteGuard
-from tinydet.training.pictures import sample_images
+from tinydet.training.pictures import draw_samples
 from tinydet.training.results import write_experiment, write_results
 from tinydet.training.resume import (
     changed_settings,
@@ -107,7 +107,7 @@ def _train(
     logger.info(
         f"{experiment.name}: {experiment.model.backbone}, {experiment.model.weights} weights; "
         f"{len(train_index)} training and {len(test_index)} test images, "
-        f"{len(state.detector.classes)} classes; {state.plan.iterations} iterations; {run_dir}"
+        f"{len(state.detector.classes)} classes; {state.schedule.iterations} iterations; {run_dir}"
     )
     saver = Saver(run_dir, state)
     if checkpoint is None:
@@ -140,7 +140,7 @@ def prepare(
         lambda: (load_split(data, data.train_split), load_split(data, data.test_split))
     )
     loader = make_train_loader(
-        VocDataset(train_index),
+        DetectionDataset(train_index),
         data,
         settings.batch_size,
         settings.seed,
@@ -277,7 +277,7 @@ def _evaluate(
     detector = state.eval_model.eval()
     broadcast_buffers(detector)
     metrics = evaluate_detector(detector, test_index, data, settings.eval_batch_size, device)
-    images = sample_images(metrics, test_index) if rank() == 0 else {}
+    images = draw_samples(metrics, test_index) if rank() == 0 else {}
     log.evaluation(state.epoch, state.steps_done, metrics.as_dict(), images)
     best_before = state.best_ap50
     # Where AP50 is undefined (NaN: nothing to find), the newest weights are the best.

@@ -13,7 +13,7 @@ from tinydet.config import Optim
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How long and how fast this run learns, after scaling.
 
     Attributes:
@@ -31,7 +31,7 @@ class Plan:
     lines: tuple[str, ...]
 
 
-def make_plan(optim: Optim, total_batch: int, iterations: int) -> Plan:
+def make_schedule(optim: Optim, total_batch: int, iterations: int) -> Schedule:
     """Scale rate and warm-up to the total batch by the linear rule (arXiv 1706.02677, section 2.1).
 
     Epochs fix the number of iterations, so that one is scaled by itself. Warm-up takes at most a
@@ -52,30 +52,32 @@ def make_plan(optim: Optim, total_batch: int, iterations: int) -> Plan:
             f"warm-up cut from {warmup} to {iterations // 3} iterations: the run has {iterations}"
         )
         warmup = iterations // 3
-    return Plan(iterations, lr, warmup, total_batch, tuple(lines))
+    return Schedule(iterations, lr, warmup, total_batch, tuple(lines))
 
 
-def learning_rate_factor(optim: Optim, plan: Plan, iteration: int) -> float:
+def learning_rate_factor(optim: Optim, schedule: Schedule, iteration: int) -> float:
     """Return the fraction of the peak rate that optimiser step `iteration` (from 0) uses."""
-    done = iteration / plan.iterations
+    done = iteration / schedule.iterations
     if optim.schedule == "cosine":
         factor = (1 + math.cos(math.pi * min(done, 1.0))) / 2
     else:
         factor = optim.gamma ** sum(done >= milestone for milestone in optim.milestones)
-    if iteration < plan.warmup_iters:
-        risen = iteration / plan.warmup_iters
+    if iteration < schedule.warmup_iters:
+        risen = iteration / schedule.warmup_iters
         factor *= optim.warmup_factor + (1 - optim.warmup_factor) * risen
     return factor
 
 
-def set_learning_rate(optimizer: Optimizer, optim: Optim, plan: Plan, iteration: int) -> None:
+def set_learning_rate(
+    optimizer: Optimizer, optim: Optim, schedule: Schedule, iteration: int
+) -> None:
     """Give every parameter group the rate of optimiser step `iteration` (from 0)."""
-    factor = learning_rate_factor(optim, plan, iteration)
+    factor = learning_rate_factor(optim, schedule, iteration)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> Optimizer:
+def make_optimizer(model: nn.Module, optim: Optim, schedule: Schedule) -> Optimizer:
     """Return the optimiser, with the rate of the first step; see `set_learning_rate`.
 
     Norms, biases and per-channel scales (every parameter of one dimension) do not decay; the
@@ -90,7 +92,7 @@ def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> Optimizer:
     param_groups = [
         {
             "params": parameters,
-            "initial_lr": plan.lr * (optim.backbone_lr_factor if backbone else 1.0),
+            "initial_lr": schedule.lr * (optim.backbone_lr_factor if backbone else 1.0),
             "weight_decay": optim.weight_decay if decays else 0.0,
         }
         for (backbone, decays), parameters in groups.items()
@@ -104,5 +106,5 @@ def make_optimizer(model: nn.Module, optim: Optim, plan: Plan) -> Optimizer:
         for parameter in model.parameters():
             if parameter.requires_grad and optim.momentum:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    set_learning_rate(optimizer, optim, plan, 0)
+    set_learning_rate(optimizer, optim, schedule, 0)
     return optimizer

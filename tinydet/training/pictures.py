@@ -62,7 +62,7 @@ def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[st
     return worst
 
 
-def sample_images(metrics: Metrics, index: Index, count: int = 4) -> dict[str, Tensor]:
+def draw_samples(metrics: Metrics, index: Index, count: int = 4) -> dict[str, Tensor]:
     """Return drawings of the same few images each time, from all over the split.
 
     Args:

@@ -80,7 +80,7 @@ def write_results(
     write_json(path, results)
     try:
         if is_best:
-            notes = [f"{state.precision.dtype}: {state.precision.reason}", *state.plan.lines]
+            notes = [f"{state.precision.dtype}: {state.precision.reason}", *state.schedule.lines]
             write_details(run_dir, metrics, train_index, test_index, notes)
         write_page(run_dir)
     except (OSError, ValueError) as error:  # No page is worth the end of a run.

@@ -20,7 +20,7 @@ from tinydet.training.distributed import (
     wrap_ddp,
 )
 from tinydet.training.ema import AveragedWeights
-from tinydet.training.optim import Plan, make_optimizer, make_plan, set_learning_rate
+from tinydet.training.optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 from tinydet.training.precision import Precision, choose_precision
 from tinydet.yolof.detector import Detector
 
@@ -38,7 +38,7 @@ class TrainingState:
         ema: its averaged weights, if there are any.
         optimizer: steps the detector's weights.
         scaler: scales the loss in float16, else does nothing.
-        plan: iterations and learning rate after scaling.
+        schedule: iterations and learning rate after scaling.
         precision: dtype and memory format of a step.
         batches_an_epoch: length of the loader.
         epoch: epochs done and evaluated.
@@ -56,7 +56,7 @@ class TrainingState:
     ema: AveragedWeights | None
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    plan: Plan
+    schedule: Schedule
     precision: Precision
     batches_an_epoch: int
     epoch: int = 0
@@ -77,7 +77,7 @@ class TrainingState:
     def set_learning_rate(self) -> None:
         """Give the optimiser the rate of its next step."""
         position = self.optimizer_steps_done
-        set_learning_rate(self.optimizer, self.experiment.optim, self.plan, position)
+        set_learning_rate(self.optimizer, self.experiment.optim, self.schedule, position)
 
     @property
     def steps_left(self) -> int:
@@ -126,7 +126,7 @@ class TrainingState:
 def start_training(
     experiment: Experiment, detector: Detector, batches_an_epoch: int, first_batch: Batch
 ) -> TrainingState:
-    """Plan the run and build its optimiser around a fresh detector; says what it chose.
+    """Schedule the run and build its optimiser around a fresh detector; says what it chose.
 
     Args:
         experiment: what is trained.
@@ -137,7 +137,7 @@ def start_training(
     settings = experiment.train
     device = first_batch.images.device
     steps_an_epoch = -(-batches_an_epoch // settings.accumulate)
-    plan = make_plan(
+    schedule = make_schedule(
         experiment.optim,
         settings.batch_size * settings.accumulate * world_size(),
         steps_an_epoch * settings.epochs,
@@ -146,7 +146,7 @@ def start_training(
     timed = choose_precision(settings, device, detector, first_batch.images, first_batch.targets)
     precision = broadcast_from_rank0(lambda: timed)
     logger.info("%s, %s: %s", precision.dtype, precision.memory_format, precision.reason)
-    for line in plan.lines:
+    for line in schedule.lines:
         logger.info(line)
     ema = AveragedWeights(detector, settings.ema_decay) if settings.ema_decay else None
     precision.prepare(detector)
@@ -155,7 +155,7 @@ def start_training(
     if settings.compile:
         for part in (detector.backbone, detector.encoder, detector.head):
             part.compile()
-    optimizer = make_optimizer(detector, experiment.optim, plan)
+    optimizer = make_optimizer(detector, experiment.optim, schedule)
     return TrainingState(
         experiment=experiment,
         detector=detector,
@@ -163,7 +163,7 @@ def start_training(
         ema=ema,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.dtype == "float16"),
-        plan=plan,
+        schedule=schedule,
         precision=precision,
         batches_an_epoch=batches_an_epoch,
     )
