@@ -6,9 +6,8 @@ ROWS = [("cat", "1.0", "100"), ("猫[b]", "12.5", "-"), ("a long name " * 20, "0
 
 
 def test_text_table__columns_are_aligned_whatever_is_in_them():
-    head, rule, *lines = text_table(("class", "AP", "boxes"), ROWS)
+    head, *lines = text_table(("class", "AP", "boxes"), ROWS)
     assert head.split() == ["class", "AP", "boxes"]
-    assert not set(rule) - set("-─ ")
     for line, (name, *cells) in zip(lines, ROWS, strict=True):
         assert line.startswith(name.rstrip())
         assert line.split()[-2:] == cells

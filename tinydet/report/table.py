@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
         header: names of the columns.
         rows: cells, as many in each row as there are columns.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, safe_box=True)
+    table = Table(box=None, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
