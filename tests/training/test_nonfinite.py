@@ -76,7 +76,7 @@ def test_a_bad_step_leaves_no_trace_but_a_report(
 def test_a_verdict_one_step_late_protects_as_well(
     tiny_experiment, tmp_path, monkeypatch, optimizer
 ):
-    """What a GPU does, here on a CPU: the optimiser skips, the host hears of it a step later."""
+    """What a GPU does, here on a CPU: the optimizer skips, the host hears of it a step later."""
     late = functools.partial(NonFiniteGuard, lag=1)
     monkeypatch.setattr(loop, "NonFiniteGuard", late)
     before = _spoil(monkeypatch, {0, 2, 5})

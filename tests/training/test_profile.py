@@ -12,7 +12,7 @@ def test_a_profile_tells_of_every_part_and_leaves_no_run(tiny_experiment, tmp_pa
     monkeypatch.chdir(tmp_path)
     settings = replace(tiny_experiment.train, batch_size=3)
     told = "\n".join(profile_training(replace(tiny_experiment, train=settings), steps=3))
-    for word in ("loop", "waiting", "bare step", "forward", "losses", "backward", "optimiser"):
+    for word in ("loop", "waiting", "bare step", "forward", "losses", "backward", "optimizer"):
         assert word in told
     assert "batches of 3 images" in told
     assert not list(tmp_path.iterdir())
@@ -31,7 +31,7 @@ def test_waiting_for_data_is_told_apart(tiny_experiment, monkeypatch):
     figures = dict(re.findall(r"^\s*(\w+(?: step)?) +([\d.]+) (?:ms|img)", told, re.MULTILINE))
     assert float(figures["waiting"]) >= 300
     assert float(figures["loop"]) >= 300 + float(figures["bare step"]) / 2
-    parts = sum(float(figures[name]) for name in ("forward", "losses", "backward", "optimiser"))
+    parts = sum(float(figures[name]) for name in ("forward", "losses", "backward", "optimizer"))
     assert parts == pytest.approx(float(figures["bare step"]), rel=0.5)
     assert float(figures["loader"]) <= 10
 

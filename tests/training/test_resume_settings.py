@@ -89,7 +89,7 @@ def test_the_learning_rate_follows_from_the_fraction_of_the_run(
     resumed = next(r for r in records if r["step"] > 5)
     done = 1.25 / settings.epochs
     assert rate(done + 1e-9) - 1e-9 <= resumed["lr"] <= rate(done - 1 / at_optimizer_step) + 1e-9
-    # The last optimiser step is one short of the end of the cosine.
+    # The last optimizer step is one short of the end of the cosine.
     assert records[-1]["lr"] == pytest.approx(rate(1 - 1 / at_optimizer_step), rel=1e-4)
     steps = [r["step"] for r in records]
     assert steps == sorted(set(steps)), "steps are counted on"
@@ -166,8 +166,8 @@ OPTIM = [path for path in _paths() if path.startswith("optim.") and path not in 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("path", OPTIM)
-def test_every_other_setting_of_the_optimiser_takes_effect(tiny_experiment, optimizer, path):
-    """A resumed optimiser and schedule are those of a fresh run of the changed experiment."""
+def test_every_other_setting_of_the_optimizer_takes_effect(tiny_experiment, optimizer, path):
+    """A resumed optimizer and schedule are those of a fresh run of the changed experiment."""
     experiment = override(tiny_experiment, [f"optim.optimizer={optimizer}", "train.ema_decay=0"])
     state, *_ = prepare(experiment, CPU)
     state.epoch = 1

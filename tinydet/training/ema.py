@@ -1,4 +1,4 @@
-"""Averaged weights: steadier than the last step's, and the ones evaluated and shipped."""
+"""Exponential moving average of the weights, which is evaluated and deployed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from torch import Tensor, nn
 class AveragedWeights:
     """An exponential moving average of a network's weights and buffers.
 
-    The decay rises with the number n of updates as min(decay, (1 + n) / (10 + n)), so that a short
-    run is not held back by its random start; the first update copies. Not torch's `AveragedModel`,
-    which sorts the tensors into groups at every update: five times the work of averaging a small
-    network.
+    The decay rises with the number n of updates as min(decay, (1 + n) / (10 + n)), so that the
+    random start does not weigh on a short run; the first update copies. torch's `AveragedModel`
+    regroups the tensors in every update, which takes five times as long for a small network.
 
     Attributes:
         module: a copy of the network, holding the averages.
         updates: made so far.
 
     Args:
-        network: what is averaged; `update` follows the tensors it has at the first call.
+        network: what is averaged; its tensors must stay the same objects after the first update.
         decay: of the average, in [0, 1).
     """
 
@@ -36,7 +35,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Draw the averages to the network's weights, and copy what is no floating-point number."""
+        """Update the averages; integer buffers are copied."""
         if self._floats is None:
             self._floats = ([], [])
             for mean, value in zip(_tensors(self.module), _tensors(self._network), strict=True):

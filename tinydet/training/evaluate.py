@@ -1,4 +1,4 @@
-"""Run a detector over a split and score it."""
+"""Evaluate a detector on a split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def detect_split(
 ) -> list[ImageDetections]:
     """Return the detections of every image of a split, in the index's order, in original pixels.
 
-    Processes that train together share the images, and all of them get all detections.
+    Several processes share the images; each returns all detections.
     """
     loader = make_test_loader(
         DetectionDataset(index),

@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule and the linear scaling rule."""
+"""Optimizer, learning-rate schedule and the linear scaling rule of the batch size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tinydet.config import Optim
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast this run learns, after scaling.
+    """Length and learning rate of a run, after scaling to its batch size.
 
     Attributes:
-        iterations: optimiser steps of the whole run.
+        iterations: optimizer steps of the whole run.
         lr: peak learning rate.
-        warmup_iters: optimiser steps of warm-up.
-        total_batch: images an optimiser step, over all processes.
-        lines: what was scaled, one line each, to be shown.
+        warmup_iters: optimizer steps of warm-up.
+        total_batch: images an optimizer step, over all processes.
+        lines: what was scaled, one line each, for the user.
     """
 
     iterations: int
@@ -34,8 +34,8 @@ class Schedule:
 def make_schedule(optim: Optim, total_batch: int, iterations: int) -> Schedule:
     """Scale rate and warm-up to the total batch by the linear rule (arXiv 1706.02677, section 2.1).
 
-    Epochs fix the number of iterations, so that one is scaled by itself. Warm-up takes at most a
-    third of the run: a short trial should reach its learning rate.
+    The number of iterations follows from the epochs. Warm-up takes at most a third of the run, so
+    that a short trial reaches its learning rate.
     """
     factor = total_batch / optim.base_batch if optim.scale_with_batch else 1.0
     lr = optim.lr * factor
@@ -43,20 +43,20 @@ def make_schedule(optim: Optim, total_batch: int, iterations: int) -> Schedule:
     lines = []
     if factor != 1:
         lines.append(
-            f"linear rule: {total_batch} images a step instead of {optim.base_batch}, so "
+            f"linear scaling to {total_batch} images per step (from {optim.base_batch}): "
             f"lr {optim.lr:g} -> {lr:g}, warm-up {optim.warmup_iters} -> {warmup} iterations "
-            "(optim.scale_with_batch=false turns this off)"
+            "(turn off with optim.scale_with_batch=false)"
         )
     if warmup > iterations // 3:
         lines.append(
-            f"warm-up cut from {warmup} to {iterations // 3} iterations: the run has {iterations}"
+            f"warm-up shortened from {warmup} to {iterations // 3} iterations, a third of the run"
         )
         warmup = iterations // 3
     return Schedule(iterations, lr, warmup, total_batch, tuple(lines))
 
 
 def learning_rate_factor(optim: Optim, schedule: Schedule, iteration: int) -> float:
-    """Return the fraction of the peak rate that optimiser step `iteration` (from 0) uses."""
+    """Return the fraction of the peak rate that optimizer step `iteration` (from 0) uses."""
     done = iteration / schedule.iterations
     if optim.schedule == "cosine":
         factor = (1 + math.cos(math.pi * min(done, 1.0))) / 2
@@ -71,17 +71,17 @@ def learning_rate_factor(optim: Optim, schedule: Schedule, iteration: int) -> fl
 def set_learning_rate(
     optimizer: Optimizer, optim: Optim, schedule: Schedule, iteration: int
 ) -> None:
-    """Give every parameter group the rate of optimiser step `iteration` (from 0)."""
+    """Give every parameter group the rate of optimizer step `iteration` (from 0)."""
     factor = learning_rate_factor(optim, schedule, iteration)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
 def make_optimizer(model: nn.Module, optim: Optim, schedule: Schedule) -> Optimizer:
-    """Return the optimiser, with the rate of the first step; see `set_learning_rate`.
+    """Return the optimizer, with the rate of the first step; see `set_learning_rate`.
 
-    Norms, biases and per-channel scales (every parameter of one dimension) do not decay; the
-    parameters of `model.backbone` learn at `optim.backbone_lr_factor` times the rate.
+    Norms, biases and per-channel scales (all one-dimensional parameters) have no weight decay; the
+    parameters of `model.backbone` have `optim.backbone_lr_factor` times the learning rate.
     """
     in_backbone = {id(p) for p in model.backbone.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -101,8 +101,8 @@ def make_optimizer(model: nn.Module, optim: Optim, schedule: Schedule) -> Optimi
         optimizer = AdamW(param_groups, betas=(optim.momentum, 0.999), fused=True)
     else:
         optimizer = torch.optim.SGD(param_groups, momentum=optim.momentum, fused=True)
-        # The fused optimiser would make these at its first step, and leave them uninitialised where
-        # a non-finite gradient makes it skip that step; zeros give the same first step.
+        # The fused optimizer would allocate these in its first step, and leave them uninitialized
+        # where a non-finite gradient makes it skip that step; zeros give the same first step.
         for parameter in model.parameters():
             if parameter.requires_grad and optim.momentum:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

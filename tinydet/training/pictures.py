@@ -1,4 +1,4 @@
-"""Detections drawn on test images: the worst, a fixed few, or those of two detectors."""
+"""Drawings of detections and errors: worst images, a fixed sample, or two detectors compared."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _ON_PAGE, _IN_EVENTS = (384, 640), (320, 320)
 
 
 def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[str, Any]]:
-    """Return the images with the most and the surest mistakes, the worst first.
+    """Return the images with the most confident errors, sorted by `ImageErrors.badness`.
 
-    An image is as bad as `ImageErrors.badness` says; images without mistakes are left out.
+    Images without errors are left out.
 
     Args:
         metrics: of the split, with its detections.
@@ -63,7 +63,7 @@ def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[st
 
 
 def draw_samples(metrics: Metrics, index: Index, count: int = 4) -> dict[str, Tensor]:
-    """Return drawings of the same few images each time, from all over the split.
+    """Return drawings of a few images spread evenly over the split, the same ones each time.
 
     Args:
         metrics: of the split, with its detections.
@@ -86,9 +86,9 @@ def draw_samples(metrics: Metrics, index: Index, count: int = 4) -> dict[str, Te
 
 
 def draw_change(change: ImageChange, index: Index, names: Sequence[str]) -> Tensor | None:
-    """Return the errors of two detectors side by side; None if the file is not there any more.
+    """Return the errors of two detectors side by side; None if the image cannot be read.
 
-    Thick and named are those that the other one does not make.
+    Errors that only one of them makes are drawn thick and labelled.
 
     Args:
         change: of one image.
@@ -107,16 +107,16 @@ def draw_change(change: ImageChange, index: Index, names: Sequence[str]) -> Tens
             return None
         drawings.append(drawing)
         captions.append(f"{name}: {_caption(errors)}")
-    below = "truth dashed, detections solid; thick and named: missed, or false, on this side alone"
+    below = "ground truth dashed, detections solid; thick with a label: an error on this side only"
     return side_by_side(drawings, captions, f"{index.image_ids[change.index]}: {below}")
 
 
 def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> Tensor | None:
-    """Return an image with its errors; None if its file is not there any more."""
+    """Return an image with its errors drawn; None if it cannot be read."""
     try:
         image = read_image(index.image_path(i), bool(index.turned[i]))
     except (OSError, ValueError) as error:
-        logger.info("%s is not drawn: %s", index.image_ids[i], error)
+        logger.info("%s cannot be drawn: %s", index.image_ids[i], error)
         return None
     image, factor = resize_between(image, *sides)
     names, found = class_names(tuple(index.classes)), errors.detections

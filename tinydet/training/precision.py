@@ -1,4 +1,4 @@
-"""Which dtype and memory format a step runs in, measured where it cannot be known."""
+"""The dtype and memory format of a training step; on a CPU "auto" measures them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Precision:
     Attributes:
         dtype: of autocast; "float32" is without.
         memory_format: of weights and images.
-        reason: one line that says how it was chosen.
+        reason: how it was chosen, in one line.
     """
 
     dtype: str
@@ -42,18 +42,18 @@ class Precision:
 
     @property
     def torch_format(self) -> torch.memory_format:
-        """The memory format as torch names it."""
+        """The memory format as torch's object."""
         return _FORMATS[self.memory_format]
 
     def prepare(self, model: nn.Module) -> None:
-        """Put a model's weights into the memory format, and a CPU's layers into shape."""
+        """Convert a model's weights to the memory format, and some layers for a CPU."""
         model.to(memory_format=self.torch_format)
         if next(model.parameters()).device.type == "cpu":
             prepare_for_cpu(model, bfloat16=self.dtype == "bfloat16")
 
     @contextmanager
     def autocast(self, device: torch.device) -> Iterator[None]:
-        """Run the forward pass in this dtype."""
+        """Autocast the forward pass to this dtype."""
         enabled = self.dtype != "float32"
         with torch.autocast(device.type, _DTYPES[self.dtype], enabled=enabled):
             yield
@@ -66,22 +66,22 @@ def choose_precision(
     images: Tensor,
     targets: Sequence[dict[str, Tensor]],
 ) -> Precision:
-    """Take what the experiment says; where it says "auto", the best for this model and device.
+    """Return the experiment's precision, with "auto" resolved for this model and device.
 
-    A GPU gets float16 (with loss scaling) and channels_last. On a CPU the best format and dtype
-    differ by several times from model to model, so real training steps are timed on a copy.
+    On a GPU "auto" is float16 (with loss scaling) and channels_last. On a CPU the speed of formats
+    and dtypes differs by several times from model to model, so training steps of a copy are timed.
 
     Raises:
-        ConfigError: float16 on a CPU, where gradients would need loss scaling and nothing is won.
+        ConfigError: float16 on a CPU, which would need loss scaling and is not faster.
     """
     if device.type != "cuda" and train.dtype == "float16":
-        raise ConfigError("train.dtype=float16: for a GPU; on a CPU take bfloat16, float32 or auto")
+        raise ConfigError("train.dtype=float16 needs a GPU; on a CPU use bfloat16, float32 or auto")
     if "auto" not in (train.dtype, train.memory_format):
-        return Precision(train.dtype, train.memory_format, "as the experiment says")
+        return Precision(train.dtype, train.memory_format, "set by the experiment")
     if device.type == "cuda":
         dtype = "float16" if train.dtype == "auto" else train.dtype
         memory_format = "channels_last" if train.memory_format == "auto" else train.memory_format
-        return Precision(dtype, memory_format, "the usual choice for a GPU")
+        return Precision(dtype, memory_format, "default on a GPU")
 
     dtypes = ("float32", "bfloat16") if train.dtype == "auto" else (train.dtype,)
     formats = (
@@ -94,7 +94,7 @@ def choose_precision(
         seconds[dtype, memory_format] = _time_step(candidate, detector, images, targets, best)
     dtype, memory_format = min(seconds, key=seconds.__getitem__)
     timings = ", ".join(f"{d} {f} {s:.2f} s" for (d, f), s in sorted(seconds.items()))
-    return Precision(dtype, memory_format, f"fastest of the steps timed: {timings}")
+    return Precision(dtype, memory_format, f"fastest of {timings} per step")
 
 
 def _time_step(
@@ -104,10 +104,10 @@ def _time_step(
     targets: Sequence[dict[str, Tensor]],
     best: float,
 ) -> float:
-    """Return the seconds of a training step: the shortest of two after one to warm up.
+    """Return the seconds of a training step: the shorter of two after one warm-up step.
 
-    A candidate whose warm-up alone took twice the best so far is not run again, unless there are
-    other processes, which would wait for the steps left out.
+    A candidate whose warm-up step took twice the best time so far is given up, unless other
+    processes would wait for its remaining steps.
     """
     model = copy.deepcopy(detector)
     precision.prepare(model)
@@ -126,12 +126,12 @@ def _time_step(
 
 
 def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
-    """Give convolutions a class that trains well on a CPU; the network stays the same function.
+    """Swap the class of convolutions that a CPU computes badly; function and weights stay the same.
 
-    Strided 1x1 convolutions of few channels take every n-th pixel first: oneDNN writes past its
-    workspace in their backward pass and kills the process (github.com/uxlfoundation/oneDNN, number
-    6035; to be removed once torch ships the fix). In bfloat16 depthwise convolutions stay in
-    float32, where the backward pass of most is several times faster; those of 1x1 without a stride,
+    Strided 1x1 convolutions of few channels subsample their input first: oneDNN writes beyond its
+    workspace in their backward pass and the process crashes (github.com/uxlfoundation/oneDNN,
+    number 6035; to be removed once torch ships the fix). In bfloat16, depthwise convolutions run in
+    float32, where the backward pass of most is several times faster; 1x1 ones without a stride,
     which scale each channel, are faster in bfloat16.
     """
     for module in model.modules():
@@ -147,7 +147,7 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
 
 
 class _Subsampled(nn.Module):
-    """Put before a conv class in the order of bases, takes every n-th pixel before a 1x1 conv."""
+    """Mixin before a conv class: subsamples the input of a strided 1x1 convolution."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         top, left = self.padding
@@ -156,7 +156,7 @@ class _Subsampled(nn.Module):
 
 
 class _InFloat32(nn.Module):
-    """Put before a layer class in the order of bases, runs that layer outside autocast."""
+    """Mixin before a layer class: runs the layer outside autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -1,7 +1,7 @@
-"""Where the time of a training step goes: the whole loop beside the bare step it is built around.
+"""Where the time of a training step goes: the whole loop beside the bare step.
 
-The bare step is forward, losses, backward and optimiser on one batch that lies in memory. What the
-loop takes beyond it is ours: waiting for data, copying it, averaged weights, checks, the log.
+The bare step is forward, losses, backward and optimizer on one batch in memory. The rest of the
+loop is waiting for data, copying it, averaged weights, checks and the log.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
 
@@ -27,20 +27,20 @@ from tinydet.training.runs import Saver
 from tinydet.training.signals import Signals
 from tinydet.training.state import TrainingState
 
-_ROUNDS = 5  # in each, loop and bare step have a turn
-_WARM_UP = 4  # steps of a turn that are not timed: batches made in advance are used up in them
-_PARTS = ("forward", "losses", "backward", "optimiser")
+_ROUNDS = 5  # the loop and the bare step take turns
+_WARM_UP = 4  # untimed steps of a turn, in which prefetched batches are used up
+_PARTS = ("forward", "losses", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """How long a step of the whole loop takes, and how the step was made.
+    """Time of a step of the whole loop, of one batch.
 
     Attributes:
         seconds: the median.
-        steps_an_epoch: of the training split.
-        dtype: what it computes in, "auto" resolved.
-        memory_format: of its weights and images, "auto" resolved.
+        steps_an_epoch: batches in an epoch.
+        dtype: with "auto" resolved.
+        memory_format: with "auto" resolved.
     """
 
     seconds: float
@@ -50,16 +50,18 @@ class StepTime:
 
 
 def time_steps(experiment: Experiment, steps: int = 20) -> StepTime:
-    """Train some steps, throw them away, and return how long one takes, its data included.
+    """Train a few steps, discard them, and return the time of one, including its data.
 
     Args:
         experiment: what is trained.
-        steps: to be timed, after some to warm up in each epoch.
+        steps: how many are timed.
 
     Raises:
         ConfigError: a field of the experiment cannot be met.
     """
     device = pick_device(experiment.train.device)
+    # Steps are timed batch by batch.
+    experiment = replace(experiment, train=replace(experiment.train, accumulate=1))
     state, loader, _, _ = prepare(experiment, device)
     warm_up = min(_WARM_UP, len(loader) // 2)
     part = _Part(loader, min(len(loader), warm_up + steps), device)
@@ -80,28 +82,30 @@ def time_steps(experiment: Experiment, steps: int = 20) -> StepTime:
 
 
 def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
-    """Train some steps and throw them away, yielding what to tell the user line by line.
+    """Train a few steps, discard them, and yield the profile line by line.
 
     Args:
         experiment: what is trained.
-        steps: timed in each of the turns that the loop and the bare step take.
+        steps: timed in each turn.
 
     Raises:
         ConfigError: a field of the experiment cannot be met.
         ValueError: an epoch has fewer steps than a turn.
     """
     device = pick_device(experiment.train.device)
+    # Steps are timed batch by batch.
+    experiment = replace(experiment, train=replace(experiment.train, accumulate=1))
     state, loader, _, _ = prepare(experiment, device)
     if len(loader) < _WARM_UP + steps:
         raise ValueError(
-            f"--profile: an epoch has {len(loader)} steps, a turn needs {_WARM_UP + steps}; take "
+            f"--profile: an epoch has {len(loader)} steps and {_WARM_UP + steps} are needed; use "
             "more images or a smaller train.batch_size"
         )
     part = _Part(loader, _WARM_UP + steps, device)
     batch = next(iter(loader)).to(device)
     yield (
-        f"profile     {_ROUNDS} turns of {steps} steps, batches of {len(batch)} images, the one in "
-        f"memory of {batch.images.shape[-2]}x{batch.images.shape[-1]} pixels"
+        f"profile     {_ROUNDS} turns of {steps} steps, {len(batch)} images a batch; bare step on "
+        f"{batch.images.shape[-2]}x{batch.images.shape[-1]} pixels"
     )
     loop, waits, bare = [], [], {name: [] for name in _PARTS}
     with tempfile.TemporaryDirectory() as folder:
@@ -120,10 +124,10 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
     whole = statistics.median(loop)
     totals = [sum(times) for times in zip(*bare.values(), strict=True)]
     yield (
-        f"loop        {1000 * whole:.1f} ms a step, {len(batch) / whole:.1f} img/s: "
-        f"{whole / statistics.median(totals):.3f} of the bare step"
+        f"loop        {1000 * whole:.1f} ms per step, {len(batch) / whole:.1f} img/s, "
+        f"{whole / statistics.median(totals):.3f} times the bare step"
     )
-    yield f"waiting     {1000 * statistics.median(waits):.1f} ms of it for data"
+    yield f"waiting     {1000 * statistics.median(waits):.1f} ms of it, for data"
     yield f"bare step   {1000 * statistics.median(totals):.1f} ms"
     for name, seconds in bare.items():
         share = statistics.median(seconds) / statistics.median(totals)
@@ -132,7 +136,7 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
 
 
 class _Part:
-    """The first batches of each epoch of a loader, and how long each step and each wait took."""
+    """The first batches of each epoch of a loader; measures each step and each wait for data."""
 
     def __init__(self, loader: DetectionLoader, number: int, device: torch.device) -> None:
         self._loader = loader
@@ -194,6 +198,6 @@ def _loader_alone(loader: DetectionLoader, number: int) -> str:
     speed = images / (time.perf_counter() - start)
     workers = loader.num_workers
     return (
-        f"loader      {speed:.0f} img/s alone, with {workers} "
+        f"loader      {speed:.0f} img/s by itself, with {workers} "
         f"process{'' if workers == 1 else 'es'}{'' if workers else ', in this one'}"
     )

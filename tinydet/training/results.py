@@ -1,4 +1,4 @@
-"""What a run leaves for people and scripts: JSON files, and `report.html` made of them."""
+"""A run's results: `metrics.json`, `report.json` and the `report.html` made of them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def write_experiment(run_dir: Path, experiment: Experiment, changed: Sequence[str] = ()) -> None:
-    """Write the resolved experiment, and add this process to those that worked on the run.
-
-    `load_experiment` reads `experiment.json`, so it can be run again; `sessions.json` is a list.
+    """Write `experiment.json`, which can be run again, and add this process to `sessions.json`.
 
     Args:
-        run_dir: the run's folder.
-        experiment: what is trained from here on.
-        changed: the settings that were others before the run was resumed.
+        run_dir: the run's folder, created if missing.
+        experiment: the resolved experiment.
+        changed: settings that differ from before the run was resumed.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "experiment.json", experiment_to_dict(experiment))
@@ -57,9 +55,10 @@ def write_results(
     train_index: Index,
     test_index: Index,
 ) -> None:
-    """Write `metrics.json`, the numbers of best.pt and of the run so far, and `report.html`.
+    """Write `metrics.json` and `report.html`.
 
-    `AP50` and its kin belong to best.pt, saved after `best_epoch`; `last_AP50` to last.pt.
+    `AP50` and the other metrics are those of best.pt, saved after `best_epoch`; `last_AP50` is that
+    of last.pt.
     """
     path = run_dir / "metrics.json"
     best = {**metrics.as_dict(), "best_epoch": state.epoch}
@@ -83,21 +82,21 @@ def write_results(
             notes = [f"{state.precision.dtype}: {state.precision.reason}", *state.schedule.lines]
             write_details(run_dir, metrics, train_index, test_index, notes)
         write_page(run_dir)
-    except (OSError, ValueError) as error:  # No page is worth the end of a run.
-        logger.warning("report.html is not written: %s", error)
+    except (OSError, ValueError) as error:  # A run must not end for want of a page.
+        logger.warning("report.html cannot be written: %s", error)
 
 
 def write_details(
     run_dir: Path, metrics: Metrics, train_index: Index, test_index: Index, notes: Sequence[str]
 ) -> None:
-    """Write `report.json`: what the page shows of best.pt and is not in `metrics.json`.
+    """Write `report.json`: what the page shows beside `metrics.json`.
 
     Args:
         run_dir: the run's folder.
         metrics: of the test split.
         train_index: the training split.
         test_index: the test split.
-        notes: what the run chose by itself, a sentence each.
+        notes: choices that the run made, one sentence each.
     """
     voc = metrics.voc
     errors = tide(metrics.detections, ground_truth(test_index), len(metrics.classes))
@@ -121,7 +120,7 @@ def write_details(
 
 
 def evaluate_again(run_dir: Path, device: str) -> None:
-    """Evaluate a run's best.pt on its test split, and write `report.json` anew.
+    """Evaluate a run's best.pt on its test split and rewrite `report.json`.
 
     Raises:
         ValueError: a file of the run cannot be used, or the data set is missing.
@@ -139,5 +138,5 @@ def evaluate_again(run_dir: Path, device: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON; NaN is refused, since many readers do."""
+    """Write JSON without NaN, which is not valid JSON."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -22,7 +22,7 @@ from tinydet.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-# The rest of the model is the network, whose weights and optimiser state are in the checkpoint.
+# The rest of the model is the network, whose weights and optimizer state are in the checkpoint.
 _CHANGEABLE_IN_MODEL = {
     "match_topk",
     "match_pos_ignore",
@@ -72,8 +72,7 @@ def keep_precision(
 ) -> Experiment:
     """Return the experiment with what "auto" chose when the checkpoint's run began.
 
-    A run begun in float16 on a GPU and resumed on a CPU, which has no float16 training, chooses
-    anew.
+    A float16 run of a GPU that is resumed on a CPU, which cannot train in float16, chooses again.
     """
     if device.type != "cuda" and content.get("dtype") == "float16":
         return experiment
@@ -128,7 +127,7 @@ def restore(state: TrainingState, content: dict[str, Any], path: Path) -> None:
         state.optimizer.load_state_dict(content["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: not a run of this experiment's model and optimiser"
+            f"{path}: its weights are not those of this experiment's model"
         ) from error
     # The checkpoint's would silently take the place of the experiment's.
     for group, values in zip(state.optimizer.param_groups, hyperparameters, strict=True):
@@ -159,7 +158,7 @@ def _position(state: TrainingState, step: int, batches_an_epoch: int) -> int:
     """Return the batches done of an epoch that had another number of them when they were done."""
     now = step * state.batches_an_epoch // batches_an_epoch
     if now < state.batches_an_epoch:
-        # Gradients of half an optimiser step are not in the checkpoint: its batches come again.
+        # Accumulated gradients are not in the checkpoint: these batches are repeated.
         now -= now % state.experiment.train.accumulate
     return now
 

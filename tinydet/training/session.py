@@ -1,4 +1,4 @@
-"""How a run was started: command, versions, machine, and the state of the code."""
+"""How a run was started: command, versions, machine, and git commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinydet.training.device import describe_device
 
 
 def this_session(device: torch.device) -> dict[str, str]:
-    """Return what is worth knowing of this process, for people to read.
+    """Return the command, versions and machine of this process, as strings to show.
 
     Args:
         device: where it trains.
@@ -38,7 +38,7 @@ def this_session(device: torch.device) -> dict[str, str]:
 
 
 def git_state(folder: Path) -> str:
-    """Return the commit that a folder is at and whether it was changed since, in words."""
+    """Return a folder's git commit and the number of uncommitted files, as a phrase."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return "not a git checkout"
@@ -52,7 +52,7 @@ def git_state(folder: Path) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    # Reading only: no lock is taken, and no program that the checkout's own settings name is run.
+    # Takes no lock, and runs no program that the repository's own settings name.
     options = ["--no-optional-locks", "-c", "core.fsmonitor=false"]
     try:
         done = subprocess.run(

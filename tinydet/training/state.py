@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, and how it is put into a checkpoint."""
+"""Everything that changes while a run trains, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class TrainingState:
     Attributes:
         experiment: what is trained.
         detector: the network being trained.
-        network: the same, averaging gradients where several processes train it.
-        ema: its averaged weights, if there are any.
-        optimizer: steps the detector's weights.
-        scaler: scales the loss in float16, else does nothing.
+        network: the detector, wrapped in DistributedDataParallel if there are several processes.
+        ema: averaged weights, None without.
+        optimizer: of the detector.
+        scaler: scales the loss in float16; disabled otherwise.
         schedule: iterations and learning rate after scaling.
         precision: dtype and memory format of a step.
         batches_an_epoch: length of the loader.
-        epoch: epochs done and evaluated.
-        step: batches done of the epoch after those; all of them where its evaluation is to come.
+        epoch: epochs trained and evaluated.
+        step: batches done of the next epoch; all of them if only its evaluation is left.
         steps_done: batches trained on since the run began.
-        best_ap50: highest so far.
+        best_ap50: highest so far, -1 before the first.
         train_seconds: spent in training steps, without evaluation.
-        images_seen: trained on so far.
-        bad_in_a_row: steps since the last one whose loss and gradient were numbers.
+        images_seen: images trained on, over all processes.
+        bad_in_a_row: optimizer steps skipped since the last one that was made.
     """
 
     experiment: Experiment
@@ -69,28 +69,28 @@ class TrainingState:
 
     @property
     def optimizer_steps_done(self) -> int:
-        """Position in the learning-rate schedule: what epochs and batches done have as steps."""
+        """Position in the learning-rate schedule."""
         accumulate = self.experiment.train.accumulate
         steps_an_epoch = -(-self.batches_an_epoch // accumulate)
         return self.epoch * steps_an_epoch + -(-self.step // accumulate)
 
     def set_learning_rate(self) -> None:
-        """Give the optimiser the rate of its next step."""
+        """Set the learning rate of the next optimizer step."""
         position = self.optimizer_steps_done
         set_learning_rate(self.optimizer, self.experiment.optim, self.schedule, position)
 
     @property
     def steps_left(self) -> int:
-        """Batches still to be trained on."""
+        """Batches left in the run."""
         return (self.experiment.train.epochs - self.epoch) * self.batches_an_epoch - self.step
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next optimiser step, outside the backbone."""
+        """Learning rate of the next optimizer step, outside the backbone."""
         return self.optimizer.param_groups[-1]["lr"]
 
     def count_batch(self, images: int) -> None:
-        """Count a batch of so many images, over all ranks, as trained on."""
+        """Count a batch with this many images over all ranks."""
         self.step += 1
         self.steps_done += 1
         self.images_seen += images
@@ -126,13 +126,13 @@ class TrainingState:
 def start_training(
     experiment: Experiment, detector: Detector, batches_an_epoch: int, first_batch: Batch
 ) -> TrainingState:
-    """Schedule the run and build its optimiser around a fresh detector; says what it chose.
+    """Return the state of a new run; choices made here are logged.
 
     Args:
         experiment: what is trained.
         detector: on its device.
         batches_an_epoch: length of the loader.
-        first_batch: a real batch on the same device, for timing steps.
+        first_batch: a batch on the same device, to time steps with.
     """
     settings = experiment.train
     device = first_batch.images.device
@@ -142,7 +142,7 @@ def start_training(
         settings.batch_size * settings.accumulate * world_size(),
         steps_an_epoch * settings.epochs,
     )
-    # All time steps, as each waits for the others in its loss; what the first one finds holds.
+    # Every rank times steps, since the loss synchronizes them; the choice of rank 0 is taken.
     timed = choose_precision(settings, device, detector, first_batch.images, first_batch.targets)
     precision = broadcast_from_rank0(lambda: timed)
     logger.info("%s, %s: %s", precision.dtype, precision.memory_format, precision.reason)
