@@ -14,7 +14,7 @@ def test_a_profile_tells_of_every_part_and_leaves_no_run(tiny_experiment, tmp_pa
     told = "\n".join(profile_training(replace(tiny_experiment, train=settings), steps=3))
     for word in ("loop", "waiting", "bare step", "forward", "losses", "backward", "optimizer"):
         assert word in told
-    assert "batches of 3 images" in told
+    assert "3 images a batch" in told
     assert not list(tmp_path.iterdir())
 
 

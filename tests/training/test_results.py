@@ -154,7 +154,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tiny_experiment, tmp
     once = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=1))
     train(once, folder)
     assert (folder / "last.pt").is_file()
-    assert "report.html is not written" in caplog.text
+    assert "report.html cannot be written" in caplog.text
 
 
 def test_boxes_are_drawn_where_the_objects_are(split):

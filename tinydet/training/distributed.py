@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tinydet.config import ConfigError
 
 T = TypeVar("T")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _STEPS_BETWEEN_SYNCS = 10
 
@@ -163,7 +164,7 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, static_graph=True)
 
 
-def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+def sync_batchnorm(model: ModuleT, device: torch.device) -> ModuleT:
     """Return the model with batch norms that compute their statistics over all ranks.
 
     With timm's conversion: torch's own drops the activation of a `BatchNormAct2d`.
@@ -176,7 +177,7 @@ def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
             "train.sync_norms: torch's SyncBatchNorm runs on GPUs only; turn it off on a CPU, or "
             "set model.freeze_norms"
         )
-    return convert_sync_batchnorm(model)
+    return cast(ModuleT, convert_sync_batchnorm(model))
 
 
 def _is_initialized() -> bool:

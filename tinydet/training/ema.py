@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
-class AveragedWeights:
+
+class AveragedWeights(Generic[NetworkT]):
     """An exponential moving average of a network's weights and buffers.
 
     The decay rises with the number n of updates as min(decay, (1 + n) / (10 + n)), so that the
@@ -25,7 +28,7 @@ class AveragedWeights:
         decay: of the average, in [0, 1).
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: NetworkT, decay: float) -> None:
         self.module = deepcopy(network)
         self.updates = 0
         self._network = network

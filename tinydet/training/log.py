@@ -155,7 +155,7 @@ class RunLog:
         if self._path is None:
             return
         record = {k: _round(v) for k, v in record.items()}
-        self._append(json.dumps(record, allow_nan=False) + "\n")
+        self._append(self._path, json.dumps(record, allow_nan=False) + "\n")
         with self._events_may_fail():
             if self._events is None:
                 return
@@ -168,18 +168,18 @@ class RunLog:
                 self._events.add_image(name, image, record["step"])
             self._events.flush()
 
-    def _append(self, line: str) -> None:
-        """Append a whole line to log.jsonl, or warn once until it can be written again."""
-        size = self._path.stat().st_size if self._path.is_file() else 0
+    def _append(self, path: Path, line: str) -> None:
+        """Append a whole line to a file, or warn once until it can be written again."""
+        size = path.stat().st_size if path.is_file() else 0
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(line)
             self._is_written = True
         except OSError as error:
             with suppress(OSError):  # Half a line would spoil the next one too.
-                os.truncate(self._path, size)
+                os.truncate(path, size)
             if self._is_written:
-                logger.warning("%s: log lines are lost (%s)", self._path, error.strerror)
+                logger.warning("%s: log lines are lost (%s)", path, error.strerror)
             self._is_written = False
 
     @contextmanager

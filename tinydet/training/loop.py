@@ -84,7 +84,8 @@ def train(
 def _train(
     experiment: Experiment, run_dir: Path | None, resume_from: Path | None, device: torch.device
 ) -> None:
-    checkpoint, changed = None, []
+    checkpoint: dict[str, Any] | None = None
+    changed: list[str] = []
     if resume_from is not None:
         checkpoint = broadcast_from_rank0(lambda: read_last(resume_from))
         check_resumable(experiment, checkpoint, resume_from)
@@ -93,7 +94,7 @@ def _train(
     if run_dir is not None and (resume_from is None or not _same(run_dir, resume_from.parent)):
         _check_unused(run_dir)
     state, loader, train_index, test_index = prepare(experiment, device, checkpoint)
-    if checkpoint is not None:
+    if checkpoint is not None and resume_from is not None:
         restore(state, checkpoint, resume_from)
     run_dir = broadcast_from_rank0(lambda: run_dir or new_run_dir(experiment.name))
     if rank() == 0:
@@ -204,24 +205,25 @@ def train_epoch(
     for batches in _groups(loader, settings.accumulate):  # an optimizer step each
         guard.snapshot()
         losses: list[Mapping[str, Tensor]] = []
-        positives: Tensor | float = 0.0
+        loss_weights: list[Tensor] = []
         for batch in batches:
             batch = batch.to(device, non_blocking=True)
             images = batch.images.contiguous(memory_format=state.precision.torch_format)
             seed_globally(device, "step", settings.seed, state.epoch, state.step, rank())
             with state.precision.autocast(device):
                 batch_losses, num_positives = state.network(images, batch.targets)
-            loss = sum(batch_losses.values())
+            loss: Tensor = sum(batch_losses.values())
             if settings.accumulate > 1:
-                # Weighted by its positives; the accumulated gradient is divided by all of them.
-                share = num_positives / settings.batch_size
-                loss, positives = loss * share, positives + share
+                # A mean over the batch's positives: weighted by their number, and the gradient
+                # divided by the sum of the weights, it adds up to that of one large batch.
+                loss_weights.append(num_positives / settings.batch_size)
+                loss = loss * loss_weights[-1]
             state.scaler.scale(loss).backward()
             losses.append(batch_losses)
             images_done = len(batch) * world_size()
             state.count_batch(images_done)
             log.step(state.epoch + 1, state.steps_done, batch_losses, state.lr, images_done)
-        _optimizer_step(state, guard, batches, losses, positives)
+        _optimizer_step(state, guard, batches, losses, loss_weights)
         state.train_seconds += time.perf_counter() - start
         wanted = (signals.received is not None, saver.is_due)
         stop, save = any_rank_wants(wanted, device, state.step, settings.accumulate)
@@ -241,15 +243,15 @@ def _optimizer_step(
     guard: NonFiniteGuard,
     batches: Sequence[Batch],
     losses: Sequence[Mapping[str, Tensor]],
-    positives: Tensor | float,
+    loss_weights: list[Tensor],
 ) -> None:
     """Clip the gradient, update the weights and their average, and set the next learning rate."""
     clip_norm = state.experiment.optim.clip_norm
     weights = [p for p in state.detector.parameters() if p.grad is not None]
-    gradients = [p.grad for p in weights]
+    gradients = [p.grad for p in weights if p.grad is not None]
     state.scaler.unscale_(state.optimizer)
-    if state.experiment.train.accumulate > 1:
-        torch._foreach_div_(gradients, positives)
+    if loss_weights:
+        torch._foreach_div_(gradients, torch.stack(loss_weights).sum())
     norm = get_total_norm(gradients)
     # Comparing would make the host wait for a GPU: there the gradient is always multiplied.
     if clip_norm and (norm.is_cuda or norm > clip_norm):

@@ -94,7 +94,8 @@ class NonFiniteGuard:
         bad = any_rank(~torch.stack(values).isfinite().all())
         step = _Step(state.epoch + 1, state.steps_done, batches, losses, self._snapshots[-1], bad)
         if self._lag and not state.scaler.is_enabled():
-            state.optimizer.found_inf = bad.float()  # as a GradScaler tells fused optimizers
+            # As a GradScaler does for fused optimizers.
+            state.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         if bad.is_cuda:
             step.bad = torch.empty((), dtype=torch.bool, pin_memory=True)
             step.bad.copy_(bad, non_blocking=True)

@@ -83,7 +83,7 @@ def make_optimizer(model: nn.Module, optim: Optim, schedule: Schedule) -> Optimi
     Norms, biases and per-channel scales (all one-dimensional parameters) have no weight decay; the
     parameters of `model.backbone` have `optim.backbone_lr_factor` times the learning rate.
     """
-    in_backbone = {id(p) for p in model.backbone.parameters()}
+    in_backbone = {id(p) for p in model.get_submodule("backbone").parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -97,6 +97,7 @@ def make_optimizer(model: nn.Module, optim: Optim, schedule: Schedule) -> Optimi
         }
         for (backbone, decays), parameters in groups.items()
     ]
+    optimizer: Optimizer
     if optim.optimizer == "adamw":
         optimizer = AdamW(param_groups, betas=(optim.momentum, 0.999), fused=True)
     else:

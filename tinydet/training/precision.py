@@ -78,13 +78,15 @@ def choose_precision(
         raise ConfigError("train.dtype=float16 needs a GPU; on a CPU use bfloat16, float32 or auto")
     if "auto" not in (train.dtype, train.memory_format):
         return Precision(train.dtype, train.memory_format, "set by the experiment")
+    dtype: str
+    memory_format: str
     if device.type == "cuda":
         dtype = "float16" if train.dtype == "auto" else train.dtype
         memory_format = "channels_last" if train.memory_format == "auto" else train.memory_format
         return Precision(dtype, memory_format, "default on a GPU")
 
-    dtypes = ("float32", "bfloat16") if train.dtype == "auto" else (train.dtype,)
-    formats = (
+    dtypes: tuple[str, ...] = ("float32", "bfloat16") if train.dtype == "auto" else (train.dtype,)
+    formats: tuple[str, ...] = (
         ("channels_last", "contiguous") if train.memory_format == "auto" else (train.memory_format,)
     )
     seconds: dict[tuple[str, str], float] = {}
@@ -141,13 +143,17 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
         scales = of_1x1 and not strided and module.groups == module.out_channels
         plain = type(module) in (nn.Conv2d, ExpandedConv2d)
         if of_1x1 and strided and module.in_channels < 16 and plain:
-            module.__class__ = _with(_Subsampled, type(module))
+            module.__class__ = _with(_Subsampled, type(module))  # type: ignore[assignment, arg-type]
         elif bfloat16 and module.groups > 1 and not scales:
-            module.__class__ = _with(_InFloat32, type(module))
+            module.__class__ = _with(_InFloat32, type(module))  # type: ignore[assignment, arg-type]
 
 
 class _Subsampled(nn.Module):
     """Mixin before a conv class: subsamples the input of a strided 1x1 convolution."""
+
+    padding: tuple[int, int]
+    stride: tuple[int, int]
+    groups: int
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         top, left = self.padding

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from tinydet.config import Experiment
 from tinydet.data.loader import DetectionLoader
@@ -65,13 +67,14 @@ def time_steps(experiment: Experiment, steps: int = 20) -> StepTime:
     state, loader, _, _ = prepare(experiment, device)
     warm_up = min(_WARM_UP, len(loader) // 2)
     part = _Part(loader, min(len(loader), warm_up + steps), device)
+    loop_loader = cast(DetectionLoader, part)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         guard, saver = NonFiniteGuard(state, Path(folder)), Saver(Path(folder), state)
         for epoch in count():
             state.epoch, state.step = epoch, 0
             with RunLog(Path(folder), 0, part.number) as log:
-                train_epoch(state, part, device, log, guard, saver, Signals())
+                train_epoch(state, loop_loader, device, log, guard, saver, Signals())
             seconds += part.steps[warm_up:]
             if len(seconds) >= steps:
                 break
@@ -107,31 +110,32 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
         f"profile     {_ROUNDS} turns of {steps} steps, {len(batch)} images a batch; bare step on "
         f"{batch.images.shape[-2]}x{batch.images.shape[-1]} pixels"
     )
-    loop, waits, bare = [], [], {name: [] for name in _PARTS}
+    loop_loader = cast(DetectionLoader, part)
+    loop: list[float] = []
+    waits: list[float] = []
+    bare: dict[str, list[float]] = {name: [] for name in _PARTS}
     with tempfile.TemporaryDirectory() as folder:
         guard, saver = NonFiniteGuard(state, Path(folder)), Saver(Path(folder), state)
         for epoch in range(_ROUNDS):
             state.epoch, state.step = epoch, 0
             with RunLog(Path(folder), 0, _WARM_UP + steps) as log:
-                train_epoch(state, part, device, log, guard, saver, Signals())
+                train_epoch(state, loop_loader, device, log, guard, saver, Signals())
             loop += part.steps[_WARM_UP:]
             waits += part.waits[_WARM_UP:]
-            for times in [_bare_step(state, batch, device) for _ in range(_WARM_UP + steps)][
-                _WARM_UP:
-            ]:
-                for name, seconds in times.items():
-                    bare[name].append(seconds)
+            parts = [_bare_step(state, batch, device) for _ in range(_WARM_UP + steps)]
+            for name in _PARTS:
+                bare[name] += [part_seconds[name] for part_seconds in parts[_WARM_UP:]]
     whole = statistics.median(loop)
-    totals = [sum(times) for times in zip(*bare.values(), strict=True)]
+    totals = [sum(parts_of_step) for parts_of_step in zip(*bare.values(), strict=True)]
     yield (
         f"loop        {1000 * whole:.1f} ms per step, {len(batch) / whole:.1f} img/s, "
         f"{whole / statistics.median(totals):.3f} times the bare step"
     )
     yield f"waiting     {1000 * statistics.median(waits):.1f} ms of it, for data"
     yield f"bare step   {1000 * statistics.median(totals):.1f} ms"
-    for name, seconds in bare.items():
-        share = statistics.median(seconds) / statistics.median(totals)
-        yield f"  {name:9} {1000 * statistics.median(seconds):.1f} ms, {share:.0%}"
+    for name, times in bare.items():
+        share = statistics.median(times) / statistics.median(totals)
+        yield f"  {name:9} {1000 * statistics.median(times):.1f} ms, {share:.0%}"
     yield _loader_alone(loader, steps)
 
 
@@ -168,9 +172,11 @@ def _bare_step(state: TrainingState, batch: Batch, device: torch.device) -> dict
         images = batch.images.contiguous(memory_format=state.precision.torch_format)
         logits, deltas = detector(images)
     times.append(_now(device))
-    losses, _ = detector.losses(logits, deltas, tuple(images.shape[-2:]), batch.targets)
+    height, width = images.shape[-2:]
+    losses, _ = detector.losses(logits, deltas, (height, width), batch.targets)
     times.append(_now(device))
-    state.scaler.scale(sum(losses.values())).backward()
+    loss: Tensor = sum(losses.values())
+    state.scaler.scale(loss).backward()
     times.append(_now(device))
     state.scaler.step(state.optimizer)
     state.scaler.update()

@@ -53,7 +53,7 @@ class TrainingState:
     experiment: Experiment
     detector: Detector
     network: nn.Module
-    ema: AveragedWeights | None
+    ema: AveragedWeights[Detector] | None
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     schedule: Schedule
