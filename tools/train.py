@@ -11,21 +11,21 @@ from tinydet.cli import add_overrides, run
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", type=Path, help="a file of experiments/, or experiment.json")
-    parser.add_argument("--work-dir", type=Path, help="where results go; default runs/NAME/N")
+    parser.add_argument("experiment", type=Path, help="a file of experiments/, or a run's experiment.json")
+    parser.add_argument("--work-dir", type=Path, help="the run's folder; default: the next runs/NAME/N")
     parser.add_argument("--seed", type=int, help="short for --set train.seed=N")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N; short for --set train.device=D")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; short for --set train.device=D")
     resume = parser.add_mutually_exclusive_group()
-    resume.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="go on from it")
+    resume.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="resume from it")
     resume.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest last.pt of --work-dir, or of this experiment",
+        help="resume from the last.pt of --work-dir, or of this experiment's newest run",
     )
     resume.add_argument(
-        "--profile", action="store_true", help="tell where a step's time goes, and train nothing"
+        "--profile", action="store_true", help="show where the time of a training step goes; trains nothing"
     )
-    parser.add_argument("--download", action="store_true", help="fetch missing data without asking")
+    parser.add_argument("--download", action="store_true", help="download missing data without asking")
     add_overrides(parser)
     return parser
 
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
 
     if args.profile:
         if args.work_dir:
-            raise ValueError("--profile leaves no run: take --work-dir away")
+            raise ValueError("--profile writes no run: leave out --work-dir")
         from tinydet.training.profile import profile_training
 
         for line in profile_training(experiment):
