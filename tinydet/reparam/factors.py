@@ -1,4 +1,4 @@
-"""Multiplications by constants in the code of modules: found, counted, taken out of the code."""
+"""Find, count and remove multiplications by constants in the code of modules."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tinydet.reparam.absorb import SUMS, Absorber, apply_all, behind, check_whole
 from tinydet.reparam.affine import is_affine, is_layer
-from tinydet.reparam.channel_map import ChannelMap, NotMovableError
-from tinydet.reparam.code import NotTraceableError, as_module, erase_unused, observe_nodes, trace
+from tinydet.reparam.apply_changes import Change, RefusedError
+from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
 from tinydet.reparam.dataflow import Call, DataFlow, Op, Value
+from tinydet.reparam.fuse_affine import SUMS, Fusion, apply_fusions, one_per_layer, producer_fusions
+from tinydet.reparam.fx_graph import (
+    NotTraceableError,
+    as_module,
+    erase_unused,
+    observe_nodes,
+    trace,
+)
+from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
 from tinydet.reparam.norms import is_norm
-from tinydet.reparam.replacing import calls_recorded, has_hooks, hooks_off, replace_module
-from tinydet.reparam.rounds import Change, RefusedError
 from tinydet.reparam.verify import copied
 
 FACTORS = ("aten.mul", "aten.mul_", "aten.div", "aten.div_")
 
 
 def only_scales(call: Call, data: set[Value]) -> bool:
-    """Return whether a call does no more than multiply by constants and add some."""
+    """Return whether a call only multiplies by constants and adds constants."""
     if len(call.inputs) != 1 or len(call.outputs) != 1 or has_hooks(call.module):
         return False
     if call.inputs[0].shape != call.outputs[0].shape or call.inputs[0].value not in data:
@@ -40,16 +46,16 @@ def only_scales(call: Call, data: set[Value]) -> bool:
 def find_factors(
     model: nn.Module, inputs: tuple[Any, ...], flow: DataFlow, refused: Mapping[str, str]
 ) -> list[Change]:
-    """Find multiplications by constants in the code of modules, which a layer can take over.
+    """Find multiplications by constants in the code of modules that can be fused into layers.
 
     Args:
         model: the network.
         inputs: positional arguments of a forward pass.
-        flow: what was observed in it.
-        refused: names of changes that cannot be made.
+        flow: the data flow observed in it.
+        refused: names of the changes that were refused, with the reasons.
     """
     data = flow.depends_on_input()
-    found: list[tuple[str, nn.Module, Op, list[Absorber]]] = []
+    found: list[tuple[str, nn.Module, Op, list[Fusion]]] = []
     for number, op in enumerate(flow.ops):
         if op.name not in FACTORS or not is_factor(op, data):
             continue
@@ -61,16 +67,18 @@ def find_factors(
             continue
         (view,) = [v for v in op.inputs if v.value in data]
         try:
-            absorbers = check_whole(flow, behind(flow, view, {op}, _map_of_factor(op, data)))
-        except NotMovableError:
+            fusions = one_per_layer(
+                flow, producer_fusions(flow, view, {op}, _affine_of_factor(op, data))
+            )
+        except NotFusableError:
             continue
-        found.append((name, module, op, absorbers))
+        found.append((name, module, op, fusions))
     if not found:
         return []
-    with calls_recorded([module for _, module, _, _ in found]) as records, torch.no_grad():
+    with record_calls([module for _, module, _, _ in found]) as records, torch.no_grad():
         model(*copied(inputs))
 
-    def change(name: str, module: nn.Module, op: Op, absorbers: list[Absorber]) -> Change:
+    def change(name: str, module: nn.Module, op: Op, fusions: list[Fusion]) -> Change:
         def make(model: nn.Module) -> tuple[nn.Module, str]:
             try:
                 new = _without_factor(module, records.get(module), flow, op)
@@ -80,20 +88,20 @@ def find_factors(
                 model = new
             else:
                 replace_module(model, module, new)
-            return model, apply_all(absorbers)
+            return model, apply_fusions(fusions)
 
-        return Change(name, frozenset((module, *(a.call.module for a in absorbers))), make)
+        return Change(name, frozenset((module, *(a.call.module for a in fusions))), make)
 
     return [change(*one) for one in found]
 
 
 def is_factor(op: Op, data: set[Value]) -> bool:
-    """Return whether an operation multiplies or divides what varies by a constant."""
+    """Return whether an operation multiplies or divides an activation by a constant."""
     varying = [v for v in op.inputs if v.value in data]
     return len(varying) == 1 and is_affine(op, data) and varying[0].shape == op.outputs[0].shape
 
 
-def _map_of_factor(op: Op, data: set[Value]) -> ChannelMap:
+def _affine_of_factor(op: Op, data: set[Value]) -> ChannelAffine:
     view = next(v for v in op.inputs if v.value in data)
     address = view.storage
     other = next(
@@ -104,7 +112,7 @@ def _map_of_factor(op: Op, data: set[Value]) -> ChannelMap:
     factor = torch.as_tensor(other, dtype=tensors[0].dtype)
     if "div" in op.name:
         factor = 1.0 / factor
-    return ChannelMap.of(factor.view(*[1] * (len(view.shape) - factor.ndim), *factor.shape))
+    return ChannelAffine.of(factor.view(*[1] * (len(view.shape) - factor.ndim), *factor.shape))
 
 
 def _without_factor(
@@ -113,15 +121,15 @@ def _without_factor(
     """Return a module whose code no longer multiplies by a factor.
 
     Raises:
-        NotTraceableError: its code is not a plain graph in which the factor is seen.
+        NotTraceableError: its code cannot be traced, or the factor is not found in the graph.
     """
     if record is None:
         raise NotTraceableError("its code does not run as a module's call")
     args, kwargs, _ = record
-    with hooks_off(module):
+    with hooks_disabled(module):
         graph = trace(module, args, kwargs)
         data = observe_nodes(graph, copied(args)).depends_on_input()
-    # Constants may be computed anew in the traced code: what varies must be the same.
+    # The traced code may compute constants again; operations on activations must be the same.
     varying = flow.depends_on_input()
     own = [o for o in flow.ops if o.scope == op.scope and _varies(o, varying)]
     traced = [
@@ -160,9 +168,9 @@ def _depends_on_an_argument(node: fx.Node) -> bool:
 
 
 def count_scales(flow: DataFlow) -> int:
-    """Count the constant tensors that a layer's output is multiplied by before anything else.
+    """Count the multiplications of a layer's output by a constant tensor.
 
-    A norm, a view or another factor may come between; another reader of the output may not.
+    A norm, a view or another factor may come in between, another reader of the output may not.
     """
     data = flow.depends_on_input()
     return sum(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinydet.reparam.rounds import Change, RefusedError, change_in_rounds
+from tinydet.reparam.apply_changes import Change, RefusedError, apply_changes
 
 _CHECKS = [(torch.ones(2, 3, dtype=torch.float64),), (torch.zeros(1, 3, dtype=torch.float64),)]
 
@@ -49,7 +49,7 @@ def _model():
 )
 def test_only_the_bad_change_is_undone(bad, why):
     changes = [_sets("0", nn.Identity), _sets("1", bad), _sets("3", nn.Identity)]
-    model, done, refused = change_in_rounds(_model(), _CHECKS, _find(changes))
+    model, done, refused = apply_changes(_model(), _CHECKS, _find(changes))
     kinds = [type(m) for m in model]
     assert kinds[0] is kinds[3] is nn.Identity
     assert kinds[2] is nn.Dropout
@@ -68,7 +68,7 @@ def test_refused_changes_may_be_proposed_in_another_way():
             return [_sets("0", nn.Identity)]
         return [Change("first way", frozenset(), _refuse)]
 
-    model, done, refused = change_in_rounds(_model(), _CHECKS, find)
+    model, done, refused = apply_changes(_model(), _CHECKS, find)
     assert [step.name for step in done] == ["0"]
     assert refused == {"first way": "not so"}
     assert isinstance(model[0], nn.Identity)
@@ -95,6 +95,6 @@ def test_changes_that_touch_the_same_wait_for_the_next_round():
         seen.append(left)
         return [slow(n, {str(i) for i in range(int(n))}) for n in left]
 
-    _, done, _ = change_in_rounds(_model(), _CHECKS, find)
+    _, done, _ = apply_changes(_model(), _CHECKS, find)
     assert [step.name for step in done] == ["0", "1", "2", "3"]
     assert len(seen) == 5
