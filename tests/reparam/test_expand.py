@@ -213,7 +213,11 @@ def test_convs_that_cannot_grow_a_block_stay_as_they_are():
     ("block", "where", "says"),
     [
         ("repvg", "", r"block='repvg': no such block; did you mean repvgg\? use one of "),
-        ("qqq", "", "no such block; use one of repvgg, acnet, dbb, mobileone, large-kernel, or a callable"),
+        (
+            "qqq",
+            "",
+            "no such block; use one of repvgg, acnet, dbb, mobileone, large-kernel, or a callable",
+        ),
         ("dbb", "9x9", r"where='9x9' selects none of the 4 convs; the first are 0 \(3x3 dense\)"),
         ("dbb", "dens", "did you mean dense for dens"),
         ("dbb", lambda *_: False, "selects none of the 4 convs"),

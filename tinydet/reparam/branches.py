@@ -18,11 +18,12 @@ A custom kind builds the layers itself, or with the helpers `taps` and `centre`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 Block = Callable[[nn.Conv2d], Sequence[nn.Module]]
+Pads = tuple[int, int, int, int]
 
 # Kernel side -> (taps a side, spacing) of each parallel conv: the choices of UniRepLKNet (arXiv
 # 2311.15599). Other sizes use the largest smaller entry.
@@ -44,7 +45,7 @@ def repvgg(conv: nn.Conv2d) -> list[nn.Module]:
 
 def acnet(conv: nn.Conv2d) -> list[nn.Module]:
     """ACNet (arXiv 1908.03930): the middle column and the middle row of the kernel."""
-    height, width = conv.kernel_size
+    height, width = _pair(conv.kernel_size)
     if height == 1 or width == 1:
         return []
     return [taps(conv, (height, 1)), taps(conv, (1, width))]
@@ -61,21 +62,21 @@ def dbb(conv: nn.Conv2d) -> list[nn.Module]:
         return [centre(conv)]
     c_in, c_out, groups = conv.in_channels, conv.out_channels, conv.groups
     depthwise = groups == c_in > 1
-    pads = _pads(conv, conv.kernel_size)
+    kernel, stride = _pair(conv.kernel_size), _pair(conv.stride)
+    pads = _pads(conv, kernel)
     middle = 2 * c_in if depthwise else c_in
-    kxk = nn.Conv2d(
-        middle, c_out, conv.kernel_size, conv.stride, 0, conv.dilation, groups, bias=False
-    )
-    branches = [
+    kxk = nn.Conv2d(middle, c_out, kernel, stride, 0, _pair(conv.dilation), groups, bias=False)
+    branches: list[nn.Module] = [
         centre(conv),
         nn.Sequential(*_conv(pads, c_in, middle, groups=groups), nn.BatchNorm2d(middle), kxk),
     ]
     if all(d == 1 or k == 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        before: list[nn.Module]
         if depthwise and c_in == c_out:
             before = [nn.ZeroPad2d(pads)] if any(pads) else []
         else:
             before = [*_conv(pads, c_in, c_out, groups=groups), nn.BatchNorm2d(c_out)]
-        branches.append(nn.Sequential(*before, nn.AvgPool2d(conv.kernel_size, conv.stride)))
+        branches.append(nn.Sequential(*before, nn.AvgPool2d(kernel, stride)))
     return branches
 
 
@@ -86,7 +87,7 @@ def mobileone(conv: nn.Conv2d, copies: int = 4) -> list[nn.Module]:
         conv: the conv.
         copies: over-parameterization factor; use `functools.partial` to change it.
     """
-    branches = [taps(conv, conv.kernel_size) for _ in range(copies)]
+    branches: list[nn.Module] = [taps(conv, _pair(conv.kernel_size)) for _ in range(copies)]
     if conv.kernel_size != (1, 1):
         branches.append(centre(conv))
     return [*branches, *_identity(conv)]
@@ -126,10 +127,10 @@ def taps(
         size: taps (height, width).
         spacing: distance of neighboring taps, in taps of the conv.
     """
-    dilation = tuple(r * d for r, d in zip(spacing, conv.dilation, strict=True))
+    dilation = _pair(r * d for r, d in zip(spacing, conv.dilation, strict=True))
     pads = _pads(conv, size, spacing)
     c_in, c_out, groups = conv.in_channels, conv.out_channels, conv.groups
-    return nn.Sequential(*_conv(pads, c_in, c_out, size, conv.stride, dilation, groups))
+    return nn.Sequential(*_conv(pads, c_in, c_out, size, _pair(conv.stride), dilation, groups))
 
 
 def centre(conv: nn.Conv2d) -> nn.Sequential:
@@ -144,46 +145,49 @@ def _identity(conv: nn.Conv2d) -> list[nn.Module]:
     return [nn.ZeroPad2d(pads) if any(pads) else nn.Identity()]
 
 
-def _pads(
-    conv: nn.Conv2d, size: tuple[int, int], spacing: tuple[int, int] = (1, 1)
-) -> tuple[int, ...]:
+def _pads(conv: nn.Conv2d, size: tuple[int, int], spacing: tuple[int, int] = (1, 1)) -> Pads:
     """Return the padding (left, right, top, bottom) that centers `size` taps in the conv's kernel.
 
     Negative where the taps begin inside the input, which is then cropped.
     """
-    pads: list[int] = []
-    for axis in (1, 0):
+
+    def along(axis: int) -> tuple[int, int]:
         kernel, dilation = conv.kernel_size[axis], conv.dilation[axis]
         unused = kernel - 1 - spacing[axis] * (size[axis] - 1)
         before = unused // 2
         own_before, own_after = _own_padding(conv, axis)
-        pads += [own_before - before * dilation, own_after - (unused - before) * dilation]
-    return tuple(pads)
+        return own_before - before * dilation, own_after - (unused - before) * dilation
+
+    return *along(1), *along(0)
 
 
 def _own_padding(conv: nn.Conv2d, axis: int) -> tuple[int, int]:
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":  # Torch puts the odd one at the end.
+    if isinstance(conv.padding, str):  # "valid" or "same"; torch puts the odd one at the end.
+        if conv.padding == "valid":
+            return 0, 0
         total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
         return total // 2, total - total // 2
-    return conv.padding[axis], conv.padding[axis]
+    padding = _pair(conv.padding)[axis]
+    return padding, padding
+
+
+def _pair(values: Iterable[int]) -> tuple[int, int]:
+    first, second = values
+    return first, second
 
 
 def _conv(
-    pads: tuple[int, ...],
+    pads: Pads,
     c_in: int,
     c_out: int,
     size: tuple[int, int] = (1, 1),
     stride: tuple[int, int] = (1, 1),
-    dilation: tuple[int, ...] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> list[nn.Module]:
     """Return the layers of a conv without bias that pads or crops its input."""
     left, right, top, bottom = pads
-    if left == right >= 0 and top == bottom >= 0:
-        before, padding = [], (top, left)
-    else:
-        before, padding = [nn.ZeroPad2d(pads)], (0, 0)
+    symmetric = left == right >= 0 and top == bottom >= 0
+    padding = (top, left) if symmetric else (0, 0)
     conv = nn.Conv2d(c_in, c_out, size, stride, padding, dilation, groups, bias=False)
-    return [*before, conv]
+    return [conv] if symmetric else [nn.ZeroPad2d(pads), conv]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class ChannelAffine:
             first = affine.generic.narrow(axis, 0, 1)
             if not torch.equal(first.expand_as(affine.generic), affine.generic):
                 raise NotFusableError("its channels are not the channels of the layer before")
-            affine = affine.changed(lambda values, axis=axis: values.narrow(axis, 0, 1))
+            affine = affine.changed(partial(torch.narrow, dim=axis, start=0, length=1))
         return affine
 
     def through_pool(self, op: Op, forward: bool) -> ChannelAffine:

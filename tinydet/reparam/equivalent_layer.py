@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Geometry:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
 
-    def build(self) -> nn.Module:
+    def build(self) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
         """Return a layer of this shape in float64 with uninitialized weights."""
         shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         return nn.utils.skip_init(
@@ -135,6 +136,8 @@ def find_geometry(
 class _Mixed(nn.Module):
     """A module of one input channel that is spread over the module's channels by fixed factors."""
 
+    mixture: Tensor
+
     def __init__(self, module: nn.Module, mixture: Tensor) -> None:
         super().__init__()
         self.module = module
@@ -200,15 +203,16 @@ def _impulse_response(module: nn.Module, geometry: Geometry, rows: Tensor) -> tu
         for start in range(0, len(rows), chunk):
             chosen = rows[start : start + chunk]
             x = torch.zeros(*chosen.shape, *size, dtype=torch.float64)
-            x[(..., *at)] = chosen
+            impulse: tuple[Any, ...] = (..., *at)
+            x[impulse] = chosen
             difference_to_zero = module(x) - zero  # (R, C_out, *out)
             for taps in itertools.product(*overlaps):
                 tap, place = tuple(k for k, _ in taps), tuple(o for _, o in taps)
                 if any(o >= n for o, n in zip(place, zero.shape[2:], strict=True)):
                     raise NotAConvolutionError("the size of its output is not a convolution's")
-                response[(slice(start, start + chunk), slice(None), *tap)] = difference_to_zero[
-                    (..., *place)
-                ]
+                there: tuple[Any, ...] = (slice(start, start + chunk), slice(None), *tap)
+                here: tuple[Any, ...] = (..., *place)
+                response[there] = difference_to_zero[here]
     return response, zero[(0, slice(None), *middle)]
 
 
@@ -242,7 +246,7 @@ def _refuse_large(channels: int, axes: int, reach: int, stride: int) -> None:
 
 
 @torch.no_grad()
-def _spatial_shape(mixed: nn.Module, axes: int, reach: int, stride: int) -> Geometry:
+def _spatial_shape(mixed: _Mixed, axes: int, reach: int, stride: int) -> Geometry:
     """Find the taps, the stride and the padding of a module with one input channel."""
     size = _probe_size(reach, stride)
     zero = _response_to_zeros(mixed, (1, 1, *[size] * axes))

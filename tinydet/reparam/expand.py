@@ -12,6 +12,7 @@ import fnmatch
 import re
 from collections.abc import Callable
 from itertools import islice
+from typing import cast
 
 import torch
 from timm.layers import Conv2dSame
@@ -229,4 +230,4 @@ def _attach(conv: nn.Conv2d, branches: list[nn.Module]) -> None:
         # Changing the class instead of the module keeps every name, hook and reference valid.
         conv.__class__ = _EXPANDED[type(conv)]
         conv.branches = nn.ModuleList().train(conv.training)
-    conv.branches.extend(branches)
+    cast(ExpandedConv2d, conv).branches.extend(branches)

@@ -9,6 +9,7 @@ sums, concatenations and pools in between are allowed, as they keep channels apa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,15 @@ from tinydet.reparam.module_swap import has_hooks
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Layer = (
+    nn.Linear
+    | nn.Conv1d
+    | nn.Conv2d
+    | nn.Conv3d
+    | nn.ConvTranspose1d
+    | nn.ConvTranspose2d
+    | nn.ConvTranspose3d
+)
 _PADS = ("aten.constant_pad_nd", "aten.reflection_pad2d", "aten.replication_pad2d", "aten.clone")
 SUMS = ("aten.add", "aten.add_", "aten.sub", "aten.sub_")
 
@@ -38,10 +48,16 @@ class Fusion:
     affine: ChannelAffine
     before: bool
 
+    @property
+    def layer(self) -> Layer:
+        """The layer that is called."""
+        return cast(Layer, self.call.module)
+
     def apply(self) -> None:
         """Change the layer's weight and bias in place."""
-        layer, scale, shift = self.call.module, self.affine.scale, self.affine.shift
-        weight, bias = layer.weight, layer.bias
+        layer, scale, shift = self.layer, self.affine.scale, self.affine.shift
+        weight: Tensor = layer.weight
+        bias: Tensor | None = layer.bias
         new_bias = bias
         if self.before:
             new_weight = weight * _over_inputs(layer, scale)
@@ -53,7 +69,7 @@ class Fusion:
             if bias is not None:
                 new_bias = bias * scale
             if shift is not None:
-                new_bias = shift if bias is None else new_bias + shift
+                new_bias = shift if new_bias is None else new_bias + shift
         layer.weight = _parameter(new_weight, weight)
         if new_bias is not None:
             layer.bias = _parameter(new_bias, weight if bias is None else bias)
@@ -63,7 +79,7 @@ def apply_fusions(fusions: list[Fusion]) -> str:
     """Change the weights of all the layers, and name the layers."""
     for fusion in fusions:
         fusion.apply()
-    return f"into {', '.join(a.call.name for a in fusions)}"
+    return f"into {', '.join(fusion.call.name for fusion in fusions)}"
 
 
 def producer_fusions(
@@ -204,7 +220,7 @@ def is_layer_call(call: Call) -> bool:
 
 
 def _pads_with_zeros(call: Call) -> bool:
-    layer = call.module
+    layer = cast(Layer, call.module)
     if isinstance(layer, nn.Linear):
         return False
     for op in call.ops:
@@ -226,9 +242,9 @@ def one_per_layer(flow: DataFlow, fusions: list[Fusion]) -> list[Fusion]:
     Raises:
         NotFusableError: a layer is called elsewhere too, or its weights are used elsewhere.
     """
-    by_layer: dict[nn.Module, list[Fusion]] = {}
+    by_layer: dict[Layer, list[Fusion]] = {}
     for fusion in fusions:
-        by_layer.setdefault(fusion.call.module, []).append(fusion)
+        by_layer.setdefault(fusion.layer, []).append(fusion)
     for layer, found in by_layer.items():
         name, calls = found[0].call.name, flow.calls_of(layer)
         if len({a.call for a in found}) != len(calls) or len(found) != len(calls):
@@ -258,7 +274,7 @@ def _where(op: Op) -> str:
     return f"{op.call.name}" if op.call else f"{op.name} in {op.scope or 'the network'}"
 
 
-def _scaled_rows(layer: nn.Module, scale: Tensor) -> Tensor:
+def _scaled_rows(layer: Layer, scale: Tensor) -> Tensor:
     weight = layer.weight
     if not isinstance(layer, _TRANSPOSED):
         return weight * scale.view(-1, *[1] * (weight.ndim - 1))  # (C_out, ...)
@@ -268,12 +284,12 @@ def _scaled_rows(layer: nn.Module, scale: Tensor) -> Tensor:
     return (grouped * scales).view_as(weight)
 
 
-def _over_inputs(layer: nn.Module, values: Tensor) -> Tensor:
+def _over_inputs(layer: Layer, values: Tensor) -> Tensor:
     """Return (C_in,) values so that they broadcast over a weight (C_out, C_in / groups, ...)."""
-    groups = getattr(layer, "groups", 1)
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     rows = layer.weight.shape[0] // groups
-    laid = values.view(groups, 1, -1).expand(-1, rows, -1).flatten(0, 1)  # (C_out, C_in / groups)
-    return laid.view(*laid.shape, *[1] * (layer.weight.ndim - 2))
+    by_row = values.view(groups, 1, -1).expand(-1, rows, -1).flatten(0, 1)
+    return by_row.view(*by_row.shape, *[1] * (layer.weight.ndim - 2))
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

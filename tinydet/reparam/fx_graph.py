@@ -178,11 +178,13 @@ class RewrittenModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Compile the graph's code, and restore the ordinary module call."""
         code = super().recompile()
-        type(self).__call__ = nn.Module.__call__  # Each has a class of its own.
+        setattr(type(self), "__call__", nn.Module.__call__)  # noqa: B010 - its class is its own.
         return code
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
-        return _with_the_rest(super().__deepcopy__(memo), copy.deepcopy(_rest(self), memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        twin = super().__deepcopy__(memo)
+        twin.__dict__.update(copy.deepcopy(_rest(self), memo))
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (*super().__reduce__(), type(self).__name__, _rest(self))
@@ -195,18 +197,15 @@ def _restored(
     rest: dict[str, Any],
 ) -> RewrittenModule:
     plain = rebuild(*arguments)
-    return _with_the_rest(RewrittenModule(plain, plain.graph, name), rest)
+    module = RewrittenModule(plain, plain.graph, name)
+    module.__dict__.update(rest)
+    return module
 
 
 def _rest(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes and hooks: all but its code, children and tensors."""
     kept = {n: v for n, v in vars(module).items() if n[0] != "_"}
     return {**kept, **{table: vars(module)[table] for table in HOOK_TABLES}}
-
-
-def _with_the_rest(module: RewrittenModule, rest: dict[str, Any]) -> RewrittenModule:
-    module.__dict__.update(rest)
-    return module
 
 
 def _chain(graph: fx.GraphModule) -> OrderedDict[str, nn.Module] | None:

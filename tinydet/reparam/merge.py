@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from tinydet.reparam.equivalent_layer import (
     equivalent_layer,
     find_geometry,
 )
-from tinydet.reparam.fuse_affine import is_layer_call
+from tinydet.reparam.fuse_affine import Layer, is_layer_call
 from tinydet.reparam.fx_graph import (
     NotTraceableError,
     as_module,
@@ -248,7 +248,7 @@ def _series(flow: DataFlow) -> Iterator[tuple[Call, Call]]:
 
 def _is_independent(flow: DataFlow, call: Call) -> bool:
     """Whether this is a standard layer that runs once and shares no weights."""
-    layer = call.module
+    layer = cast(Layer, call.module)
     weights = [t for t in (layer.weight, layer.bias) if t is not None]
     return (
         type(layer) in _LAYERS

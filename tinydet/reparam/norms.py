@@ -43,8 +43,8 @@ def why_not_linear(norm: nn.Module) -> str | None:
     return None
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the (C,) scale and (C,) shift that a batch norm applies in inference."""
+def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the (C,) scale and (C,) shift that a batch norm of any kind applies in inference."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
@@ -20,7 +22,8 @@ class SamePad2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input with zeros around it."""
-        return pad_same(x, *self.geometry)
+        kernel_size, stride, dilation = map(list, self.geometry)
+        return pad_same(x, kernel_size, stride, dilation)
 
     def joined(self, conv: nn.Module) -> Conv2dSame | None:
         """Return a conv that follows this padding as a Conv2dSame; the conv's class is changed.
@@ -32,4 +35,4 @@ class SamePad2d(nn.Module):
         if (conv.kernel_size, conv.stride, conv.dilation) != self.geometry:
             return None
         conv.__class__ = Conv2dSame
-        return conv
+        return cast(Conv2dSame, conv)

@@ -110,7 +110,8 @@ def _norm_fusions(flow: DataFlow, norm: nn.Module) -> list[Fusion]:
         raise NotFusableError("it runs 0 times in a forward pass")
     if has_pre_hooks(norm):
         raise NotFusableError("it has a forward pre-hook")
-    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(norm, name)
         if tensor is not None and any(op.call not in calls for op in flow.users(tensor)):
             raise NotFusableError("its weights are also used elsewhere")
     maps = []
