@@ -1,4 +1,4 @@
-"""Rounds of changes: what is done, what is undone, when it ends."""
+"""Which changes are made, which are undone, and when the rounds end."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def _sets(name, make):
     """A change that puts another module in a place once it is there no more."""
 
     def change(model):
-        model._modules[name] = make()
+        setattr(model, name, make())
         return model, f"made {name}"
 
     return Change(name, frozenset((name,)), change)
@@ -27,7 +27,7 @@ def _sets(name, make):
 def _find(changes):
     def find(model, flow, refused):
         del flow, refused
-        return [c for c in changes if isinstance(model._modules[c.name], nn.Dropout)]
+        return [c for c in changes if isinstance(getattr(model, c.name), nn.Dropout)]
 
     return find
 
@@ -84,7 +84,7 @@ def test_changes_that_touch_the_same_wait_for_the_next_round():
     def slow(name, needs):
         def change(model):
             assert needs <= {n for n, m in model.named_children() if isinstance(m, nn.Identity)}
-            model._modules[name] = nn.Identity()
+            setattr(model, name, nn.Identity())
             return model, ""
 
         return Change(name, frozenset(("all",)), change)

@@ -3,8 +3,9 @@
 Only what an operation does to values that depend on the network's input counts, not the module it
 runs in. A weight computed from other weights is as constant as a stored one.
 
-The tables name aten operations. An operation that is missing here is never merged: the fold stays
-correct but removes less (tests/reparam/test_aten_tables.py covers known blocks).
+The tables name aten operations, as they are once torch has decomposed composite ones. Operations
+missing here are never merged: the fold stays correct but removes less. tests/reparam/
+test_aten_tables.py compares the names with those that torch runs.
 """
 
 from __future__ import annotations
@@ -21,25 +22,24 @@ _JOINT = {
     f"aten.{name}"
     for name in (
         "add", "add_", "sub", "sub_", "rsub", "neg", "cat", "stack", "clone", "copy_", "copy",
-        "constant_pad_nd", "avg_pool1d", "avg_pool2d", "avg_pool3d", "fill_", "zero_", "_to_copy",
+        "constant_pad_nd", "avg_pool2d", "avg_pool3d", "fill_", "zero_", "_to_copy",
         "slice_scatter", "select_scatter", "index_select",
     )
 }  # fmt: skip
 # Linear in each tensor while the others are constant.
-_EACH = {f"aten.{name}" for name in ("mul", "mul_", "mm", "bmm", "matmul", "convolution", "linear")}
+_EACH = {f"aten.{name}" for name in ("mul", "mul_", "mm", "bmm", "convolution")}
 # Not those that pick single positions, such as `select` or `unfold`.
 _VIEWS = {
     f"aten.{name}"
     for name in (
         "view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "squeeze",
-        "unsqueeze", "expand", "slice", "split", "split_with_sizes", "alias", "detach", "flatten",
-        "unflatten",
+        "unsqueeze", "expand", "slice", "split", "split_with_sizes", "alias", "detach",
     )
 }  # fmt: skip
 _SUMS = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
 _NUMERATOR = {"aten.div", "aten.div_"}
 _BIASED_PRODUCTS = {"aten.addmm", "aten.baddbmm", "aten.addcmul", "aten.addcmul_"}
-_PRODUCTS = {"aten.convolution", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.linear"}
+_PRODUCTS = {"aten.convolution", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
 
 
 def is_product(op: Op) -> bool:

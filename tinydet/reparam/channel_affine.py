@@ -15,7 +15,7 @@ from tinydet.reparam.dataflow import Op, View
 # Linear, and each channel on its own.
 POOLS = {
     f"aten.{name}"
-    for name in ("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "mean",
+    for name in ("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "mean",
                  "upsample_nearest2d", "upsample_bilinear2d")
 }  # fmt: skip
 
