@@ -59,9 +59,9 @@ class FoldReport:
             f"norms       {self.norms_before} -> {self.norms_after}",
             f"branches    {self.branches_before} -> {self.branches_after}",
             f"factors     {self.scales_before} -> {self.scales_after}",
-            f"mult-adds   {self.macs_before:,} -> {self.macs_after:,}, for the example",
+            f"mult-adds   {self.macs_before:,} -> {self.macs_after:,} for the example input",
             f"parameters  {self.params_before:,} -> {self.params_after:,}",
-            f"folded      {len(self.folded)} branches, norms and factors",
+            f"folded      {len(self.folded)} modules",
             f"difference  {self.max_rel:.1e} of the largest output, in float64",
         ]
         return summary + [f"kept        {step.name}: {step.detail}" for step in self.kept]
