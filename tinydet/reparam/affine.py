@@ -49,7 +49,7 @@ def is_product(op: Op) -> bool:
 
 def is_layer(op: Op, data: Set[Value]) -> bool:
     """Return whether an operation is a product of an activation with constant weights."""
-    return is_product(op) and sum(view.value in data for view in op.inputs) == 1
+    return is_product(op) and len(op.varying(data)) == 1
 
 
 def is_affine(op: Op, data: Set[Value]) -> bool:
@@ -83,7 +83,7 @@ def crops(ops: Iterable[Op], data: Set[Value], out: View) -> bool:
     """
     cropped: set[View] = set()
     for op in ops:
-        varying = [view for view in op.inputs if view.value in data]
+        varying = op.varying(data)
         if op.is_view:
             if any(view in cropped for view in varying) or _ends_at_a_number(op):
                 cropped.update(op.outputs)
@@ -165,7 +165,7 @@ def branch_sums(flow: DataFlow) -> list[Op]:
     # A position table that the network creates itself is a source like its input.
     for data in (flow.depends_on_input(), flow.depends_on_input(or_created=True)):
         for op in flow.ops:
-            if op.name in _SUMS and sum(view.value in data for view in op.inputs) == 2:
+            if op.name in _SUMS and len(op.varying(data)) == 2:
                 between = _back_to_one_source(flow, op, data, order)
                 if any(is_layer(o, data) for o in between):
                     found[id(op)] = op
@@ -180,7 +180,7 @@ def _back_to_one_source(
     frontier: set[Value] = set()
     op: Op | None = last
     while op is not None:
-        varying = [view for view in op.inputs if view.value in data]
+        varying = op.varying(data)
         # A value repeated along an axis, such as an attention bias, is not a convolution.
         if not is_affine(op, data) or any(view.repeats for view in varying):
             return []

@@ -11,7 +11,7 @@ paths that this input does not take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,6 +102,10 @@ class Op:
     call: Call | None
     scope: str
     label: Any = None
+
+    def varying(self, data: Set[Value]) -> list[View]:
+        """Return the inputs whose values are in `data`, such as those that depend on the input."""
+        return [view for view in self.inputs if view.value in data]
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from tinydet.reparam.affine import is_affine, is_layer
 from tinydet.reparam.apply_changes import Change, RefusedError
 from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
-from tinydet.reparam.dataflow import Call, DataFlow, Op, Value
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, storage_of
 from tinydet.reparam.fuse_affine import SUMS, Fusion, apply_fusions, one_per_layer, producer_fusions
 from tinydet.reparam.fx_graph import (
     NotTraceableError,
@@ -33,11 +33,9 @@ def only_scales(call: Call, data: set[Value]) -> bool:
         return False
     if call.inputs[0].shape != call.outputs[0].shape or call.inputs[0].value not in data:
         return False
-    work = [op for op in call.ops if not op.is_view and any(v.value in data for v in op.inputs)]
+    work = [op for op in call.ops if not op.is_view and op.varying(data)]
     elementwise = all(
-        op.name in (*FACTORS, *SUMS)
-        and sum(v.value in data for v in op.inputs) == 1
-        and is_affine(op, data)
+        op.name in (*FACTORS, *SUMS) and len(op.varying(data)) == 1 and is_affine(op, data)
         for op in work
     )
     return elementwise and any(op.name in FACTORS for op in work)
@@ -65,7 +63,7 @@ def find_factors(
             continue
         if op.call is not None and only_scales(op.call, data):
             continue
-        (view,) = [v for v in op.inputs if v.value in data]
+        (view,) = op.varying(data)
         try:
             fusions = one_per_layer(
                 flow, producer_fusions(flow, view, {op}, _affine_of_factor(op, data))
@@ -97,16 +95,15 @@ def find_factors(
 
 def is_factor(op: Op, data: set[Value]) -> bool:
     """Return whether an operation multiplies or divides an activation by a constant."""
-    varying = [v for v in op.inputs if v.value in data]
+    varying = op.varying(data)
     return len(varying) == 1 and is_affine(op, data) and varying[0].shape == op.outputs[0].shape
 
 
 def _affine_of_factor(op: Op, data: set[Value]) -> ChannelAffine:
-    view = next(v for v in op.inputs if v.value in data)
-    address = view.storage
+    (view,) = op.varying(data)
     other = next(
         a for a in op.args[:2]
-        if not isinstance(a, Tensor) or a.untyped_storage().data_ptr() != address
+        if not isinstance(a, Tensor) or storage_of(a) != view.storage
     )  # fmt: skip
     tensors = [t for t in op.args[:2] if isinstance(t, Tensor)]
     factor = torch.as_tensor(other, dtype=tensors[0].dtype)
@@ -131,13 +128,13 @@ def _without_factor(
         data = observe_nodes(graph, copied(args)).depends_on_input()
     # The traced code may compute constants again; operations on activations must be the same.
     varying = flow.depends_on_input()
-    own = [o for o in flow.ops if o.scope == op.scope and _varies(o, varying)]
+    own = [o for o in flow.ops if o.scope == op.scope and o.varying(varying)]
     traced = [
         (node, o)
         for node in graph.graph.nodes
         if node.op in ("call_function", "call_method")
         for o in node.meta["ops"]
-        if _varies(o, data)
+        if o.varying(data)
     ]
     if [o.name for o in own] != [o.name for _, o in traced]:
         raise NotTraceableError("its code runs other operations when traced")
@@ -147,10 +144,6 @@ def _without_factor(
     erase_unused(graph.graph, [node])
     graph.recompile()
     return as_module(graph, module)
-
-
-def _varies(op: Op, data: set[Value]) -> bool:
-    return any(v.value in data for v in op.inputs)
 
 
 def _only_multiplies(node: fx.Node, data: set[Value]) -> fx.Node:
@@ -184,13 +177,13 @@ def count_scales(flow: DataFlow) -> int:
 
 def _follows_a_layer(flow: DataFlow, op: Op, data: set[Value]) -> bool:
     while True:
-        (view,) = [v for v in op.inputs if v.value in data]
+        (view,) = op.varying(data)
         made = flow.producer(view.value)
         if made is None or len(flow.readers(view.value)) > 1 or flow.is_returned(view.value):
             return False
         if is_layer(made, data):
             return True
-        alone = sum(v.value in data for v in made.inputs) == 1
+        alone = len(made.varying(data)) == 1
         if not alone or made.name not in (*FACTORS, *SUMS, "aten.native_batch_norm", "aten.clone"):
             return False
         op = made

@@ -113,7 +113,7 @@ def producer_fusions(
         axis = -1 if isinstance(call.module, nn.Linear) else 1
         return [Fusion(call, affine.along(axis), before=False)]
     data = flow.depends_on_input()
-    inputs = [v for v in op.inputs if v.value in data]
+    inputs = op.varying(data)
     if op.name == "aten.clone":
         return producer_fusions(flow, inputs[0], {op}, affine)
     if op.name in POOLS and len(inputs) == 1:

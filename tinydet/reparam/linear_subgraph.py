@@ -79,7 +79,7 @@ def _is_affine_node(graph: fx.GraphModule, node: fx.Node, data: set[Value]) -> b
     return all(
         affine.is_affine(op, data) and not writes(op, given)
         for op in node.meta["ops"]
-        if any(view.value in data for view in op.inputs)
+        if op.varying(data)
     )
 
 

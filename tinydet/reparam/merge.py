@@ -130,7 +130,7 @@ def _merge_module(
     with hooks_disabled(module):
         flow = observe(module, copied(args), is_leaf=is_norm)
         data = flow.depends_on_input()
-        varying = [op for op in flow.ops if any(view.value in data for view in op.inputs)]
+        varying = [op for op in flow.ops if op.varying(data)]
         given = {view.storage for view in flow.inputs}
         if any(not affine.is_affine(op, data) or writes(op, given) for op in varying):
             raise NotAConvolutionError("it is not linear")

@@ -6,11 +6,13 @@ block is executed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from tinydet.reparam.verify import copied
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -73,12 +75,12 @@ def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module not in arguments:
-            arguments[module] = (_copied(args), _copied(kwargs))
+            arguments[module] = (copied(args), copied(kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         del args
         if module not in records:
-            records[module] = (*arguments[module], _copied(output))
+            records[module] = (*arguments[module], copied(output))
 
     handles = []
     for module in modules:
@@ -89,14 +91,3 @@ def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _copied(value: Any) -> Any:
-    copy: Callable[..., Any] | None = getattr(value, "clone", None)
-    if copy is not None:
-        return copy()
-    if isinstance(value, dict):
-        return type(value)((k, _copied(v)) for k, v in value.items())
-    if type(value) in (tuple, list):
-        return type(value)(_copied(v) for v in value)
-    return value

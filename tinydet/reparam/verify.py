@@ -101,9 +101,15 @@ def compare_outputs(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Output
     return largest
 
 
-def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a copy of positional arguments, for networks that modify their input in place."""
-    return tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
+def copied(value: Any) -> Any:
+    """Return a value with its tensors cloned, for networks that modify their input in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)((key, copied(item)) for key, item in value.items())
+    if type(value) in (tuple, list):
+        return type(value)(copied(item) for item in value)
+    return value
 
 
 # Folding reorders float64 sums of some thousand terms: 1e-9 is far above that rounding error, and
