@@ -65,6 +65,7 @@ def _as_published_by_fastvits_authors(state):
     return renamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "published"), [("repvgg_a0", _repvgg_a0_names), ("mobileone_s0", _mobileone_s0_names)]
 )
@@ -79,6 +80,7 @@ def test_published_names_load_and_nothing_unused_is_left(name, published, random
     assert len(pickle.dumps(folded)) < 4 * size + 200_000
 
 
+@pytest.mark.slow
 def test_original_names_load_before_folding(randomise):
     # timm knows the original names of FastViT and its MobileOne blocks, and none of RepVGG's.
     trained = randomise(timm.create_model("fastvit_t8"), seed=3).eval()

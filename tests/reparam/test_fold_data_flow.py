@@ -81,6 +81,7 @@ def test_linear_and_norm__flattened(randomise):
     assert report.norms_after == len(norms_of(folded)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -25,6 +25,7 @@ _OWN_METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _OWN_METHODS)
 def test_dtype__float64(name, randomise):
     options, size = _OWN_METHODS[name]
@@ -37,6 +38,7 @@ def test_dtype__float64(name, randomise):
         assert_same(model(x), folded(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _OWN_METHODS)
 def test_dtype__bfloat16(name):
     options, size = _OWN_METHODS[name]
@@ -79,6 +81,7 @@ def test_synchronized_norms(randomise):
         assert len(convs_of(folded)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fastvit_t8", "mobileone_s0"])
 def test_folding_twice(name, randomise):
     model = randomise(timm.create_model(name, features_only=True)).eval()
