@@ -12,10 +12,10 @@ import sys
 from collections import Counter
 
 import timm
+from timm_models import family_of
 
 from tinydet.backbones.factory import create_backbone
 from tinydet.config import ConfigError
-from tinydet.reparam.zoo_models import family_of
 
 FEATURES = ("C5", "C4", "DC5")
 # A small one of every family that has one of at most 30 M parameters, and both kinds of MaxxViT.

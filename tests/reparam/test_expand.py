@@ -51,18 +51,18 @@ def _check_same_function(model, expanded, x):
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("resnet18", "acnet"),
-        ("rexnet_100", "dbb"),
-        ("repvgg_a0", "repvgg"),
-        ("tf_efficientnet_lite0", "mobileone"),
-        ("tf_efficientnet_lite0", "dbb"),
+        pytest.param("resnet18", "acnet", marks=pytest.mark.slow),
+        pytest.param("rexnet_100", "dbb", marks=pytest.mark.slow),
+        pytest.param("repvgg_a0", "repvgg", marks=pytest.mark.slow),
+        pytest.param("tf_efficientnet_lite0", "mobileone", marks=pytest.mark.slow),
+        pytest.param("tf_efficientnet_lite0", "dbb", marks=pytest.mark.slow),
         ("tf_mobilenetv3_small_minimal_100", "large-kernel"),
-        ("xception41", "repvgg"),
-        ("repvit_m0_9", "dbb"),
+        pytest.param("xception41", "repvgg", marks=pytest.mark.slow),
+        pytest.param("repvit_m0_9", "dbb", marks=pytest.mark.slow),
         ("test_convnext", "large-kernel"),
         ("test_nfnet", "mobileone"),
         ("test_vit", "repvgg"),
-        ("inception_next_atto", "large-kernel"),
+        pytest.param("inception_next_atto", "large-kernel", marks=pytest.mark.slow),
     ],
 )
 def test_the_function_stays_and_the_names_of_the_weights(name, block, randomise):
@@ -212,8 +212,12 @@ def test_convs_that_cannot_grow_a_block_stay_as_they_are():
 @pytest.mark.parametrize(
     ("block", "where", "says"),
     [
-        ("repvg", "", r"block='repvg': no such block; did you mean repvgg\? The blocks are "),
-        ("qqq", "", "no such block; The blocks are repvgg, acnet, dbb, mobileone, large-kernel"),
+        ("repvg", "", r"block='repvg': no such block; did you mean repvgg\? use one of "),
+        (
+            "qqq",
+            "",
+            "no such block; use one of repvgg, acnet, dbb, mobileone, large-kernel, or a callable",
+        ),
         ("dbb", "9x9", r"where='9x9' selects none of the 4 convs; the first are 0 \(3x3 dense\)"),
         ("dbb", "dens", "did you mean dense for dens"),
         ("dbb", lambda *_: False, "selects none of the 4 convs"),

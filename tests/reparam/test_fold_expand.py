@@ -115,6 +115,7 @@ def _check_backbone(name, block):
     _check_same(model, _randomise(expanded, 2), torch.randn(1, 3, 64, 64, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "block"), SAMPLE)
 def test_backbones_fold_to_their_own_architecture_and_the_same_function(name, block):
     _check_backbone(name, block)

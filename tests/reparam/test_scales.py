@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from tinydet.reparam import absorb
 from tinydet.reparam.dataflow import observe
+from tinydet.reparam.fuse_affine import Fusion
 
 _LAST = torch.channels_last
 
@@ -363,14 +363,14 @@ def test_norm_before_layer__weights(kind, check_fold):
 
 @pytest.mark.parametrize("fails", ["1", "4"])
 def test_move_whose_check_fails_is_undone(fails, check_fold, monkeypatch):
-    right = absorb.Absorber.apply
+    right = Fusion.apply
 
     def wrong(self):
         right(self)
         if self.call.name == str(int(fails) - 1):
             self.call.module.weight.data *= 1.01
 
-    monkeypatch.setattr(absorb.Absorber, "apply", wrong)
+    monkeypatch.setattr(Fusion, "apply", wrong)
     model = nn.Sequential(
         nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     )

@@ -39,9 +39,9 @@ def test_difference__not_finite_is_infinite(bad):
 
 
 def test_difference__other_shapes():
-    with pytest.raises(ValueError, match="other shapes"):
+    with pytest.raises(ValueError, match="differ in shape"):
         difference(torch.zeros(1, 2), torch.zeros(2))
-    with pytest.raises(ValueError, match="other shapes"):
+    with pytest.raises(ValueError, match="differ in shape"):
         difference([torch.zeros(1)], [])
 
 

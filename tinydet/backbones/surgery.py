@@ -25,7 +25,7 @@ from tinydet.backbones.calls import ModuleCall, channel_axis, eval_mode, observe
 from tinydet.backbones.followed import follow, take_followers
 from tinydet.layers import AconA, AconB, AconC, CoordinateAttention, MetaAcon
 from tinydet.reparam.dataflow import DataFlow
-from tinydet.reparam.replacing import give_hooks, replace_module
+from tinydet.reparam.module_swap import give_hooks, replace_module
 from tinydet.reparam.verify import difference, tensors_in
 
 Make = Callable[[int], nn.Module]

@@ -1,7 +1,7 @@
-"""Re-parameterization: turn a trained network into a smaller one that is the same function.
+"""Structural re-parameterization of any PyTorch network.
 
-Knows nothing of detection: `fold` takes any eval-mode module and an example of its input, and
-`expand`, its inverse, lets the convolutions of any module grow branches to train with.
+`expand` adds training-time branches to convolutions; `fold` merges such branches, batch norms and
+constant factors into single convolutions. Neither changes the network's function. See README.md.
 """
 
 from tinydet.reparam.branches import BLOCKS

@@ -1,7 +1,11 @@
 """Which operations are affine: y = A x + b with a fixed A and b.
 
-What an operation does to the values that depend on the network's input decides, not the module it
-runs in. A weight that is computed from other weights is as fixed as a stored one.
+Only what an operation does to values that depend on the network's input counts, not the module it
+runs in. A weight computed from other weights is as constant as a stored one.
+
+The tables name aten operations, as they are once torch has decomposed composite ones. Operations
+missing here are never merged: the fold stays correct but removes less. tests/reparam/
+test_aten_tables.py compares the names with those that torch runs.
 """
 
 from __future__ import annotations
@@ -13,30 +17,29 @@ import torch
 
 from tinydet.reparam.dataflow import SIZE_ONLY, DataFlow, Op, Value, View
 
-# Linear in all their tensors together.
+# Jointly linear in all their tensors.
 _JOINT = {
     f"aten.{name}"
     for name in (
         "add", "add_", "sub", "sub_", "rsub", "neg", "cat", "stack", "clone", "copy_", "copy",
-        "constant_pad_nd", "avg_pool1d", "avg_pool2d", "avg_pool3d", "fill_", "zero_", "_to_copy",
+        "constant_pad_nd", "avg_pool2d", "avg_pool3d", "fill_", "zero_", "_to_copy",
         "slice_scatter", "select_scatter", "index_select",
     )
 }  # fmt: skip
-# Linear in each tensor while the others are fixed.
-_EACH = {f"aten.{name}" for name in ("mul", "mul_", "mm", "bmm", "matmul", "convolution", "linear")}
-# Not those that pick out single places, such as `select` or `unfold`.
+# Linear in each tensor while the others are constant.
+_EACH = {f"aten.{name}" for name in ("mul", "mul_", "mm", "bmm", "convolution")}
+# Not those that pick single positions, such as `select` or `unfold`.
 _VIEWS = {
     f"aten.{name}"
     for name in (
         "view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "squeeze",
-        "unsqueeze", "expand", "slice", "split", "split_with_sizes", "alias", "detach", "flatten",
-        "unflatten",
+        "unsqueeze", "expand", "slice", "split", "split_with_sizes", "alias", "detach",
     )
 }  # fmt: skip
 _SUMS = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
 _NUMERATOR = {"aten.div", "aten.div_"}
 _BIASED_PRODUCTS = {"aten.addmm", "aten.baddbmm", "aten.addcmul", "aten.addcmul_"}
-_PRODUCTS = {"aten.convolution", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.linear"}
+_PRODUCTS = {"aten.convolution", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
 
 
 def is_product(op: Op) -> bool:
@@ -45,8 +48,8 @@ def is_product(op: Op) -> bool:
 
 
 def is_layer(op: Op, data: Set[Value]) -> bool:
-    """Return whether an operation is a product of something that varies and fixed weights."""
-    return is_product(op) and sum(view.value in data for view in op.inputs) == 1
+    """Return whether an operation is a product of an activation with constant weights."""
+    return is_product(op) and len(op.varying(data)) == 1
 
 
 def is_affine(op: Op, data: Set[Value]) -> bool:
@@ -68,24 +71,24 @@ def is_affine(op: Op, data: Set[Value]) -> bool:
 
 
 def crops(ops: Iterable[Op], data: Set[Value], out: View) -> bool:
-    """Return whether something reads a part of a value that does not grow with it.
+    """Return whether an operation reads a part of fixed size of a value.
 
-    `x[:, :, :40]` is all of a small image, and less than a large one: no trial on small inputs
-    shows that. Writing into such a part (a border) is seen at any size.
+    `x[:, :, :40]` is all of a small image but only a part of a large one, which no comparison on
+    small inputs shows. Writing into such a part (a border) shows at any size.
 
     Args:
         ops: the operations, in order.
         data: values that depend on the input.
-        out: the view that is returned, which is read as well.
+        out: the view that is returned; it counts as read.
     """
     cropped: set[View] = set()
     for op in ops:
-        varying = [view for view in op.inputs if view.value in data]
+        varying = op.varying(data)
         if op.is_view:
             if any(view in cropped for view in varying) or _ends_at_a_number(op):
                 cropped.update(op.outputs)
         elif op.name not in SIZE_ONLY:
-            written = op.inputs[0] if op.func._schema.is_mutable else None
+            written = op.inputs[0] if op.mutates else None
             if any(view in cropped and view != written for view in varying):
                 return True
     return out in cropped
@@ -103,23 +106,23 @@ def _ends_at_a_number(op: Op) -> bool:
 def multiply_adds(ops: Iterable[Op]) -> int:
     """Return the multiply-adds of the convolutions and matrix products among operations.
 
-    Products of two weights, or of two activations (attention), count like any other; also those
-    inside torch's fused kernels of attention.
+    Products of two weights or of two activations (attention) count as well, also inside torch's
+    fused attention kernels.
     """
     total = 0
     for op in ops:
         if op.name.startswith("aten._scaled_dot_product"):
             query, key, value = op.args[:3]  # (..., N, D), (..., M, D), (..., M, E)
-            places = math.prod(query.shape[:-1]) * key.shape[-2]
-            total += places * (query.shape[-1] + value.shape[-1])
+            pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+            total += pairs * (query.shape[-1] + value.shape[-1])
         elif op.name == "aten._native_multi_head_attention":
             x = op.args[0]  # (B, N, D): three projections, two products of them, one more
             total += math.prod(x.shape) * (4 * x.shape[-1] + 2 * x.shape[-2])
         elif op.name == "aten.convolution":
             weight, transposed = op.args[1], bool(op.args[6])
-            # Each output (of a transposed one: each input) meets one kernel's worth of weights.
-            meets = op.inputs[0] if transposed else op.outputs[0]
-            total += math.prod(meets.shape) * math.prod(weight.shape[1:])
+            # Each output (of a transposed conv: each input) is multiplied by one kernel.
+            positions = op.inputs[0] if transposed else op.outputs[0]
+            total += math.prod(positions.shape) * math.prod(weight.shape[1:])
         elif is_product(op):
             left = op.args[1] if op.name in ("aten.addmm", "aten.baddbmm") else op.args[0]
             total += math.prod(op.outputs[0].shape) * left.shape[-1]
@@ -127,7 +130,7 @@ def multiply_adds(ops: Iterable[Op]) -> int:
 
 
 def reach(op: Op) -> int:
-    """Return how many steps of its own input an operation looks to any side, padding included."""
+    """Return how far an operation looks to any side, in steps of its input, padding included."""
     if op.name == "aten.convolution":
         weight, padding, dilation = op.args[1], op.args[4], op.args[5]
         kernel = weight.shape[2:]
@@ -153,18 +156,18 @@ def stride(op: Op) -> int:
 def branch_sums(flow: DataFlow) -> list[Op]:
     """Return the additions (or subtractions) of parallel linear branches.
 
-    Both sides are affine functions of one and the same value, at least one of them through a
-    convolution or matrix product, and nothing else reads what lies between: one convolution could
-    take their place.
+    Both sides are affine functions of the same value, at least one of them through a convolution
+    or matrix product, and nothing else reads the intermediate values: one convolution could replace
+    them.
     """
     order = {id(op): i for i, op in enumerate(flow.ops)}
     found: dict[int, Op] = {}
-    # A table of positions that the network makes by itself is a source like its input.
-    for data in (flow.depends_on_input(), flow.depends_on_input(or_made=True)):
+    # A position table that the network creates itself is a source like its input.
+    for data in (flow.depends_on_input(), flow.depends_on_input(or_created=True)):
         for op in flow.ops:
-            if op.name in _SUMS and sum(view.value in data for view in op.inputs) == 2:
-                stretch = _back_to_one_source(flow, op, data, order)
-                if any(is_layer(o, data) for o in stretch):
+            if op.name in _SUMS and len(op.varying(data)) == 2:
+                between = _back_to_one_source(flow, op, data, order)
+                if any(is_layer(o, data) for o in between):
                     found[id(op)] = op
     return list(found.values())
 
@@ -172,13 +175,13 @@ def branch_sums(flow: DataFlow) -> list[Op]:
 def _back_to_one_source(
     flow: DataFlow, last: Op, data: Set[Value], order: dict[int, int]
 ) -> list[Op]:
-    """Return the affine operations between a single value and a result; none if there is none."""
+    """Return the affine operations from a single source value to a result; empty if none."""
     inside: list[Op] = []
     frontier: set[Value] = set()
     op: Op | None = last
     while op is not None:
-        varying = [view for view in op.inputs if view.value in data]
-        # An attention bias that is repeated for each row of places, say, is no convolution.
+        varying = op.varying(data)
+        # A value repeated along an axis, such as an attention bias, is not a convolution.
         if not is_affine(op, data) or any(view.repeats for view in varying):
             return []
         inside.append(op)

@@ -1,31 +1,32 @@
-"""Kinds of training-time branches that can grow beside a conv, and their geometry.
+"""Kinds of training-time branches that `expand` can add to a conv, and their geometry.
 
-A kind is a function (or any callable) from the conv to a list of modules, each from the conv's
-input to the shape of its output. `tinydet.reparam.expand` ends each with a norm that starts at
-zero. Here every branch
+A kind is a callable from the conv to a list of modules, each mapping the conv's input to the shape
+of its output. `tinydet.reparam.expand` appends a norm to each that starts at zero. Here every
+branch
 
-- is affine in eval mode, so that conv and branches together are one conv;
-- pads before anything else: a zero-padded layer behind a shift would not be a conv. In eval mode
-  that is what the original DBB does by padding with the shift itself;
-- has its taps within the conv's taps, so that the one conv has the shape of the given one.
+- is affine in eval mode, so that conv and branches together are equivalent to one conv;
+- pads before anything else: a zero-padded layer after a shift would not be a convolution. The
+  original DBB pads with the shift itself instead, which is the same function in eval mode;
+- has its taps within the conv's taps, so that the merged conv has the shape of the original.
 
-One's own kind reads `conv` and calls the helpers `taps` and `centre`, or builds the layers itself:
+A custom kind builds the layers itself, or with the helpers `taps` and `centre`:
 
     class TwoMore:
         def __call__(self, conv: nn.Conv2d) -> list[nn.Module]:
-            return [taps(conv, conv.kernel_size) for _ in range(2)]  # [] where it cannot grow
+            return [taps(conv, conv.kernel_size) for _ in range(2)]  # [] if not applicable
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 Block = Callable[[nn.Conv2d], Sequence[nn.Module]]
+Pads = tuple[int, int, int, int]
 
 # Kernel side -> (taps a side, spacing) of each parallel conv: the choices of UniRepLKNet (arXiv
-# 2311.15599). Other sides take the largest entry that is not larger.
+# 2311.15599). Other sizes use the largest smaller entry.
 _LARGE_KERNEL = {
     5: ((3, 1), (3, 2)),
     7: ((5, 1), (3, 2), (3, 3)),
@@ -44,7 +45,7 @@ def repvgg(conv: nn.Conv2d) -> list[nn.Module]:
 
 def acnet(conv: nn.Conv2d) -> list[nn.Module]:
     """ACNet (arXiv 1908.03930): the middle column and the middle row of the kernel."""
-    height, width = conv.kernel_size
+    height, width = _pair(conv.kernel_size)
     if height == 1 or width == 1:
         return []
     return [taps(conv, (height, 1)), taps(conv, (1, width))]
@@ -53,29 +54,29 @@ def acnet(conv: nn.Conv2d) -> list[nn.Module]:
 def dbb(conv: nn.Conv2d) -> list[nn.Module]:
     """Diverse Branch Block (arXiv 2103.13425): 1x1, 1x1 then kxk, 1x1 then average.
 
-    As its authors do, a depthwise conv has twice the channels between 1x1 and kxk, and no 1x1
-    before the average. A 1x1 conv grows a 1x1 alone; a dilated conv no average, as pooling has no
-    dilation.
+    As in the authors' code, a depthwise conv gets twice the channels between 1x1 and kxk, and no
+    1x1 before the average. A 1x1 conv only gets a 1x1; a dilated conv gets no average, as pooling
+    has no dilation.
     """
     if conv.kernel_size == (1, 1):
         return [centre(conv)]
     c_in, c_out, groups = conv.in_channels, conv.out_channels, conv.groups
     depthwise = groups == c_in > 1
-    pads = _pads(conv, conv.kernel_size)
+    kernel, stride = _pair(conv.kernel_size), _pair(conv.stride)
+    pads = _pads(conv, kernel)
     middle = 2 * c_in if depthwise else c_in
-    kxk = nn.Conv2d(
-        middle, c_out, conv.kernel_size, conv.stride, 0, conv.dilation, groups, bias=False
-    )
-    branches = [
+    kxk = nn.Conv2d(middle, c_out, kernel, stride, 0, _pair(conv.dilation), groups, bias=False)
+    branches: list[nn.Module] = [
         centre(conv),
         nn.Sequential(*_conv(pads, c_in, middle, groups=groups), nn.BatchNorm2d(middle), kxk),
     ]
     if all(d == 1 or k == 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        before: list[nn.Module]
         if depthwise and c_in == c_out:
             before = [nn.ZeroPad2d(pads)] if any(pads) else []
         else:
             before = [*_conv(pads, c_in, c_out, groups=groups), nn.BatchNorm2d(c_out)]
-        branches.append(nn.Sequential(*before, nn.AvgPool2d(conv.kernel_size, conv.stride)))
+        branches.append(nn.Sequential(*before, nn.AvgPool2d(kernel, stride)))
     return branches
 
 
@@ -84,9 +85,9 @@ def mobileone(conv: nn.Conv2d, copies: int = 4) -> list[nn.Module]:
 
     Args:
         conv: the conv.
-        copies: over-parameterization factor; another one by `functools.partial`.
+        copies: over-parameterization factor; use `functools.partial` to change it.
     """
-    branches = [taps(conv, conv.kernel_size) for _ in range(copies)]
+    branches: list[nn.Module] = [taps(conv, _pair(conv.kernel_size)) for _ in range(copies)]
     if conv.kernel_size != (1, 1):
         branches.append(centre(conv))
     return [*branches, *_identity(conv)]
@@ -95,8 +96,8 @@ def mobileone(conv: nn.Conv2d, copies: int = 4) -> list[nn.Module]:
 def large_kernel(conv: nn.Conv2d) -> list[nn.Module]:
     """RepLKNet's smaller kernels (arXiv 2203.06717), dilated as UniRepLKNet's (arXiv 2311.15599).
 
-    A kernel that is not square takes the entry of its shorter side above 1. From 2 to 4 there is a
-    1x1 alone, and a 1x1 conv has nothing smaller.
+    A kernel that is not square uses the entry of its shorter side above 1. Kernels of 2 to 4 only
+    get a 1x1, and a 1x1 conv gets no branch.
     """
     height, width = conv.kernel_size
     side = min((k for k in (height, width) if k > 1), default=1)
@@ -121,16 +122,15 @@ def taps(
     """Return a new conv, without bias, on the middle taps of another one.
 
     Args:
-        conv: whose channels, stride and groups it has. Its `padding` is what the branch sees: where
-            the padding depends on the input's size (timm's Conv2dSame), it is 0 and the branch gets
-            an input that is padded already.
+        conv: its channels, stride and groups are used. Where the padding depends on the input's
+            size (timm's Conv2dSame), its `padding` is 0 and the branch gets a padded input.
         size: taps (height, width).
-        spacing: distance of neighbouring taps, in taps of the conv.
+        spacing: distance of neighboring taps, in taps of the conv.
     """
-    dilation = tuple(r * d for r, d in zip(spacing, conv.dilation, strict=True))
+    dilation = _pair(r * d for r, d in zip(spacing, conv.dilation, strict=True))
     pads = _pads(conv, size, spacing)
     c_in, c_out, groups = conv.in_channels, conv.out_channels, conv.groups
-    return nn.Sequential(*_conv(pads, c_in, c_out, size, conv.stride, dilation, groups))
+    return nn.Sequential(*_conv(pads, c_in, c_out, size, _pair(conv.stride), dilation, groups))
 
 
 def centre(conv: nn.Conv2d) -> nn.Sequential:
@@ -145,46 +145,49 @@ def _identity(conv: nn.Conv2d) -> list[nn.Module]:
     return [nn.ZeroPad2d(pads) if any(pads) else nn.Identity()]
 
 
-def _pads(
-    conv: nn.Conv2d, size: tuple[int, int], spacing: tuple[int, int] = (1, 1)
-) -> tuple[int, ...]:
-    """Return (left, right, top, bottom) so that `size` taps lie on the conv's middle ones.
+def _pads(conv: nn.Conv2d, size: tuple[int, int], spacing: tuple[int, int] = (1, 1)) -> Pads:
+    """Return the padding (left, right, top, bottom) that centers `size` taps in the conv's kernel.
 
-    Negative where the taps begin inside the input: it is cropped.
+    Negative where the taps begin inside the input, which is then cropped.
     """
-    pads: list[int] = []
-    for axis in (1, 0):
+
+    def along(axis: int) -> tuple[int, int]:
         kernel, dilation = conv.kernel_size[axis], conv.dilation[axis]
         unused = kernel - 1 - spacing[axis] * (size[axis] - 1)
         before = unused // 2
         own_before, own_after = _own_padding(conv, axis)
-        pads += [own_before - before * dilation, own_after - (unused - before) * dilation]
-    return tuple(pads)
+        return own_before - before * dilation, own_after - (unused - before) * dilation
+
+    return *along(1), *along(0)
 
 
 def _own_padding(conv: nn.Conv2d, axis: int) -> tuple[int, int]:
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":  # Torch puts the odd one behind.
+    if isinstance(conv.padding, str):  # "valid" or "same"; torch puts the odd one at the end.
+        if conv.padding == "valid":
+            return 0, 0
         total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
         return total // 2, total - total // 2
-    return conv.padding[axis], conv.padding[axis]
+    padding = _pair(conv.padding)[axis]
+    return padding, padding
+
+
+def _pair(values: Iterable[int]) -> tuple[int, int]:
+    first, second = values
+    return first, second
 
 
 def _conv(
-    pads: tuple[int, ...],
+    pads: Pads,
     c_in: int,
     c_out: int,
     size: tuple[int, int] = (1, 1),
     stride: tuple[int, int] = (1, 1),
-    dilation: tuple[int, ...] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> list[nn.Module]:
-    """Return the layers of a conv without bias, padded or cropped as asked."""
+    """Return the layers of a conv without bias that pads or crops its input."""
     left, right, top, bottom = pads
-    if left == right >= 0 and top == bottom >= 0:
-        before, padding = [], (top, left)
-    else:
-        before, padding = [nn.ZeroPad2d(pads)], (0, 0)
+    symmetric = left == right >= 0 and top == bottom >= 0
+    padding = (top, left) if symmetric else (0, 0)
     conv = nn.Conv2d(c_in, c_out, size, stride, padding, dilation, groups, bias=False)
-    return [*before, conv]
+    return [conv] if symmetric else [nn.ZeroPad2d(pads), conv]

@@ -1,19 +1,20 @@
-"""Who feeds whom in a network, observed during one forward pass.
+"""The data flow of a network, observed during one forward pass.
 
-Every operation that reaches a tensor's memory is seen (a `TorchDispatchMode`), also those outside
-any module such as `x + y`, so "the only consumer of this tensor" is a fact and not a guess from the
-order in which modules were defined. A value is a piece of memory between two writes: views share
-it, and an in-place operation reads one value and makes the next.
+A `TorchDispatchMode` records every operation, also those outside of any module such as `x + y`. So
+"the only consumer of this tensor" is observed and not guessed from the order in which modules were
+defined. A value is a piece of memory between two writes: views share it, and an in-place operation
+reads one value and produces the next.
 
-Not seen: code that runs outside torch's dispatcher (`.numpy()`, a custom kernel), and branches that
-this input does not take.
+Not recorded: code that runs outside torch's dispatcher (`.numpy()`, a custom kernel), and code
+paths that this input does not take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam.verify import tensors_in
 
-# These look at their input's size alone.
+# These read only their input's size.
 SIZE_ONLY = {
     f"aten.{name}"
     for name in ("empty_like", "zeros_like", "ones_like", "full_like",
@@ -30,12 +31,12 @@ SIZE_ONLY = {
 }  # fmt: skip
 
 Value = tuple[int, int]
-"""Address of a piece of memory, and how often it had been written in place."""
+"""Address of a piece of memory, and how many times it has been written in place."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as an operation saw it: which value, and how it is laid over its memory."""
+    """A tensor as an operation saw it: its value, and its layout in memory."""
 
     value: Value
     shape: tuple[int, ...]
@@ -49,7 +50,7 @@ class View:
 
     @property
     def repeats(self) -> bool:
-        """Whether several of its elements are one in memory, as `expand` makes them."""
+        """Whether several of its elements share memory, as after `Tensor.expand`."""
         return any(n > 1 and s == 0 for n, s in zip(self.shape, self.stride, strict=True))
 
 
@@ -78,15 +79,16 @@ class Op:
 
     Attributes:
         name: its name, like "aten.add".
-        func: what was called.
-        args: its positional arguments, tensors as they were in memory.
+        func: the function that was called.
+        args: its positional arguments.
         kwargs: its keyword arguments.
-        inputs: tensors it was given, parameters included.
-        outputs: tensors it returned; an in-place operation returns what it was given.
+        inputs: its tensor arguments, parameters included.
+        outputs: the tensors it returned; an in-place operation returns its argument.
         is_view: it only returned its input's memory in another shape.
-        call: the leaf module's call it ran in, None in the code of a container.
+        mutates: it writes to one of its arguments.
+        call: the call of a leaf module it ran in, None in the code of a container.
         scope: qualified name of the innermost module it ran in.
-        label: what `Recorder.label` was when it ran.
+        label: the value of `Recorder.label` when it ran.
     """
 
     name: str
@@ -96,9 +98,14 @@ class Op:
     inputs: tuple[View, ...]
     outputs: tuple[View, ...]
     is_view: bool
+    mutates: bool
     call: Call | None
     scope: str
     label: Any = None
+
+    def varying(self, data: Set[Value]) -> list[View]:
+        """Return the inputs whose values are in `data`, such as those that depend on the input."""
+        return [view for view in self.inputs if view.value in data]
 
 
 @dataclass(eq=False)
@@ -108,9 +115,9 @@ class DataFlow:
     Attributes:
         calls: calls of leaf modules, in order.
         ops: all operations, in order.
-        inputs: the tensors the network was given.
+        inputs: the network's input tensors.
         outputs: the tensors the network returned.
-        returned: the network's answer itself.
+        returned: the network's output itself.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -124,51 +131,55 @@ class DataFlow:
         return [call for call in self.calls if call.module is module]
 
     def readers(self, value: Value) -> list[Op]:
-        """Return the operations that read or overwrite a value; making a view is neither."""
-        return self._index()[0].get(value, [])
+        """Return the operations that read or overwrite a value; creating a view is neither."""
+        return self._tables.readers.get(value, [])
 
     def users(self, tensor: Tensor) -> list[Op]:
         """Return the operations that read or overwrite a tensor's memory at any time."""
-        return self._index()[2].get(storage_of(tensor), [])
+        return self._tables.users.get(storage_of(tensor), [])
 
     def producer(self, value: Value) -> Op | None:
-        """Return the operation that made a value; None for inputs and parameters."""
-        return self._index()[1].get(value)
+        """Return the operation that produced a value; None for inputs and parameters."""
+        return self._tables.producers.get(value)
 
     def is_returned(self, value: Value) -> bool:
         """Return whether the network returns this value or a view of it."""
         return any(view.value == value for view in self.outputs)
 
-    def depends_on_input(self, or_made: bool = False) -> set[Value]:
-        """Return the values that are computed from the network's inputs, these included.
+    def depends_on_input(self, or_created: bool = False) -> set[Value]:
+        """Return the values that are computed from the network's inputs, inputs included.
 
         Args:
-            or_made: or from tensors that the network makes out of nothing, such as zeros.
+            or_created: also those computed from tensors that the network creates, such as zeros.
         """
         found = {view.value for view in self.inputs}
         for op in self.ops:
-            if or_made and (not op.inputs or op.name in SIZE_ONLY):
+            if or_created and (not op.inputs or op.name in SIZE_ONLY):
                 found.update(view.value for view in op.outputs)
             if op.name not in SIZE_ONLY and any(view.value in found for view in op.inputs):
                 found.update(view.value for view in op.outputs)
         return found
 
-    def _index(self) -> tuple[dict[Value, list[Op]], dict[Value, Op], dict[int, list[Op]]]:
-        if not hasattr(self, "_tables"):
-            readers: dict[Value, list[Op]] = {}
-            producers: dict[Value, Op] = {}
-            users: dict[int, list[Op]] = {}
-            for op in self.ops:
-                if op.is_view:
-                    continue
-                for value in {view.value for view in op.inputs}:
-                    readers.setdefault(value, []).append(op)
-                for storage in {view.storage for view in op.inputs}:
-                    users.setdefault(storage, []).append(op)
-                for view in op.outputs:
-                    producers.setdefault(view.value, op)
-            self._tables = readers, producers, users
-        return self._tables
+    @cached_property
+    def _tables(self) -> _Tables:
+        tables = _Tables()
+        for op in self.ops:
+            if op.is_view:
+                continue
+            for value in {view.value for view in op.inputs}:
+                tables.readers.setdefault(value, []).append(op)
+            for storage in {view.storage for view in op.inputs}:
+                tables.users.setdefault(storage, []).append(op)
+            for view in op.outputs:
+                tables.producers.setdefault(view.value, op)
+        return tables
+
+
+@dataclass
+class _Tables:
+    readers: dict[Value, list[Op]] = field(default_factory=dict)
+    producers: dict[Value, Op] = field(default_factory=dict)
+    users: dict[int, list[Op]] = field(default_factory=dict)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -177,11 +188,11 @@ def storage_of(tensor: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes every operation into a `DataFlow`, under the module that is running.
+    """Records every operation in a `DataFlow`, with the module that it runs in.
 
     Attributes:
-        flow: what has been seen so far.
-        label: written beside each operation; the caller's to set.
+        flow: the operations so far.
+        label: stored with each operation; set by the caller.
     """
 
     def __init__(self) -> None:
@@ -191,12 +202,12 @@ class Recorder(TorchDispatchMode):
         self._scopes: list[str] = [""]
         self._call: Call | None = None
         self._writes: dict[int, int] = {}
-        # Freed memory is given out again at the same address: hold all of it until the end.
+        # Freed memory would be reused at the same address: keep all of it alive until the end.
         self._alive: list[Tensor] = []
 
     def views(self, value: Any) -> tuple[View, ...]:
-        """Return the tensors in an argument or result as they are now."""
-        # Empty tensors have no memory: they would all look like one.
+        """Return the current views of the tensors in an argument or result."""
+        # Empty tensors have no memory and could not be told apart.
         found = [t for t in tensors_in(value) if t.numel() and t.layout == torch.strided]
         return tuple(self._view(t) for t in found)
 
@@ -217,7 +228,8 @@ class Recorder(TorchDispatchMode):
         inputs = self.views((args, kwargs))
         result = func(*args, **kwargs)
         self._alive += [t.detach() for t in tensors_in((args, kwargs, result))]
-        for storage in _written(func, args, kwargs):
+        mutates = func._schema.is_mutable  # torch has no public name for an operator's schema.
+        for storage in _written(func, args, kwargs) if mutates else ():
             self._writes[storage] = self._writes.get(storage, 0) + 1
         outputs = self.views(result)
         memory = {view.storage for view in inputs}
@@ -229,7 +241,8 @@ class Recorder(TorchDispatchMode):
             kwargs=kwargs,
             inputs=inputs,
             outputs=outputs,
-            is_view=aliases and not func._schema.is_mutable,
+            is_view=aliases and not mutates,
+            mutates=mutates,
             call=self._call,
             scope=self._scopes[-1],
             label=self.label,
@@ -240,7 +253,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def enter(self, name: str, module: nn.Module, leaf: bool, arguments: Any) -> None:
-        """Note that a module begins to run."""
+        """Record that a module starts to run."""
         self._scopes.append(name)
         # A module inside a leaf (the activation of a norm-and-activation layer) is part of it.
         if leaf and self._call is None:
@@ -248,7 +261,7 @@ class Recorder(TorchDispatchMode):
             self.flow.calls.append(self._call)
 
     def leave(self, module: nn.Module, output: Any) -> None:
-        """Note that a module has returned."""
+        """Record that a module has returned."""
         self._scopes.pop()
         if self._call is not None and self._call.module is module:
             self._call.outputs = self.views(output)
@@ -257,8 +270,6 @@ class Recorder(TorchDispatchMode):
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
     """Return the memory that an operation writes in place."""
-    if not func._schema.is_mutable:
-        return set()
     written: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -270,15 +281,14 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[in
 def observe(
     model: nn.Module, inputs: tuple[Any, ...], is_leaf: Callable[[nn.Module], bool]
 ) -> DataFlow:
-    """Run a network once and record what each operation reads and makes.
+    """Run a network once and record what each operation reads and produces.
 
-    Memory of all intermediate tensors is held as long as the result: use a small input.
+    All intermediate tensors are kept until the end of the pass: use a small input.
 
     Args:
         model: the network; its hooks run as usual.
         inputs: positional arguments.
-        is_leaf: says of a module with children whether it counts as one unit; a module without
-            children always does.
+        is_leaf: whether a module with children counts as one unit; one without always does.
     """
     recorder = Recorder()
     with torch.no_grad(), calls_noted(model, recorder, is_leaf), recorder:
@@ -292,7 +302,7 @@ def observe(
 def calls_noted(
     model: nn.Module, recorder: Recorder, is_leaf: Callable[[nn.Module], bool]
 ) -> Iterator[None]:
-    """Tell a recorder which module is running, by hooks on all of them."""
+    """Let a recorder know which module is running, by hooks on all of them."""
     handles = []
     for name, module in model.named_modules():
         leaf = is_leaf(module) or next(module.children(), None) is None

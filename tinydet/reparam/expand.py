@@ -1,7 +1,7 @@
-"""Expand a network: its convs grow training-time branches, and it stays the same function.
+"""Expand a network: add training-time branches to its convs without changing its function.
 
-The inverse of `tinydet.reparam.fold`. Train the expanded network, then fold it: what comes out has
-the convs, shapes and cost of the network that was expanded.
+The inverse of `tinydet.reparam.fold`: an expanded network that was trained folds into the convs,
+shapes and cost of the original.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fnmatch
 import re
 from collections.abc import Callable
 from itertools import islice
+from typing import cast
 
 import torch
 from timm.layers import Conv2dSame
@@ -27,7 +28,7 @@ class ExpandedConv2d(nn.Conv2d):
     """A conv with parallel branches; its own weight and bias keep their names.
 
     Attributes:
-        branches: each takes the conv's input and its output is added to the conv's.
+        branches: each takes the conv's input; its output is added to the conv's.
     """
 
     branches: nn.ModuleList
@@ -41,10 +42,10 @@ class ExpandedConv2d(nn.Conv2d):
 
 
 class ExpandedConv2dSame(ExpandedConv2d):
-    """The same of timm's Conv2dSame: the padding depends on the input's size and is done once.
+    """The same for timm's Conv2dSame, whose padding depends on the input's size.
 
     Attributes:
-        pad: the padding, a layer of its own, behind which conv and branches are one conv.
+        pad: pads the input once, for the conv and the branches.
     """
 
     pad: SamePad2d
@@ -61,33 +62,33 @@ _EXPANDED: dict[type[nn.Module], type[ExpandedConv2d]] = {
 
 
 def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.Module:
-    """Return a copy of a network whose convs have branches that begin as zero.
+    """Return a copy of a network whose convs have additional parallel branches.
 
-    The copy has the weights of the original under the same names and is the same function, in eval
-    and in train mode, because each new branch ends in a norm whose weight and bias are zero. That
-    norm has a gradient at once, what is before it from the second step. The new weights are drawn
-    from torch's global generator.
+    The copy keeps the weights of the original under the same names. It computes the same function
+    in eval and in train mode, because each new branch ends in a norm whose weight and bias are
+    zero. That norm receives gradients in the first step, the layers before it from the second step
+    on. The new weights are drawn from torch's global generator.
 
-    Convs that are not torch's own or timm's Conv2dSame (transposed, weight-standardised, with
-    another padding than zeros) grow nothing. In training mode a branch needs more than one value a
-    channel, like any batch norm: a conv behind global pooling more than one image a batch.
+    Only `nn.Conv2d` and timm's Conv2dSame are expanded, no subclasses and no other padding than
+    zeros. In training mode a branch needs more than one value per channel, like any batch norm: a
+    conv after global pooling needs more than one image per batch.
 
-    Branches have a shift: folded, a conv without a bias that no norm follows has a bias as well. An
+    Branches have a shift, so after folding a conv without bias that no norm follows has a bias. An
     expanded network can be expanded again, also the same conv.
 
     Args:
         model: the network; it is not modified.
-        block: the kind of branches, "repvgg", "acnet", "dbb", "mobileone" or "large-kernel", or
-            one's own: a callable from the conv to a list of modules without their last norm, each
-            affine in eval mode; `tinydet.reparam.branches` has helpers and an example.
-        where: the convs that grow, the empty string is all that can. A function of the conv's
+        block: the kind of branches, "repvgg", "acnet", "dbb", "mobileone" or "large-kernel", or a
+            callable from the conv to a list of modules without their last norm, each affine in
+            eval mode; `tinydet.reparam.branches` has helpers and an example.
+        where: which convs to expand; the empty string means all. A function of the conv's
             qualified name and the conv, or words: "3x3" is a kernel size, "depthwise" (as many
-            groups as input channels) and "dense" (one group) are kinds, any other word is a
-            pattern of names, and a module's name stands for all in it. Words of one sort are
-            alternatives, and every sort has to hold: "3x3 5x5 depthwise stages.2 stages.3".
+            groups as input channels) and "dense" (one group) are kinds, any other word is a name
+            pattern, and a module's name covers everything in it. Words of one sort are
+            alternatives, and every sort has to match: "3x3 5x5 depthwise stages.2 stages.3".
 
     Raises:
-        ValueError: there is no such block, no conv is selected, none of the selected can grow this
+        ValueError: there is no such block, no conv is selected, none of the selected can have this
             block, or a branch's output has another shape than the conv's.
     """
     grow, kind = _find_block(block)
@@ -126,14 +127,13 @@ def _find_block(block: str | Block) -> tuple[Block, str]:
         near = difflib.get_close_matches(block, BLOCKS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"block={block!r}: no such block; {hint}The blocks are {', '.join(BLOCKS)}, and a "
-            "callable of one's own"
+            f"block={block!r}: no such block; {hint}use one of {', '.join(BLOCKS)}, or a callable"
         )
     return BLOCKS[block], block
 
 
 def _convs(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
-    """Return the convs that can grow and all names of each, without those in branches."""
+    """Return the convs that can be expanded and all names of each, except those in branches."""
     found: dict[nn.Conv2d, list[str]] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -146,7 +146,7 @@ def _convs(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
 
 
 def _parse(where: str) -> Where:
-    """Return the predicate of a string of words; see `expand`."""
+    """Return the predicate for a string of words; see `expand`."""
     words = where.split()
     sizes = {tuple(map(int, w.split("x"))) for w in words if re.fullmatch(r"\d+x\d+", w)}
     kinds = {w for w in words if w in ("depthwise", "dense")}
@@ -176,7 +176,7 @@ def _nothing_selected(
     model: nn.Module, convs: dict[nn.Conv2d, list[str]], where: str | Where
 ) -> str:
     if not convs:
-        return f"{type(model).__name__} has no zero-padded nn.Conv2d that could grow branches"
+        return f"{type(model).__name__} has no zero-padded nn.Conv2d to add branches to"
     modules = [name for name, _ in model.named_modules() if name]
     hint = ""
     for word in where.split() if isinstance(where, str) else ():
@@ -195,7 +195,7 @@ def _describe(conv: nn.Conv2d) -> str:
 
 
 def _finished(branch: nn.Module, conv: nn.Conv2d, name: str, kind: str) -> nn.Module:
-    """Check a branch and give it the norm that keeps it zero."""
+    """Append the norm that keeps a branch at zero, and check its output shape."""
     layers = branch if isinstance(branch, nn.Sequential) else [branch]
     norm = nn.BatchNorm2d(conv.out_channels)
     nn.init.zeros_(norm.weight)  # Its bias is zero already.
@@ -220,14 +220,14 @@ def _check_shape(branch: nn.Module, conv: nn.Conv2d, where: str) -> None:
             problem = str(error).split("\n")[0]
             raise ValueError(f"{where} fails on an input {tuple(x.shape)}: {problem}") from error
     if shape != expected:
-        raise ValueError(f"{where} makes {shape} of {tuple(x.shape)}, but the conv {expected}")
+        raise ValueError(f"{where} returns {shape} for {tuple(x.shape)}, but the conv {expected}")
 
 
 def _attach(conv: nn.Conv2d, branches: list[nn.Module]) -> None:
     if not isinstance(conv, ExpandedConv2d):
         if isinstance(conv, Conv2dSame):
             conv.pad = SamePad2d(conv).train(conv.training)
-        # Another class and not another module: every name, hook and reference stays valid.
+        # Changing the class instead of the module keeps every name, hook and reference valid.
         conv.__class__ = _EXPANDED[type(conv)]
         conv.branches = nn.ModuleList().train(conv.training)
-    conv.branches.extend(branches)
+    cast(ExpandedConv2d, conv).branches.extend(branches)

@@ -1,4 +1,4 @@
-"""Multiplications by constants in the code of modules: found, counted, taken out of the code."""
+"""Find, count and remove multiplications by constants in the code of modules."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tinydet.reparam.absorb import SUMS, Absorber, apply_all, behind, check_whole
 from tinydet.reparam.affine import is_affine, is_layer
-from tinydet.reparam.channel_map import ChannelMap, NotMovableError
-from tinydet.reparam.code import NotTraceableError, as_module, erase_unused, observe_nodes, trace
-from tinydet.reparam.dataflow import Call, DataFlow, Op, Value
+from tinydet.reparam.apply_changes import Change, RefusedError
+from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, storage_of
+from tinydet.reparam.fuse_affine import SUMS, Fusion, apply_fusions, one_per_layer, producer_fusions
+from tinydet.reparam.fx_graph import (
+    NotTraceableError,
+    as_module,
+    erase_unused,
+    observe_nodes,
+    trace,
+)
+from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
 from tinydet.reparam.norms import is_norm
-from tinydet.reparam.replacing import calls_recorded, has_hooks, hooks_off, replace_module
-from tinydet.reparam.rounds import Change, RefusedError
 from tinydet.reparam.verify import copied
 
 FACTORS = ("aten.mul", "aten.mul_", "aten.div", "aten.div_")
 
 
 def only_scales(call: Call, data: set[Value]) -> bool:
-    """Return whether a call does no more than multiply by constants and add some."""
+    """Return whether a call only multiplies by constants and adds constants."""
     if len(call.inputs) != 1 or len(call.outputs) != 1 or has_hooks(call.module):
         return False
     if call.inputs[0].shape != call.outputs[0].shape or call.inputs[0].value not in data:
         return False
-    work = [op for op in call.ops if not op.is_view and any(v.value in data for v in op.inputs)]
+    work = [op for op in call.ops if not op.is_view and op.varying(data)]
     elementwise = all(
-        op.name in (*FACTORS, *SUMS)
-        and sum(v.value in data for v in op.inputs) == 1
-        and is_affine(op, data)
+        op.name in (*FACTORS, *SUMS) and len(op.varying(data)) == 1 and is_affine(op, data)
         for op in work
     )
     return elementwise and any(op.name in FACTORS for op in work)
@@ -40,16 +44,16 @@ def only_scales(call: Call, data: set[Value]) -> bool:
 def find_factors(
     model: nn.Module, inputs: tuple[Any, ...], flow: DataFlow, refused: Mapping[str, str]
 ) -> list[Change]:
-    """Find multiplications by constants in the code of modules, which a layer can take over.
+    """Find multiplications by constants in the code of modules that can be fused into layers.
 
     Args:
         model: the network.
         inputs: positional arguments of a forward pass.
-        flow: what was observed in it.
-        refused: names of changes that cannot be made.
+        flow: the data flow observed in it.
+        refused: names of the changes that were refused, with the reasons.
     """
     data = flow.depends_on_input()
-    found: list[tuple[str, nn.Module, Op, list[Absorber]]] = []
+    found: list[tuple[str, nn.Module, Op, list[Fusion]]] = []
     for number, op in enumerate(flow.ops):
         if op.name not in FACTORS or not is_factor(op, data):
             continue
@@ -59,18 +63,20 @@ def find_factors(
             continue
         if op.call is not None and only_scales(op.call, data):
             continue
-        (view,) = [v for v in op.inputs if v.value in data]
+        (view,) = op.varying(data)
         try:
-            absorbers = check_whole(flow, behind(flow, view, {op}, _map_of_factor(op, data)))
-        except NotMovableError:
+            fusions = one_per_layer(
+                flow, producer_fusions(flow, view, {op}, _affine_of_factor(op, data))
+            )
+        except NotFusableError:
             continue
-        found.append((name, module, op, absorbers))
+        found.append((name, module, op, fusions))
     if not found:
         return []
-    with calls_recorded([module for _, module, _, _ in found]) as records, torch.no_grad():
+    with record_calls([module for _, module, _, _ in found]) as records, torch.no_grad():
         model(*copied(inputs))
 
-    def change(name: str, module: nn.Module, op: Op, absorbers: list[Absorber]) -> Change:
+    def change(name: str, module: nn.Module, op: Op, fusions: list[Fusion]) -> Change:
         def make(model: nn.Module) -> tuple[nn.Module, str]:
             try:
                 new = _without_factor(module, records.get(module), flow, op)
@@ -80,31 +86,30 @@ def find_factors(
                 model = new
             else:
                 replace_module(model, module, new)
-            return model, apply_all(absorbers)
+            return model, apply_fusions(fusions)
 
-        return Change(name, frozenset((module, *(a.call.module for a in absorbers))), make)
+        return Change(name, frozenset((module, *(a.call.module for a in fusions))), make)
 
     return [change(*one) for one in found]
 
 
 def is_factor(op: Op, data: set[Value]) -> bool:
-    """Return whether an operation multiplies or divides what varies by a constant."""
-    varying = [v for v in op.inputs if v.value in data]
+    """Return whether an operation multiplies or divides an activation by a constant."""
+    varying = op.varying(data)
     return len(varying) == 1 and is_affine(op, data) and varying[0].shape == op.outputs[0].shape
 
 
-def _map_of_factor(op: Op, data: set[Value]) -> ChannelMap:
-    view = next(v for v in op.inputs if v.value in data)
-    address = view.storage
+def _affine_of_factor(op: Op, data: set[Value]) -> ChannelAffine:
+    (view,) = op.varying(data)
     other = next(
         a for a in op.args[:2]
-        if not isinstance(a, Tensor) or a.untyped_storage().data_ptr() != address
+        if not isinstance(a, Tensor) or storage_of(a) != view.storage
     )  # fmt: skip
     tensors = [t for t in op.args[:2] if isinstance(t, Tensor)]
     factor = torch.as_tensor(other, dtype=tensors[0].dtype)
     if "div" in op.name:
         factor = 1.0 / factor
-    return ChannelMap.of(factor.view(*[1] * (len(view.shape) - factor.ndim), *factor.shape))
+    return ChannelAffine.of(factor.view(*[1] * (len(view.shape) - factor.ndim), *factor.shape))
 
 
 def _without_factor(
@@ -113,23 +118,23 @@ def _without_factor(
     """Return a module whose code no longer multiplies by a factor.
 
     Raises:
-        NotTraceableError: its code is not a plain graph in which the factor is seen.
+        NotTraceableError: its code cannot be traced, or the factor is not found in the graph.
     """
     if record is None:
         raise NotTraceableError("its code does not run as a module's call")
     args, kwargs, _ = record
-    with hooks_off(module):
+    with hooks_disabled(module):
         graph = trace(module, args, kwargs)
         data = observe_nodes(graph, copied(args)).depends_on_input()
-    # Constants may be computed anew in the traced code: what varies must be the same.
+    # The traced code may compute constants again; operations on activations must be the same.
     varying = flow.depends_on_input()
-    own = [o for o in flow.ops if o.scope == op.scope and _varies(o, varying)]
+    own = [o for o in flow.ops if o.scope == op.scope and o.varying(varying)]
     traced = [
         (node, o)
         for node in graph.graph.nodes
         if node.op in ("call_function", "call_method")
         for o in node.meta["ops"]
-        if _varies(o, data)
+        if o.varying(data)
     ]
     if [o.name for o in own] != [o.name for _, o in traced]:
         raise NotTraceableError("its code runs other operations when traced")
@@ -139,10 +144,6 @@ def _without_factor(
     erase_unused(graph.graph, [node])
     graph.recompile()
     return as_module(graph, module)
-
-
-def _varies(op: Op, data: set[Value]) -> bool:
-    return any(v.value in data for v in op.inputs)
 
 
 def _only_multiplies(node: fx.Node, data: set[Value]) -> fx.Node:
@@ -160,9 +161,9 @@ def _depends_on_an_argument(node: fx.Node) -> bool:
 
 
 def count_scales(flow: DataFlow) -> int:
-    """Count the constant tensors that a layer's output is multiplied by before anything else.
+    """Count the multiplications of a layer's output by a constant tensor.
 
-    A norm, a view or another factor may come between; another reader of the output may not.
+    A norm, a view or another factor may come in between, another reader of the output may not.
     """
     data = flow.depends_on_input()
     return sum(
@@ -176,13 +177,13 @@ def count_scales(flow: DataFlow) -> int:
 
 def _follows_a_layer(flow: DataFlow, op: Op, data: set[Value]) -> bool:
     while True:
-        (view,) = [v for v in op.inputs if v.value in data]
+        (view,) = op.varying(data)
         made = flow.producer(view.value)
         if made is None or len(flow.readers(view.value)) > 1 or flow.is_returned(view.value):
             return False
         if is_layer(made, data):
             return True
-        alone = sum(v.value in data for v in made.inputs) == 1
+        alone = len(made.varying(data)) == 1
         if not alone or made.name not in (*FACTORS, *SUMS, "aten.native_batch_norm", "aten.clone"):
             return False
         op = made

@@ -1,9 +1,9 @@
 """Fold a trained network: the same function with fewer layers.
 
-First every stretch of parallel branches becomes the one convolution that it is, then each batch
-norm and constant factor goes into the convolutions or linear layers next to it. All arithmetic is
-in float64 on a copy, the copy is compared with the original in float64, and only then are the
-weights cast back.
+Parallel branches are merged into single convolutions, then batch norms and constant factors are
+fused into the convolutions or linear layers next to them, then layers in series are merged where
+that is cheaper. This happens on a float64 copy, which is compared with the original before its
+weights are cast back.
 """
 
 from __future__ import annotations
@@ -32,37 +32,39 @@ from tinydet.reparam.verify import copied, difference, why_different
 def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.Module, FoldReport]:
     """Return a copy of a network with its branches merged and its batch norms folded.
 
-    The structure of the result depends only on the network's description, not on its weights: the
-    weights of one folded network load strictly into another one's. Folding twice changes nothing.
+    The structure of the result depends on the network's architecture and not on its weights: a
+    folded state dict loads strictly into another folded copy. Folding twice changes nothing.
 
     Args:
         model: the network, in eval mode; it is not modified. Its forward pass must work in float64
             and on the CPU, where the folding is done.
         example_input: a small input, or a tuple of positional arguments. The data flow is observed
-            and the result is checked on it and on random values of its shape; the result takes
-            every input the original takes.
+            on random values of its shape; the result is checked on these, on the example itself
+            and, for a batch of images, on a larger batch. The result takes every input that the
+            original takes.
 
     Returns:
-        The folded network, of the original's dtype and device, and the report.
+        The folded network, with the original's dtypes and devices, and the report.
 
     Raises:
-        ValueError: the model is in training mode, or the folded one is another function.
+        ValueError: the model is in training mode, or the folded one computes another function.
     """
     _check_eval_mode(model)
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     with torch.inference_mode(False), torch.no_grad():
         with exact_arithmetic():
             original = copy.deepcopy(model).cpu().double()
-            # On random values: a network's answer to an all-zero example tells little.
+            # Random values first: an all-zero example would hide most differences.
             checks = [_random_like(arguments), _as_float64(arguments)]
             if other := _of_another_size(original, checks[0]):
                 checks.append(other)
             before = _Counts.of(original, checks[0])
-            # Fast: looking at the other inputs only in the end. If that fails, after each step.
-            for looked_at in (checks[:1], checks):
-                folded, merged, branches = merge_branches(copy.deepcopy(original), looked_at)
-                folded, moved, norms = fold_scales(folded, looked_at)
-                folded, rows = merge_series(folded, looked_at)
+            # First compare on one input after each change, which is fast, and on all in the end.
+            # If that fails, start over and compare on all inputs after each change.
+            for compared in (checks[:1], checks):
+                folded, merged, branches = merge_branches(copy.deepcopy(original), compared)
+                folded, moved, norms = fold_scales(folded, compared)
+                folded, rows = merge_series(folded, compared)
                 problem, max_rel = _compared(original, folded, checks)
                 if not problem:
                     break
@@ -91,7 +93,7 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
 def _compared(
     original: nn.Module, folded: nn.Module, checks: list[tuple[Any, ...]]
 ) -> tuple[str, float]:
-    """Return what is wrong with a folded network, if anything, and its largest difference."""
+    """Return how a folded network's outputs are wrong, if they are, and the largest difference."""
     max_rel = 0.0
     for given in checks:
         try:
@@ -129,7 +131,7 @@ def _check_eval_mode(model: nn.Module) -> None:
 class _CastsToFloat64(TorchDispatchMode):
     """Makes `x.float()` and the like cast to float64.
 
-    Networks leave float16 that way; in a float64 check it would round away what is looked for.
+    Networks contain such casts for mixed precision; here they would reduce the precision of checks.
     """
 
     def __torch_dispatch__(
@@ -149,9 +151,9 @@ class _CastsToFloat64(TorchDispatchMode):
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Compute in float64, also in layers that a block's own method creates without a dtype.
+    """Compute in float64, also where a module's code creates tensors of the default dtype.
 
-    In one thread: on small inputs, on a busy machine, threads mostly wait for each other.
+    Uses one thread: on inputs this small, several mostly wait for each other.
     """
     default, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
@@ -189,7 +191,7 @@ def _random_like(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _of_another_size(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return more and larger images, if the model takes one batch of images, of any size."""
+    """Return more and larger images, if the model takes one batch of images of any size."""
     if len(arguments) != 1 or not isinstance(arguments[0], Tensor) or arguments[0].ndim != 4:
         return None
     images, channels, height, width = arguments[0].shape
@@ -198,13 +200,13 @@ def _of_another_size(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any,
     try:
         model(*copied(given))
     except Exception:
-        # The model is another's: it may refuse other sizes in any way.
+        # Any model may reject other sizes, with any exception.
         return None
     return given
 
 
 def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
-    """Give each weight the dtype and device it had; a new one those of its block's first weight."""
+    """Restore each weight's dtype and device; a new weight gets those of its block's first one."""
     like = dict(_floating(original))
     for path, tensor in _floating(folded):
         source = like.get(path)

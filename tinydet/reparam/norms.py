@@ -1,4 +1,4 @@
-"""Batch norms in inference: a scale and a shift of each channel, and what follows them."""
+"""Batch norms in inference: their scale and shift, and what remains once these are folded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-# By exact type: a subclass may do anything in its forward.
+# By exact type: a subclass may override `forward`.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _BATCH_NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 _ANY_NORM = (
@@ -33,7 +33,7 @@ def count_norms(model: nn.Module) -> int:
 
 
 def why_not_linear(norm: nn.Module) -> str | None:
-    """Return why a norm is not a fixed scale and shift in inference, or None if it is."""
+    """Return why a norm is not a constant scale and shift in inference, or None if it is."""
     if type(norm) not in _BATCH_NORMS + _BATCH_NORM_ACTS:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             return f"{type(norm).__name__} is a batch norm of its own kind, with unknown arithmetic"
@@ -43,8 +43,8 @@ def why_not_linear(norm: nn.Module) -> str | None:
     return None
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the (C,) scale and (C,) shift that a batch norm applies in inference."""
+def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the (C,) scale and (C,) shift that a batch norm of any kind applies in inference."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -53,7 +53,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def without_norm(norm: nn.Module) -> nn.Module:
-    """Return what stands in a folded norm's place: the identity, or its dropout and activation."""
+    """Return the replacement of a folded norm: the identity, or its dropout and activation."""
     rest: list[Any] = [getattr(norm, "drop", None), getattr(norm, "act", None)]
     rest = [m for m in rest if m is not None and type(m) is not nn.Identity]
     if type(norm) in _BATCH_NORMS or not rest:

@@ -1,4 +1,4 @@
-"""What a fold did and what it left, with the reason."""
+"""The outcome of a fold: what was folded and what remains, with the reasons."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """One module that was folded away or kept.
+    """One module that was folded or kept.
 
     Attributes:
         name: the module's qualified name in the model.
-        detail: where it went, or why it stays.
+        detail: what it was folded into, or why it remains.
     """
 
     name: str
@@ -23,20 +23,20 @@ class FoldReport:
     """The outcome of folding a model.
 
     Attributes:
-        folded: branches merged, norms and factors taken over, in order.
-        kept: parallel branches and normalization layers that stay, with the reason.
+        folded: merged branches, folded norms and factors, in order.
+        kept: parallel branches and normalization layers that remain, with the reason.
         norms_before: normalization layers in the model.
         norms_after: normalization layers in the folded model.
         params_before: parameters in the model.
         params_after: parameters in the folded model.
         macs_before: multiply-adds of the example's forward pass.
         macs_after: the same, folded.
-        branches_before: additions of parallel linear branches of one and the same value.
+        branches_before: additions of parallel linear branches with a common input.
         branches_after: the same, folded.
-        scales_before: constant factors applied to nothing but a conv's or linear layer's output.
+        scales_before: multiplications of a conv's or linear layer's output by a constant.
         scales_after: the same, folded.
-        max_rel: largest difference of outputs found by the check in float64, as a fraction of the
-            largest absolute output.
+        max_rel: largest difference between the outputs in float64, as a fraction of the largest
+            absolute output.
     """
 
     folded: tuple[Step, ...]
@@ -54,14 +54,14 @@ class FoldReport:
     max_rel: float
 
     def lines(self) -> list[str]:
-        """Return the report as lines of text: a summary, then one line for each thing kept."""
+        """Return the report as lines of text: a summary, then one line for each kept module."""
         summary = [
             f"norms       {self.norms_before} -> {self.norms_after}",
             f"branches    {self.branches_before} -> {self.branches_after}",
             f"factors     {self.scales_before} -> {self.scales_after}",
-            f"mult-adds   {self.macs_before:,} -> {self.macs_after:,}, for the example",
+            f"mult-adds   {self.macs_before:,} -> {self.macs_after:,} for the example input",
             f"parameters  {self.params_before:,} -> {self.params_after:,}",
-            f"folded      {len(self.folded)} stretches, norms and factors",
+            f"folded      {len(self.folded)} modules",
             f"difference  {self.max_rel:.1e} of the largest output, in float64",
         ]
         return summary + [f"kept        {step.name}: {step.detail}" for step in self.kept]

@@ -1,13 +1,15 @@
-"""TensorFlow's "same" padding, which depends on the input's size, apart from the conv it is for."""
+"""TensorFlow's "same" padding, which depends on the input's size, as a layer before its conv."""
 
 from __future__ import annotations
+
+from typing import cast
 
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
 
 class SamePad2d(nn.Module):
-    """Pads as timm's Conv2dSame does, so that what follows is a conv without padding.
+    """Pads as timm's Conv2dSame does, so that a conv without padding can follow.
 
     Attributes:
         geometry: kernel size, stride and dilation of the conv it pads for.
@@ -20,16 +22,17 @@ class SamePad2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input with zeros around it."""
-        return pad_same(x, *self.geometry)
+        kernel_size, stride, dilation = map(list, self.geometry)
+        return pad_same(x, kernel_size, stride, dilation)
 
     def joined(self, conv: nn.Module) -> Conv2dSame | None:
-        """Return a conv that follows this padding as timm's layer, itself changed to that class.
+        """Return a conv that follows this padding as a Conv2dSame; the conv's class is changed.
 
-        None where the layer is no plain conv without padding, or one of another geometry.
+        None if it is not a plain conv without padding, or of another geometry.
         """
         if type(conv) is not nn.Conv2d or conv.padding != (0, 0):
             return None
         if (conv.kernel_size, conv.stride, conv.dilation) != self.geometry:
             return None
         conv.__class__ = Conv2dSame
-        return conv
+        return cast(Conv2dSame, conv)

@@ -1,7 +1,7 @@
-"""Norms, and constant factors, taken into the convolutions and linear layers next to them.
+"""Fold norms and constant factors into the convolutions and linear layers next to them.
 
-A batch norm in inference and a LayerScale are a scale and a shift of each channel. The layers that
-make their input take it; if these cannot, the layers that read their output.
+In inference, a batch norm or a LayerScale is a scale and a shift of each channel. It is fused into
+the layers that produce its input or, if that is impossible, into those that read its output.
 """
 
 from __future__ import annotations
@@ -12,34 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinydet.reparam.absorb import SUMS, Absorber, ahead, apply_all, behind, check_whole
-from tinydet.reparam.channel_map import ChannelMap, NotMovableError
+from tinydet.reparam.apply_changes import Change, apply_changes
+from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
 from tinydet.reparam.dataflow import Call, DataFlow
 from tinydet.reparam.factors import find_factors, only_scales
-from tinydet.reparam.norms import is_norm, scale_and_shift, why_not_linear, without_norm
-from tinydet.reparam.replacing import (
+from tinydet.reparam.fuse_affine import (
+    SUMS,
+    Fusion,
+    apply_fusions,
+    consumer_fusions,
+    one_per_layer,
+    producer_fusions,
+)
+from tinydet.reparam.module_swap import (
     give_hooks,
     has_hooks,
     has_pre_hooks,
-    hooks_off,
+    hooks_disabled,
     replace_module,
 )
+from tinydet.reparam.norms import is_norm, scale_and_shift, why_not_linear, without_norm
 from tinydet.reparam.report import Step
-from tinydet.reparam.rounds import Change, change_in_rounds
 
 
 def fold_scales(
     model: nn.Module, checks: list[tuple[Any, ...]]
 ) -> tuple[nn.Module, list[Step], list[Step]]:
-    """Fold every norm and every constant factor that a layer can take over.
+    """Fold every norm and every constant factor that can be fused into a layer.
 
     Args:
         model: the network in eval mode and float64; changed in place.
-        checks: positional arguments for forward passes; the first are for the observed ones.
+        checks: positional arguments for forward passes; the data flow is observed on the first.
 
     Returns:
         The network (another object if a factor was in its own code), what was folded, and every
-        norm that stays with its reason.
+        norm that remains with the reason.
     """
     kept: dict[str, str] = {}
 
@@ -51,7 +58,7 @@ def fold_scales(
             *find_factors(model, checks[0], flow, refused),
         ]
 
-    model, done, refused = change_in_rounds(model, checks, find)
+    model, done, refused = apply_changes(model, checks, find)
     norms = [name for name, module in model.named_modules() if is_norm(module)]
     return model, done, [Step(n, refused.get(n) or kept[n]) for n in norms]
 
@@ -61,8 +68,8 @@ def _norms(model: nn.Module, flow: DataFlow, kept: dict[str, str]) -> list[Chang
     for name, module in model.named_modules():
         if is_norm(module):
             try:
-                found.append(_change(name, module, _norm_absorbers(flow, module)))
-            except NotMovableError as reason:
+                found.append(_change(name, module, _norm_fusions(flow, module)))
+            except NotFusableError as reason:
                 kept[name] = str(reason)
     return found
 
@@ -77,90 +84,95 @@ def _scale_modules(flow: DataFlow) -> list[Change]:
             scales.setdefault(call.module, []).append(call)
     for module, calls in scales.items():
         try:
-            maps = [(call, _map_of_call(call)) for call in calls]
-            absorbers = _absorbers(flow, maps, backward_only=True)
-        except NotMovableError:
+            maps = [(call, _affine_of_call(call)) for call in calls]
+            fusions = _fusions(flow, maps, backward_only=True)
+        except NotFusableError:
             continue
-        found.append(_change(calls[0].name, module, absorbers))
+        found.append(_change(calls[0].name, module, fusions))
     return found
 
 
-def _change(name: str, module: nn.Module, absorbers: list[Absorber]) -> Change:
-    """Return the change by which layers take over what a module does."""
+def _change(name: str, module: nn.Module, fusions: list[Fusion]) -> Change:
+    """Return the change that removes a module and fuses its effect into layers."""
 
     def make(model: nn.Module) -> tuple[nn.Module, str]:
         _remove_module(model, module)
-        return model, apply_all(absorbers)
+        return model, apply_fusions(fusions)
 
-    return Change(name, frozenset((module, *(a.call.module for a in absorbers))), make)
+    return Change(name, frozenset((module, *(a.call.module for a in fusions))), make)
 
 
-def _norm_absorbers(flow: DataFlow, norm: nn.Module) -> list[Absorber]:
+def _norm_fusions(flow: DataFlow, norm: nn.Module) -> list[Fusion]:
     if reason := why_not_linear(norm):
-        raise NotMovableError(reason)
+        raise NotFusableError(reason)
     calls = flow.calls_of(norm)
     if not calls:
-        raise NotMovableError("it runs 0 times in a forward pass")
+        raise NotFusableError("it runs 0 times in a forward pass")
     if has_pre_hooks(norm):
-        raise NotMovableError("it has a forward pre-hook")
-    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        raise NotFusableError("it has a forward pre-hook")
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(norm, name)
         if tensor is not None and any(op.call not in calls for op in flow.users(tensor)):
-            raise NotMovableError("its weights are also used elsewhere")
+            raise NotFusableError("its weights are also used elsewhere")
     maps = []
     for call in calls:
         around = [1] * (len(call.inputs[0].shape) - 2)
         scale, shift = (values.view(1, -1, *around) for values in scale_and_shift(norm))
-        maps.append((call, ChannelMap.of(scale, shift)))
+        maps.append((call, ChannelAffine.of(scale, shift)))
     ends = isinstance(without_norm(norm), nn.Identity) and not has_hooks(norm)
-    return _absorbers(flow, maps, backward_only=not ends)
+    return _fusions(flow, maps, backward_only=not ends)
 
 
-def _absorbers(
-    flow: DataFlow, maps: list[tuple[Call, ChannelMap]], backward_only: bool
-) -> list[Absorber]:
-    """Return the layers that take a module's maps in all of its calls."""
+def _fusions(
+    flow: DataFlow, maps: list[tuple[Call, ChannelAffine]], backward_only: bool
+) -> list[Fusion]:
+    """Return the fusions of what a module does in each of its calls."""
     try:
-        return check_whole(
+        return one_per_layer(
             flow,
-            [a for call, m in maps for a in behind(flow, call.inputs[0], set(call.ops), m)],
+            [
+                a
+                for call, m in maps
+                for a in producer_fusions(flow, call.inputs[0], set(call.ops), m)
+            ],
         )
-    except NotMovableError as reason:
+    except NotFusableError as reason:
         if backward_only:
             raise
         try:
-            return check_whole(
-                flow, [a for call, m in maps for a in ahead(flow, call.outputs[0], m)]
+            return one_per_layer(
+                flow, [a for call, m in maps for a in consumer_fusions(flow, call.outputs[0], m)]
             )
-        except NotMovableError as second:
-            raise NotMovableError(f"{reason}; {second}") from second
+        except NotFusableError as second:
+            raise NotFusableError(f"{reason}; {second}") from second
 
 
-def _map_of_call(call: Call) -> ChannelMap:
-    """Return what a module does to its input, the same for inputs of every size that it takes.
+def _affine_of_call(call: Call) -> ChannelAffine:
+    """Return the scale and shift that a module applies to inputs of any size.
 
     Raises:
-        NotMovableError: it does something else to an input of another size.
+        NotFusableError: they depend on the size or the position.
     """
     shape = list(call.inputs[0].shape)
-    asked = _asked(call, shape)
+    maps = _scale_and_shift_at(call, shape)
     for axis in range(len(shape)):
         try:
-            longer = _asked(call, [n + (a == axis) for a, n in enumerate(shape)])
+            longer = _scale_and_shift_at(call, [n + (a == axis) for a, n in enumerate(shape)])
         except RuntimeError:
             continue  # The axis of its weights, whose length is fixed.
-        for values, more in zip(asked, longer, strict=True):
+        for values, more in zip(maps, longer, strict=True):
             if not torch.equal(values.narrow(axis, 0, 1).expand_as(more), more):
-                raise NotMovableError("its factor depends on the place or the size of its input")
-        asked = [values.narrow(axis, 0, 1) for values in asked]
+                raise NotFusableError("its factor depends on the place or the size of its input")
+        maps = [values.narrow(axis, 0, 1) for values in maps]
         shape[axis] = 1
-    scale, shift = asked
+    scale, shift = maps
     shifts = any(op.name in SUMS for op in call.ops)
-    return ChannelMap.of(scale, shift if shifts else None)
+    return ChannelAffine.of(scale, shift if shifts else None)
 
 
-def _asked(call: Call, shape: Sequence[int]) -> list[Tensor]:
+def _scale_and_shift_at(call: Call, shape: Sequence[int]) -> list[Tensor]:
     """Return the scale and the shift that a module applies to an input of this shape."""
-    with hooks_off(call.module), torch.no_grad():
+    with hooks_disabled(call.module), torch.no_grad():
         zero = call.module(torch.zeros(shape, dtype=torch.float64))
         one = call.module(torch.ones(shape, dtype=torch.float64))
     return [one - zero, zero]
@@ -169,7 +181,7 @@ def _asked(call: Call, shape: Sequence[int]) -> list[Tensor]:
 def _remove_module(model: nn.Module, module: nn.Module) -> None:
     rest = without_norm(module) if is_norm(module) else nn.Identity()
     if has_hooks(module):
-        # An activation may be shared between norms: their hooks go on a module of their own.
+        # The norm's activation may be shared with others: the hooks go on a wrapper of it.
         rest = nn.Sequential(rest)
         give_hooks(module, rest)
     replace_module(model, module, rest)

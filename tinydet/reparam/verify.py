@@ -1,4 +1,4 @@
-"""Two networks compared by what they return."""
+"""Compare two networks by their outputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """How far two sets of outputs are apart.
+    """The difference between two sets of outputs.
 
     Attributes:
         max_abs: largest absolute difference of any two elements.
         max_rel: largest over output tensors of the absolute difference divided by the largest
-            absolute value of the first side's tensor (0 if both are all zero). Not element by
-            element: an output next to zero carries the rounding error of its larger neighbours.
+            absolute value of the reference's tensor (0 if both are all zero). It is not
+            element-wise: an output near zero carries the rounding error of larger ones.
     """
 
     max_abs: float = 0.0
@@ -49,7 +49,7 @@ def difference(a: Any, b: Any) -> OutputDifference:
 
     Args:
         a: the reference: a tensor, or nested tuples, lists, dicts or dataclasses of tensors.
-        b: what is compared with it.
+        b: the output to compare with it.
 
     Returns:
         The difference; infinite where either side has a value that is not finite.
@@ -61,7 +61,7 @@ def difference(a: Any, b: Any) -> OutputDifference:
     shapes_a = [tuple(t.shape) for t in tensors_a]
     shapes_b = [tuple(t.shape) for t in tensors_b]
     if shapes_a != shapes_b:
-        raise ValueError(f"outputs have other shapes: {shapes_a} and {shapes_b}")
+        raise ValueError(f"outputs differ in shape: {shapes_a} and {shapes_b}")
     largest = OutputDifference()
     for x, y in zip(tensors_a, tensors_b, strict=True):
         if x.numel() == 0:
@@ -81,7 +81,7 @@ def compare_outputs(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Output
 
     Args:
         a: the reference.
-        b: what is compared with it.
+        b: the network to compare with it.
         inputs: each is a tensor or a tuple of positional arguments. Each network gets a copy.
 
     Returns:
@@ -101,27 +101,33 @@ def compare_outputs(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Output
     return largest
 
 
-def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return positional arguments for a network that may work on its input in place."""
-    return tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
+def copied(value: Any) -> Any:
+    """Return a value with its tensors cloned, for networks that modify their input in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)((key, copied(item)) for key, item in value.items())
+    if type(value) in (tuple, list):
+        return type(value)(copied(item) for item in value)
+    return value
 
 
 # Folding reorders float64 sums of some thousand terms: 1e-9 is far above that rounding error, and
 # far below the effect of a wrong fold.
 _TOLERANCE = 1e-9
-# A network so sensitive that it amplifies rounding errors beyond that may differ by as much as it
-# does from itself when its input's last digit changes: its folds are many such changes.
+# A network that amplifies rounding errors beyond that may differ by a multiple of what a change of
+# its input's last digit makes: a fold causes many such changes.
 _NOISE = 100.0
 
 
 def why_different(model: nn.Module, inputs: tuple[Any, ...], expected: Any, found: Any) -> str:
-    """Say how two answers differ beyond rounding errors in float64, or nothing.
+    """Return how two outputs differ beyond float64 rounding errors; empty if they do not.
 
     Args:
-        model: the network that gave the first answer.
-        inputs: the positional arguments it was for.
-        expected: that answer.
-        found: the answer it is compared with.
+        model: the reference network.
+        inputs: its positional arguments.
+        expected: its output.
+        found: the output to compare with it.
     """
     apart = difference(expected, found).max_rel
     if apart <= _TOLERANCE:

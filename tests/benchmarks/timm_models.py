@@ -1,15 +1,15 @@
-"""Which networks of timm a fold is tried on, and how they get weights that hide no mistake.
+"""The timm models that the folding benchmarks run on, and random weights that hide no mistake.
 
-A network fresh from its constructor is a poor test of a fold: its norms have mean 0 and variance 1,
-its LayerScales are next to nothing. Here every one of them gets values of its own, of both signs.
+A newly built network is a poor test of a fold: its norms have mean 0 and variance 1, and its
+LayerScales are close to zero. Here each of them gets random values of both signs.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -36,7 +36,7 @@ def choose_models(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         found = [name for name in known if fnmatchcase(name, pattern)]
         if not found:
-            raise ValueError(f"--zoo {pattern}: timm has no such model; try --zoo '*{pattern}*'")
+            raise ValueError(f"{pattern}: timm has no such model; try '*{pattern}*'")
         chosen.update(found)
     return sorted(chosen)
 
@@ -58,8 +58,8 @@ def input_sizes(name: str) -> list[int]:
 def build_model(name: str) -> nn.Module:
     """Return a model in eval mode, float32, with weights that only its name decides.
 
-    It returns all its feature maps; one that cannot returns its usual output. Norms that run in a
-    forward pass still have to see `settle_norms`.
+    It returns all its feature maps; one that cannot returns its usual output. Call `settle_norms`
+    before use.
 
     Raises:
         ValueError: timm has no such model.
@@ -87,10 +87,10 @@ def example_images(name: str, batch: int, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Give every norm and every parameter that starts out constant values of order one.
+    """Fill norms, biases and parameters that start out constant with random values of order one.
 
-    Constant ones are LayerScales and the like, biases, and kernels that start out at zero. Scales
-    have both signs and stay away from zero, lest a deep network lose its signal.
+    Constant ones are LayerScales and the like, and kernels that start at zero. Scales have both
+    signs and stay away from zero, so that a deep network keeps its signal.
 
     Args:
         model: changed in place.
@@ -106,19 +106,18 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.normal_(std=0.5, generator=generator)
             elif _is_constant(parameter):
                 parameter.copy_(_random_like(parameter, module, generator))
-        for name in ("weight", "bias"):  # Frozen norms hold theirs as buffers.
-            buffer = module._buffers.get(name)
-            if buffer is not None and buffer.ndim == 1:
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in ("weight", "bias") and buffer.ndim == 1:  # Of a frozen norm.
                 buffer.copy_(_signed(buffer.shape, generator))
 
 
 @torch.no_grad()
 def settle_norms(model: nn.Module, images: Tensor, seed: int) -> None:
-    """Give each batch norm random statistics of the order of what it sees.
+    """Give each batch norm random statistics of the magnitude of its input.
 
-    Statistics that have nothing to do with the signal make it grow or vanish layer by layer, and
-    the exact ones make rounding errors grow: deep in a random network channels hardly vary, and
-    are stretched by the norms.
+    Statistics unrelated to the signal make it grow or vanish layer by layer. The exact statistics
+    amplify rounding errors: deep in a random network channels hardly vary, and the norms divide by
+    that small variance.
 
     Args:
         model: in eval mode; changed in place, in one forward pass.
@@ -171,11 +170,6 @@ def _seed(name: str) -> int:
 
 
 def _sample() -> dict[str, int]:
-    return dict(_sample_lines())
-
-
-def _sample_lines() -> Iterator[tuple[str, int]]:
-    text = resources.files("tinydet.reparam").joinpath("zoo_models.txt").read_text()
-    for line in text.splitlines():
-        name, side = line.split()
-        yield name, int(side)
+    """Return the sampled models and the side of their input in pixels."""
+    lines = Path(__file__).with_suffix(".txt").read_text().splitlines()
+    return {name: int(side) for name, side in map(str.split, lines)}

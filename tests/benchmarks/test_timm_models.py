@@ -1,10 +1,7 @@
 import pytest
 import timm
 import torch
-from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
-
-from tinydet.reparam.zoo_models import (
+from timm_models import (
     build_model,
     choose_models,
     example_images,
@@ -13,6 +10,8 @@ from tinydet.reparam.zoo_models import (
     randomise,
     settle_norms,
 )
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 
 class _Everything(nn.Module):
@@ -111,7 +110,7 @@ def test_choose_models():
         "repvgg_a2",
         "rexnet_100",
     ]
-    with pytest.raises(ValueError, match=r"--zoo repvg: .* try --zoo '\*repvg\*'"):
+    with pytest.raises(ValueError, match=r"^repvg: .* try '\*repvg\*'"):
         choose_models(["rexnet_100", "repvg"])
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tinydet.reparam.linear_region import (
+from tinydet.reparam.equivalent_layer import (
     NotAConvolutionError,
     equivalent_layer,
     find_geometry,
@@ -72,7 +72,7 @@ def test_groups_that_mix_are_not_taken_for_groups():
 
 
 def test_several_chunks_of_impulses(monkeypatch):
-    monkeypatch.setattr("tinydet.reparam.linear_region._CHUNK", 300)
+    monkeypatch.setattr("tinydet.reparam.equivalent_layer._CHUNK", 300)
     conv = nn.Conv2d(7, 5, 3, 2, 1).double()
     layer = equivalent_layer(conv, find_geometry(conv, 7, 2, [1], 3, 2))
     torch.testing.assert_close(layer.weight, conv.weight)

@@ -1,8 +1,8 @@
-"""A module's own forward code as a graph, in which a stretch can be replaced.
+"""A module's own forward code as a torch.fx graph that can be edited.
 
-Only the code of that one module is traced (torch.fx), its children stay what they are: sizes stay
-free, and the rest of the network keeps its classes. A module whose code depends on its input's
-values or sizes cannot be traced and stays as it is.
+Only the code of that one module is traced; its children are leaves. So input sizes stay free, and
+the rest of the network keeps its classes. A module whose code depends on its input's values or
+sizes cannot be traced and is left unchanged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from tinydet.reparam.dataflow import DataFlow, Op, Recorder
-from tinydet.reparam.replacing import HOOK_TABLES, give_hooks, has_hooks
+from tinydet.reparam.module_swap import HOOK_TABLES, give_hooks, has_hooks
 from tinydet.reparam.same_padding import SamePad2d
 
 
 class NotTraceableError(ValueError):
-    """A module's code does not have the form of a graph; the message says why."""
+    """A module's code cannot be traced; the message says why."""
 
 
 class _Tracer(fx.Tracer):
@@ -37,11 +37,11 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
 
     Args:
         module: it is not modified; the graph shares its children and parameters.
-        args: positional arguments it was called with: tensors and numbers.
-        kwargs: keyword arguments it was called with: none.
+        args: positional arguments it was called with; only tensors and numbers can be traced.
+        kwargs: keyword arguments it was called with; must be empty.
 
     Raises:
-        NotTraceableError: the code or the call does not allow it.
+        NotTraceableError: the code or the call cannot be traced.
     """
     if kwargs or any(type(a) not in (int, float) and not isinstance(a, Tensor) for a in args):
         raise NotTraceableError("it is called with more than tensors and numbers by position")
@@ -51,10 +51,10 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
         raise NotTraceableError("it takes any number of arguments")
     tracer = _Tracer()
     try:
-        root = _untouched(module)
+        root = _traceable_copy(module)
         graph = tracer.trace(root, concrete_args=unused or None)
     except Exception as error:
-        # It is another library's code that runs here: whatever it raises, it is not traceable.
+        # This runs code of any library, which may raise anything when it is not traceable.
         raise NotTraceableError(
             f"its code is not a plain graph ({type(error).__name__})"
         ) from error
@@ -64,11 +64,11 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     return fx.GraphModule(root, graph, type(module).__name__)
 
 
-def _untouched(module: nn.Module) -> nn.Module:
-    """Return a shallow copy that the module's own code may write to, its caches of tensors empty.
+def _traceable_copy(module: nn.Module) -> nn.Module:
+    """Return a shallow copy with empty tensor caches, which the module's code may write to.
 
-    What it would write while it is traced are stand-ins for tensors; what it has cached would be
-    taken for a constant.
+    While tracing, the code would write fx proxies into its caches, and read cached tensors as
+    constants.
     """
     twin = copy.copy(module)
     for name, value in vars(module).items():
@@ -83,12 +83,12 @@ def _are_tensors(values: Iterable[Any]) -> bool:
 
 
 def _is_guard(node: fx.Node) -> bool:
-    """Whether a node only asserts that an argument left out has its default value."""
+    """Whether a node only asserts that an omitted argument has its default value."""
     return getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none")
 
 
-class _Labels(fx.Interpreter):
-    """Runs a graph and labels each operation with the node it belongs to."""
+class _LabelingInterpreter(fx.Interpreter):
+    """Runs a graph and labels each operation with its node."""
 
     def __init__(self, graph: fx.GraphModule, recorder: Recorder) -> None:
         super().__init__(graph)
@@ -97,21 +97,22 @@ class _Labels(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self._recorder.label = n
         result = super().run_node(n)
-        # Tensors that a node only passes on (an identity) have no operation to their name.
+        # A node that only passes tensors on (an identity) runs no operation.
         n.meta["views"] = self._recorder.views(result)
         return result
 
 
 def observe_nodes(graph: fx.GraphModule, args: tuple[Any, ...]) -> DataFlow:
-    """Run a graph once; each `Op.label` of the result is the node that ran it.
+    """Run a graph once and record it; each `Op.label` is the node that ran the operation.
 
-    Each node's `meta["views"]` are the tensors it returned, its `meta["ops"]` its operations.
+    Sets `meta["views"]` of each node to the tensors it returned and `meta["ops"]` to its
+    operations.
     """
     recorder = Recorder()
     ops: dict[fx.Node, list[Op]] = {node: [] for node in graph.graph.nodes}
     with torch.no_grad(), recorder:
         recorder.flow.inputs = recorder.views(args)
-        recorder.flow.returned = _Labels(graph, recorder).run(*args)
+        recorder.flow.returned = _LabelingInterpreter(graph, recorder).run(*args)
         recorder.flow.outputs = recorder.views(recorder.flow.returned)
     for op in recorder.flow.ops:
         ops[op.label].append(op)
@@ -121,7 +122,7 @@ def observe_nodes(graph: fx.GraphModule, args: tuple[Any, ...]) -> DataFlow:
 
 
 def erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erase those of the nodes, the last first, whose result nobody uses, and unused constants."""
+    """Erase those of the given nodes whose results are unused, then all unused constants."""
     for node in reversed(nodes):
         if not node.users:
             graph.erase_node(node)
@@ -135,9 +136,9 @@ def erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def as_module(graph: fx.GraphModule, original: nn.Module) -> nn.Module:
-    """Return a graph as the plainest module: its one child, an `nn.Sequential`, or code of its own.
+    """Return a graph as a module: its only child, an `nn.Sequential`, or a `RewrittenModule`.
 
-    What was set on the original as a plain value, and its hooks, are set on it.
+    The result gets the hooks and the plain attributes of the original.
     """
     graph.graph.lint()
     chain = _chain(graph)
@@ -147,19 +148,19 @@ def as_module(graph: fx.GraphModule, original: nn.Module) -> nn.Module:
     elif has_hooks(original):
         new = nn.Sequential(chain)
     else:
-        new = _plainest(list(chain.values())) or nn.Sequential(chain)
-    return stand_in(new, original)
+        new = _single_layer(list(chain.values())) or nn.Sequential(chain)
+    return as_replacement(new, original)
 
 
-def _plainest(layers: list[nn.Module]) -> nn.Module | None:
-    """Return the one layer that a chain of layers is, timm's for its padding and a conv."""
+def _single_layer(layers: list[nn.Module]) -> nn.Module | None:
+    """Return the one layer of a chain, or timm's Conv2dSame for its padding and a conv."""
     if len(layers) == 2 and isinstance(layers[0], SamePad2d):
         return layers[0].joined(layers[1])
     return layers[0] if len(layers) == 1 else None
 
 
-def stand_in(new: nn.Module, original: nn.Module) -> nn.Module:
-    """Give a module the hooks of another, and the plain values that other code may ask it for."""
+def as_replacement(new: nn.Module, original: nn.Module) -> nn.Module:
+    """Copy the hooks, mode and plain attributes of the original, which other code may read."""
     for name, value in vars(original).items():
         if isinstance(value, (bool, int, float, str, tuple)) and not hasattr(new, name):
             new.__dict__[name] = value
@@ -168,19 +169,22 @@ def stand_in(new: nn.Module, original: nn.Module) -> nn.Module:
 
 
 class RewrittenModule(fx.GraphModule):
-    """A module whose forward code was changed.
+    """A module with edited forward code.
 
-    torch's own loses its hooks in a copy, and prints what it raises.
+    Unlike `fx.GraphModule` it keeps its hooks in copies and pickles, and does not print the errors
+    that it raises.
     """
 
     def recompile(self) -> Any:
-        """Compile the graph's code, and call it as any module's."""
+        """Compile the graph's code, and restore the ordinary module call."""
         code = super().recompile()
-        type(self).__call__ = nn.Module.__call__  # Each has a class of its own.
+        setattr(type(self), "__call__", nn.Module.__call__)  # noqa: B010 - its class is its own.
         return code
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
-        return _with_the_rest(super().__deepcopy__(memo), copy.deepcopy(_rest(self), memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        twin = super().__deepcopy__(memo)
+        twin.__dict__.update(copy.deepcopy(_rest(self), memo))
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (*super().__reduce__(), type(self).__name__, _rest(self))
@@ -193,22 +197,19 @@ def _restored(
     rest: dict[str, Any],
 ) -> RewrittenModule:
     plain = rebuild(*arguments)
-    return _with_the_rest(RewrittenModule(plain, plain.graph, name), rest)
-
-
-def _rest(module: nn.Module) -> dict[str, Any]:
-    """Return what makes up a module beside its code, its children and its tensors."""
-    kept = {n: v for n, v in vars(module).items() if n[0] != "_"}
-    return {**kept, **{table: vars(module)[table] for table in HOOK_TABLES}}
-
-
-def _with_the_rest(module: RewrittenModule, rest: dict[str, Any]) -> RewrittenModule:
+    module = RewrittenModule(plain, plain.graph, name)
     module.__dict__.update(rest)
     return module
 
 
+def _rest(module: nn.Module) -> dict[str, Any]:
+    """Return a module's attributes and hooks: all but its code, children and tensors."""
+    kept = {n: v for n, v in vars(module).items() if n[0] != "_"}
+    return {**kept, **{table: vars(module)[table] for table in HOOK_TABLES}}
+
+
 def _chain(graph: fx.GraphModule) -> OrderedDict[str, nn.Module] | None:
-    """Return the modules of a graph that is nothing but one module after another."""
+    """Return the modules of a graph that only calls one module after another, else None."""
     nodes = list(graph.graph.nodes)
     if nodes[0].op != "placeholder" or nodes[-1].op != "output" or len(nodes) < 3:
         return None

@@ -1,14 +1,14 @@
-"""A linear stretch of a network and the one convolution, or linear layer, that it is.
+"""The convolution or linear layer that is equivalent to an affine module.
 
-A function that is affine and shift-invariant is a convolution, and its impulse response is the
-kernel, whatever it is made of: parallel branches of any kernel sizes, dilations and groups,
-identities, norms, pools, constant factors, one layer after another. So the stretch is not looked
-into. It is asked for its answers to zero (the bias) and to unit impulses (the kernel), and the
-convolution found is compared with it on random inputs of several sizes, tiny ones among them, where
-borders and corners weigh most.
+A function that is affine and shift-invariant is a convolution whose kernel is the function's
+impulse response. It does not matter how the module computes it: parallel branches of any kernel
+size, dilation and number of groups, identities, norms, pools, constant factors, layers in series.
+The bias is the response to zeros, the kernel the response to unit impulses. The resulting layer is
+compared with the module on random inputs of several sizes, including tiny ones, where borders
+matter most.
 
-Which taps the kernel has is found on a copy of the stretch with random weights. Thus the shape of
-the convolution depends on the structure alone: two trained networks of one structure fold alike.
+The taps of the kernel are determined on a copy of the module with random weights, so the shape of
+the layer depends on the structure only: two trained networks of one structure fold alike.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,12 @@ _TOLERANCE = 1e-9
 _NO_TAP = 1e-12
 # Float64 convolutions unfold their whole batch: these bounds keep that to some hundred MiB.
 _CHUNK = 2**20  # most numbers in a batch of impulses
-_LARGEST = 2**23  # most numbers in one probe
-_PROBES = 2**26  # most numbers in all the probes that find the taps
+_LARGEST = 2**23  # most numbers in one probing input
+_PROBES = 2**26  # most numbers in all probing inputs that find the taps
 
 
 class NotAConvolutionError(ValueError):
-    """A stretch of a network is no convolution; the message says what it does instead."""
+    """A module is not equivalent to a convolution; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Geometry:
     Attributes:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        bias: whether the answer to zero is not zero.
+        bias: whether the response to zeros is not zero.
         groups: as in `nn.Conv2d`.
         kernel_size: taps along each axis.
-        stride: steps of the input for one step of the output, along each axis.
+        stride: input steps per output step, along each axis.
         padding: zeros before and after each axis.
-        dilation: distance of neighbouring taps along each axis.
+        dilation: distance of neighboring taps along each axis.
     """
 
     in_channels: int
@@ -62,8 +63,8 @@ class Geometry:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
 
-    def build(self) -> nn.Module:
-        """Return a layer of this shape in float64; its weights are yet to be filled in."""
+    def build(self) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        """Return a layer of this shape in float64 with uninitialized weights."""
         shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         return nn.utils.skip_init(
             _KINDS[len(self.kernel_size)],
@@ -90,7 +91,7 @@ class Geometry:
 
 
 def find_geometry(
-    stretch: nn.Module,
+    module: nn.Module,
     in_channels: int,
     axes: int,
     groups: Sequence[int],
@@ -98,34 +99,34 @@ def find_geometry(
     stride: int,
     most: float = math.inf,
 ) -> Geometry:
-    """Find the shape of the convolution that a stretch is, whatever its weights.
+    """Find the shape of the convolution that a module computes, for any values of its weights.
 
     Args:
-        stretch: takes one tensor (B, C, *spatial), or (B, C) where `axes` is 0; float64, on the
+        module: takes one tensor (B, C, *spatial), or (B, C) where `axes` is 0; float64, on the
             CPU, in eval mode.
         in_channels: C.
         axes: number of spatial axes.
         groups: numbers of groups to try, the highest first.
-        reach: upper bound of the distance, in steps of the input, at which an output looks.
-        stride: a multiple of the steps of the input for one step of the output.
+        reach: upper bound of the distance of a tap from its output, in input steps.
+        stride: a multiple of the input steps per output step.
         most: the multiply-adds that an output position may cost.
 
     Raises:
-        NotAConvolutionError: it is none, none that torch's layers can describe, one that costs more
-            than `most`, or too large to be probed.
+        NotAConvolutionError: it is no convolution, none that torch's layers can describe, one that
+            costs more than `most`, or too large to be probed.
     """
-    generic = randomised(copy.deepcopy(stretch))
-    # All channels mixed at random are enough to see every tap, and whether all places are alike.
+    generic = randomised(copy.deepcopy(module))
+    # A random mixture of all channels is enough to see every tap and to test shift invariance.
     mixed = _Mixed(generic, torch.rand(in_channels, generator=_generator()).double() + 0.5)
     if axes == 0:
-        zero = _answer(mixed, (1, 1))
+        zero = _response_to_zeros(mixed, (1, 1))
         shape = Geometry(1, zero.shape[1], bool(zero.abs().max() > 0))
     else:
         _refuse_large(in_channels, axes, reach, stride)
         shape = _spatial_shape(mixed, axes, reach, stride)
     cheapest = replace(shape, in_channels=in_channels, groups=max(groups))
     if cheapest.multiply_adds(1) > most:
-        # Before a kernel that may be huge is compared with anything.
+        # Checked first: the kernel may be huge.
         raise NotAConvolutionError(f"as {cheapest} it costs more")
     equivalent_layer(mixed, shape)
     count = next((g for g in groups if _keeps_groups_apart(generic, in_channels, shape, g)), 1)
@@ -133,49 +134,49 @@ def find_geometry(
 
 
 class _Mixed(nn.Module):
-    """A stretch that is given its input channels in a fixed mixture, from one channel."""
+    """A module of one input channel that is spread over the module's channels by fixed factors."""
 
-    def __init__(self, stretch: nn.Module, mixture: Tensor) -> None:
+    mixture: Tensor
+
+    def __init__(self, module: nn.Module, mixture: Tensor) -> None:
         super().__init__()
-        self.stretch = stretch
+        self.module = module
         self.register_buffer("mixture", mixture)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stretch(x * self.mixture.view(1, -1, *[1] * (x.ndim - 2)))
+        return self.module(x * self.mixture.view(1, -1, *[1] * (x.ndim - 2)))
 
 
 @torch.no_grad()
-def equivalent_layer(stretch: nn.Module, geometry: Geometry) -> nn.Module:
-    """Return the layer that a stretch is, compared with it.
+def equivalent_layer(module: nn.Module, geometry: Geometry) -> nn.Module:
+    """Return the layer that is equivalent to a module, after comparing the two.
 
     Args:
-        stretch: as in `find_geometry`.
-        geometry: what `find_geometry` found.
+        module: as in `find_geometry`.
+        geometry: the result of `find_geometry`.
 
     Raises:
         NotAConvolutionError: the two differ.
     """
     layer = geometry.build()
     columns = geometry.in_channels // geometry.groups
-    # An input channel of each group at once: they meet in no output.
+    # One input channel of each group at once: no output sees two of them.
     rows = torch.eye(columns, dtype=torch.float64).repeat(1, geometry.groups)  # (columns, C_in)
-    response, zero = _impulse_response(stretch, geometry, rows)
+    response, zero = _impulse_response(module, geometry, rows)
     layer.weight.copy_(response.transpose(0, 1))  # (C_out, C_in / groups, *kernel)
     if layer.bias is not None:
         layer.bias.copy_(zero)
-    _check(stretch, layer, geometry)
+    _check(module, layer, geometry)
     return layer
 
 
-def _impulse_response(
-    stretch: nn.Module, geometry: Geometry, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the taps that a stretch applies to each row of channels, and its answer to zeros.
+def _impulse_response(module: nn.Module, geometry: Geometry, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a module's response to an impulse for each row of channels, and to zeros.
 
     Args:
-        stretch: as in `find_geometry`.
-        geometry: where to look for the taps.
-        rows: (R, C_in), the strength of an impulse in each input channel.
+        module: as in `find_geometry`.
+        geometry: the positions of the taps.
+        rows: (R, C_in), the amplitude of the impulse in each input channel.
 
     Returns:
         (R, C_out, *kernel) and (C_out,).
@@ -184,50 +185,51 @@ def _impulse_response(
         zip(geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)  # noqa: B905
     )
     response = torch.zeros(len(rows), geometry.out_channels, *geometry.kernel_size).double()
-    # Far enough from the borders that every tap meets the impulse somewhere in the output.
+    # Far enough from the borders that every tap reaches the impulse from some output.
     margin = [max(0, d * (k - 1) - p) for k, _, p, d in g]
     size = [2 * m + s for m, (_, s, _, _) in zip(margin, g, strict=True)]
-    zero = stretch(torch.zeros(1, rows.shape[1], *size, dtype=torch.float64))
+    zero = module(torch.zeros(1, rows.shape[1], *size, dtype=torch.float64))
     middle = tuple(n // 2 for n in zero.shape[2:])
     chunk = max(1, _CHUNK // (math.prod(size) * max(rows.shape[1], geometry.out_channels)))
     for phase in itertools.product(*(range(s) for _, s, _, _ in g)):
         at = tuple(m + f for m, f in zip(margin, phase, strict=True))
         # Output o looks at the inputs s o - p + d k for k = 0 .. kernel_size - 1.
-        meeting = [
+        overlaps = [
             [(k, (i + p - d * k) // s) for k in range(taps) if (i + p - d * k) % s == 0]
             for i, (taps, s, p, d) in zip(at, g, strict=True)
         ]
-        if not all(meeting):
+        if not all(overlaps):
             continue
         for start in range(0, len(rows), chunk):
             chosen = rows[start : start + chunk]
             x = torch.zeros(*chosen.shape, *size, dtype=torch.float64)
-            x[(..., *at)] = chosen
-            difference_to_zero = stretch(x) - zero  # (R, C_out, *out)
-            for taps in itertools.product(*meeting):
+            impulse: tuple[Any, ...] = (..., *at)
+            x[impulse] = chosen
+            difference_to_zero = module(x) - zero  # (R, C_out, *out)
+            for taps in itertools.product(*overlaps):
                 tap, place = tuple(k for k, _ in taps), tuple(o for _, o in taps)
                 if any(o >= n for o, n in zip(place, zero.shape[2:], strict=True)):
                     raise NotAConvolutionError("the size of its output is not a convolution's")
-                response[(slice(start, start + chunk), slice(None), *tap)] = difference_to_zero[
-                    (..., *place)
-                ]
+                there: tuple[Any, ...] = (slice(start, start + chunk), slice(None), *tap)
+                here: tuple[Any, ...] = (..., *place)
+                response[there] = difference_to_zero[here]
     return response, zero[(0, slice(None), *middle)]
 
 
 def _keeps_groups_apart(generic: nn.Module, channels: int, geometry: Geometry, groups: int) -> bool:
-    """Whether no group of input channels is seen in another group's output channels."""
+    """Whether no group of input channels affects another group's output channels."""
     if groups == 1:
         return True
     if channels % groups or geometry.out_channels % groups:
         return False
-    # Any two groups differ in a bit of their number: let those with the bit speak, then the others.
+    # Any two groups differ in a bit of their number: excite those with the bit, then the others.
     bits = range((groups - 1).bit_length())
     member = torch.arange(groups)
-    speaks = torch.stack([(member >> bit) % 2 == side for bit in bits for side in (0, 1)])
-    rows = speaks.repeat_interleave(channels // groups, dim=1).double()  # (R, C_in)
+    excited = torch.stack([(member >> bit) % 2 == side for bit in bits for side in (0, 1)])
+    rows = excited.repeat_interleave(channels // groups, dim=1).double()  # (R, C_in)
     with torch.no_grad():
         response, _ = _impulse_response(generic, geometry, rows)
-    silent = ~speaks.repeat_interleave(geometry.out_channels // groups, dim=1)  # (R, C_out)
+    silent = ~excited.repeat_interleave(geometry.out_channels // groups, dim=1)  # (R, C_out)
     return bool(response[silent].abs().max() <= _NO_TAP * response.abs().max())
 
 
@@ -244,11 +246,11 @@ def _refuse_large(channels: int, axes: int, reach: int, stride: int) -> None:
 
 
 @torch.no_grad()
-def _spatial_shape(mixed: nn.Module, axes: int, reach: int, stride: int) -> Geometry:
-    """Find the taps, the stride and the padding of a stretch of one input channel."""
+def _spatial_shape(mixed: _Mixed, axes: int, reach: int, stride: int) -> Geometry:
+    """Find the taps, the stride and the padding of a module with one input channel."""
     size = _probe_size(reach, stride)
-    zero = _answer(mixed, (1, 1, *[size] * axes))
-    longer = _answer(mixed, (1, 1, *[size + stride] * axes))
+    zero = _response_to_zeros(mixed, (1, 1, *[size] * axes))
+    longer = _response_to_zeros(mixed, (1, 1, *[size + stride] * axes))
     growth = [b - a for a, b in zip(zero.shape[2:], longer.shape[2:], strict=True)]
     if zero.ndim != axes + 2 or not all(g > 0 and stride % g == 0 for g in growth):
         raise NotAConvolutionError("its output does not grow with its input")
@@ -256,14 +258,14 @@ def _spatial_shape(mixed: nn.Module, axes: int, reach: int, stride: int) -> Geom
     offsets: list[set[int]] = [set() for _ in range(axes)]
     phases = list(itertools.product(*(range(s) for s in steps)))
     chunk = max(1, _CHUNK // (mixed.mixture.numel() * size**axes))
-    answers = []
+    responses = []
     for start in range(0, len(phases), chunk):
         chosen = phases[start : start + chunk]
         x = torch.zeros(len(chosen), 1, *[size] * axes, dtype=torch.float64)
         for row, phase in enumerate(chosen):
             x[(row, 0, *(reach + f for f in phase))] = 1.0
-        answers.append((mixed(x) - zero).abs().amax(1))
-    weights = torch.cat(answers)  # (phases, *out)
+        responses.append((mixed(x) - zero).abs().amax(1))
+    weights = torch.cat(responses)  # (phases, *out)
     for row, *place in (weights > _NO_TAP * weights.max()).nonzero().tolist():
         for found, f, s, o in zip(offsets, phases[row], steps, place, strict=True):
             found.add(reach + f - s * o)
@@ -282,10 +284,9 @@ def _spatial_shape(mixed: nn.Module, axes: int, reach: int, stride: int) -> Geom
     )
 
 
-def _answer(stretch: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Return the answer to zeros of this shape."""
+def _response_to_zeros(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     with torch.no_grad():
-        return stretch(torch.zeros(shape, dtype=torch.float64))
+        return module(torch.zeros(shape, dtype=torch.float64))
 
 
 def _generator() -> torch.Generator:
@@ -293,8 +294,8 @@ def _generator() -> torch.Generator:
 
 
 @torch.no_grad()
-def _check(stretch: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
-    """Compare both on random inputs, from a single pixel to more than the kernel sees."""
+def _check(module: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
+    """Compare both on random inputs, from a single pixel to more than the kernel covers."""
     generator = torch.Generator().manual_seed(1)
     spans = [d * (k - 1) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
     steps = geometry.stride
@@ -310,9 +311,9 @@ def _check(stretch: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
     for size in dict.fromkeys(sizes):
         x = torch.randn(2, geometry.in_channels, *size, generator=generator, dtype=torch.float64)
         try:
-            expected = stretch(x.clone())
+            expected = module(x.clone())
         except RuntimeError:
-            continue  # Smaller than the stretch takes.
+            continue  # The module does not take inputs this small.
         compared += 1
         try:
             found = difference(expected, layer(x))
@@ -333,7 +334,7 @@ def randomised(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
-                # Positive, as a variance must be, and away from zero.
+                # Positive, as variances must be, and away from zero.
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
         for parameter in module.parameters():
             parameter.mul_(torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1)

@@ -1,8 +1,8 @@
-"""One network of timm folded, and the fold judged by every feature map it returns.
+"""One timm model folded, and compared with the original by every feature map it returns.
 
-Compared are the folded and the unfolded network in float64 (another batch and another input size
-included), and both in float32 with the unfolded one in float64: a network may be so sensitive that
-its own float32 rounding error is what one sees, and only the unfolded one's error can tell.
+The folded and the unfolded network are compared in float64, on another batch size and another input
+size as well. Both are also run in float32 and compared with the unfolded one in float64: the
+unfolded network's own float32 error is the baseline for the folded one's.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from tinydet.reparam.fold import exact_arithmetic, fold
-from tinydet.reparam.norms import is_norm, why_not_linear
-from tinydet.reparam.report import FoldReport
-from tinydet.reparam.verify import compare_outputs, difference
-from tinydet.reparam.zoo_models import (
+from timm_models import (
     build_model,
     example_images,
     family_of,
     input_sizes,
     settle_norms,
 )
+from torch import Tensor, nn
+
+from tinydet.reparam.fold import exact_arithmetic, fold
+from tinydet.reparam.norms import is_norm, why_not_linear
+from tinydet.reparam.report import FoldReport
+from tinydet.reparam.verify import compare_outputs, difference
 
 _TOLERANCE_64 = 1e-9
 _TOLERANCE_32 = 1e-4
 
 
 @dataclass(frozen=True)
-class ZooRow:
-    """What became of one model.
+class FoldRow:
+    """The outcome of folding one model.
 
     Errors are the largest difference in a feature map as a fraction of its largest value.
 
@@ -46,12 +46,12 @@ class ZooRow:
         input: side of the input in pixels.
         norms_before: norms in the model, of any kind.
         norms_after: norms in the folded model.
-        norms_never: those of them that no fold can remove: they are no fixed scale and shift, but
-            take their statistics from each input, as layer norm does.
-        branches_before: additions of parallel linear branches of one source.
-        branches_after: those that are left.
-        scales_before: constant multiplications right after a conv or linear layer.
-        scales_after: those that are left.
+        norms_never: those of them that no fold can remove, because they compute their statistics
+            from each input, as layer norm does.
+        branches_before: additions of parallel linear branches with a common input.
+        branches_after: the same in the folded model.
+        scales_before: multiplications by a constant right after a conv or linear layer.
+        scales_after: the same in the folded model.
         macs_before: multiply-adds of a forward pass of two images.
         macs_after: the same of the folded model.
         params_before: parameters in the model.
@@ -61,10 +61,10 @@ class ZooRow:
         baseline32: unfolded in float32 against unfolded in float64.
         other_size: (height, width) of the other input the two were compared on; None if the
             unfolded model does not take it.
-        kept: how many norms stay for which reason.
-        unexplained: norms that stay without a reason.
+        kept: the reasons of the norms that remain, and how many norms each applies to.
+        unexplained: norms that remain without a reason.
         seconds: time for all of it.
-        error: why there is no result; the other fields say nothing then.
+        error: why there is no result; the other fields are not set then.
     """
 
     model: str
@@ -107,7 +107,7 @@ class ZooRow:
         return "; ".join(problems)
 
 
-def fold_one(name: str) -> ZooRow:
+def fold_one(name: str) -> FoldRow:
     """Fold one of timm's models with random norms and compare all its feature maps.
 
     Args:
@@ -124,7 +124,7 @@ def fold_one(name: str) -> ZooRow:
         why = " ".join(str(error).split())[:300]
         row = {"error": f"{type(error).__name__}: {why}"}
     seconds = round(time.monotonic() - begin, 1)
-    return ZooRow(model=name, family=family_of(name), seconds=seconds, **row)
+    return FoldRow(model=name, family=family_of(name), seconds=seconds, **row)
 
 
 def _fold_one(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinydet.reparam.code import NotTraceableError, RewrittenModule, as_module, trace
+from tinydet.reparam.fx_graph import NotTraceableError, RewrittenModule, as_module, trace
 
 
 class _Caching(nn.Module):

@@ -1,4 +1,4 @@
-"""Changes to a network made in rounds; after each the whole network must still be the function."""
+"""Apply changes to a network in rounds, and undo those that change its function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinydet.reparam.verify import copied, why_different
 
 
 class RefusedError(ValueError):
-    """A change cannot be made, and nothing was; the message says why."""
+    """A change cannot be made and the network is unmodified; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Change:
     """One change to a network.
 
     Attributes:
-        name: what is changed, unlike any other change's.
+        name: what is changed; unique.
         touches: modules that no other change of the same round may touch.
-        make: changes a network in place, or returns another one, and says what was done; raises
+        make: changes a network in place, or returns another one, and returns a description; raises
             `RefusedError`.
     """
 
@@ -38,33 +38,34 @@ class Change:
 
 
 Finder = Callable[[nn.Module, DataFlow, Mapping[str, str]], list[Change]]
-"""Given the network, its data flow, and the refused changes with the reasons: what to change."""
+"""Proposes changes, given the network, its data flow, and the refused changes with the reasons."""
 
 
-def change_in_rounds(
+def apply_changes(
     model: nn.Module, checks: list[tuple[Any, ...]], find: Finder
 ) -> tuple[nn.Module, list[Step], dict[str, str]]:
-    """Make changes until there are no more to make.
+    """Apply changes until no more are proposed.
 
-    A change after which the network does not run, or is another function, is undone.
+    A change after which the network fails or computes a different function is undone.
 
     Args:
         model: the network in eval mode and float64; changed in place.
-        checks: positional arguments of the forward passes that are compared; the first are for
-            the observed one.
-        find: proposes changes, again after each round: one change may bring about another.
+        checks: positional arguments of the forward passes that are compared; the data flow is
+            observed on the first.
+        find: proposes changes; called again after each round, as one change may enable another.
 
     Returns:
-        The network (another object if it was replaced), what was done, and what was refused with
-        the reasons.
+        The network (another object if it was replaced), the changes made, and the refused changes
+        with the reasons.
     """
     done: list[Step] = []
     refused: dict[str, str] = {}
     flow = observe(model, checks[0], is_leaf=is_norm)
-    references = [flow.returned, *(_answer(model, inputs) for inputs in checks[1:])]
+    references = [flow.returned, *(_output(model, inputs) for inputs in checks[1:])]
     one_by_one = False
     while True:
-        backup, last, known = copy.deepcopy(model), [], len(refused)
+        last: list[Step] = []
+        backup, known = copy.deepcopy(model), len(refused)
         taken: set[nn.Module] = set()
         for change in find(model, flow, refused):
             if change.name in refused or change.touches & taken or (one_by_one and last):
@@ -79,18 +80,18 @@ def change_in_rounds(
         if not last:
             if len(refused) == known:
                 return model, done, refused
-            continue  # What was refused may be done in another way.
+            continue  # `find` may propose another change in place of a refused one.
         try:
             flow = observe(model, checks[0], is_leaf=is_norm)
-            answers = [flow.returned, *(_answer(model, inputs) for inputs in checks[1:])]
-            problems = map(partial(why_different, backup), checks, references, answers)
+            outputs = [flow.returned, *(_output(model, inputs) for inputs in checks[1:])]
+            problems = map(partial(why_different, backup), checks, references, outputs)
             problem = next(filter(None, problems), "")
         except Exception as error:
-            # Code elsewhere may use what was changed in any way, and fail in any.
+            # Other code of the network may depend on what was changed, and fail in any way.
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             problem = f"the network no longer runs ({what})"
         if problem:
-            # Back to before this round, and from now on one by one: which of them was it?
+            # Undo this round; from now on apply one change a round, to find the one at fault.
             model = backup
             flow = observe(model, checks[0], is_leaf=is_norm)
             if one_by_one:
@@ -100,6 +101,6 @@ def change_in_rounds(
             done += last
 
 
-def _answer(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     with torch.no_grad():
         return model(*copied(inputs))

@@ -1,16 +1,18 @@
-"""A module replaced by another, which takes over its forward hooks.
+"""Replace modules, and handle their forward hooks.
 
-timm taps feature maps by hooks: they must survive on the replacement, and must not fire while a
-block is tried out alone.
+timm extracts feature maps by hooks: the replacement must keep them, and they must not run while a
+block is executed alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from tinydet.reparam.verify import copied
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -22,11 +24,10 @@ HOOK_TABLES = (
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in another's place, under every name it has in the model."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+    """Replace a module by another, under every name it has in the model."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
@@ -46,13 +47,13 @@ def give_hooks(old: nn.Module, new: nn.Module) -> None:
         if own:
             getattr(new, table).update(getattr(old, table))
         else:
-            # The very table: the handles that timm's feature hooks keep point to it.
+            # Share the dict itself: the handles of timm's feature hooks refer to it.
             setattr(new, table, getattr(old, table))
 
 
 @contextmanager
-def hooks_off(module: nn.Module) -> Iterator[None]:
-    """Take the module's own hooks (not its children's) off for a while."""
+def hooks_disabled(module: nn.Module) -> Iterator[None]:
+    """Disable the module's own hooks (not its children's) within the context."""
     saved = {table: getattr(module, table) for table in HOOK_TABLES}
     try:
         for table, hooks in saved.items():
@@ -64,22 +65,22 @@ def hooks_off(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def calls_recorded(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any, Any]]]:
-    """Record (args, kwargs, output) of the forward in each module's first call, as copies.
+def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any, Any]]]:
+    """Record copies of (args, kwargs, output) of `forward` in each module's first call.
 
-    These are what `forward` itself takes and returns: after pre-hooks and before other hooks.
+    They are recorded after other pre-hooks and before other forward hooks.
     """
     records: dict[nn.Module, tuple[Any, Any, Any]] = {}
     arguments: dict[nn.Module, tuple[Any, Any]] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module not in arguments:
-            arguments[module] = (_copied(args), _copied(kwargs))
+            arguments[module] = (copied(args), copied(kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         del args
         if module not in records:
-            records[module] = (*arguments[module], _copied(output))
+            records[module] = (*arguments[module], copied(output))
 
     handles = []
     for module in modules:
@@ -90,14 +91,3 @@ def calls_recorded(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[A
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _copied(value: Any) -> Any:
-    copy: Callable[..., Any] | None = getattr(value, "clone", None)
-    if copy is not None:
-        return copy()
-    if isinstance(value, dict):
-        return type(value)((k, _copied(v)) for k, v in value.items())
-    if type(value) in (tuple, list):
-        return type(value)(_copied(v) for v in value)
-    return value

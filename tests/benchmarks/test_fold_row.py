@@ -1,20 +1,22 @@
+import copy
 import dataclasses
 
+import fold_row
 import pytest
 import torch
+from fold_row import fold_one
+from timm_models import input_sizes
 from torch import nn
 
-from tinydet.reparam import zoo
-from tinydet.reparam.zoo import fold_one
-from tinydet.reparam.zoo_models import input_sizes
+from tinydet.reparam import fold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "norms", "left", "branches", "scales"),
     [
         # Batch norms that run, those that no linear layer can take, additions of parallel linear
         # branches, and constant scales after a conv or linear layer.
-        ("test_resnet", 15, 0, 0, 0),
         ("test_maxvit", 13, 0, 0, 0),
         ("repvgg_a0", 61, 0, 39, 0),
         ("fastvit_t8", 68, 0, 49, 10),
@@ -51,13 +53,14 @@ def test_fold_one__counts_reasons_without_names():
     assert row.norms_never == row.norms_after == row.norms_before
 
 
+@pytest.mark.slow
 def test_a_model_that_insists_on_its_size_gets_it(monkeypatch):
-    monkeypatch.setattr(zoo, "input_sizes", lambda name: [100, input_sizes(name)[0]])
+    monkeypatch.setattr(fold_row, "input_sizes", lambda name: [100, input_sizes(name)[0]])
     row = fold_one("test_maxvit")
     assert not row.problem
     assert row.input == 160
     assert row.other_size is None
-    monkeypatch.setattr(zoo, "input_sizes", lambda _: [100])
+    monkeypatch.setattr(fold_row, "input_sizes", lambda _: [100])
     assert fold_one("test_maxvit").error
 
 
@@ -75,6 +78,20 @@ class _Wrong(nn.Module):
         return maps
 
 
+@pytest.fixture(scope="module")
+def folded_resnet():
+    """The fold of test_resnet as `fold_one` asks for it, and what it reports."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fold_row, "fold", lambda *given: asked.append(given) or fold(*given))
+        row = fold_one("test_resnet")
+    assert not row.problem
+    assert (row.norms_before, row.norms_after, row.unexplained) == (15, 0, 0)
+    assert 0 < row.params_after < row.params_before
+    ((model, images),) = asked
+    return model, *fold(model, images)
+
+
 @pytest.mark.parametrize(
     ("when", "by", "problem"),
     [
@@ -85,40 +102,29 @@ class _Wrong(nn.Module):
     ],
     ids=["float64", "other batch", "other size", "float32"],
 )
-def test_fold_one__a_wrong_fold_is_a_problem(monkeypatch, when, by, problem):
-    right = zoo.fold
-
-    def fold(model, images):
-        folded, report = right(model, images)
-        return _Wrong(folded, when, by), report
-
-    monkeypatch.setattr(zoo, "fold", fold)
+def test_fold_one__a_wrong_fold_is_a_problem(monkeypatch, folded_resnet, when, by, problem):
+    _, folded, report = folded_resnet
+    wrong = _Wrong(copy.deepcopy(folded), when, by)
+    monkeypatch.setattr(fold_row, "fold", lambda *_: (wrong, report))
     row = fold_one("test_resnet")
     assert not row.error
     assert row.problem.startswith(problem)
 
 
-def test_fold_one__a_changed_weight_is_a_problem(monkeypatch):
-    right = zoo.fold
-
-    def fold(model, images):
-        folded, report = right(model, images)
-        first = next(m for m in folded.modules() if isinstance(m, nn.Conv2d))
-        with torch.no_grad():
-            first.weight[0, 0, 0, 0] *= 1 + 1e-5
-        return folded, report
-
-    monkeypatch.setattr(zoo, "fold", fold)
+def test_fold_one__a_changed_weight_is_a_problem(monkeypatch, folded_resnet):
+    _, folded, report = folded_resnet
+    folded = copy.deepcopy(folded)
+    first = next(m for m in folded.modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        first.weight[0, 0, 0, 0] *= 1 + 1e-5
+    monkeypatch.setattr(fold_row, "fold", lambda *_: (folded, report))
     assert fold_one("test_resnet").error64 > 1e-9
 
 
-def test_fold_one__a_norm_left_without_reason_is_a_problem(monkeypatch):
-    right = zoo.fold
-
-    def fold(model, images):
-        return model, dataclasses.replace(right(model, images)[1], kept=())
-
-    monkeypatch.setattr(zoo, "fold", fold)
+def test_fold_one__a_norm_left_without_reason_is_a_problem(monkeypatch, folded_resnet):
+    model, _, report = folded_resnet
+    report = dataclasses.replace(report, kept=())
+    monkeypatch.setattr(fold_row, "fold", lambda *_: (model, report))
     assert fold_one("test_resnet").problem == "15 norms stay without a reason"
 
 
@@ -126,7 +132,7 @@ def test_fold_one__an_exception_is_a_row(monkeypatch):
     def fold(*_):
         raise KeyError("two\nlines")
 
-    monkeypatch.setattr(zoo, "fold", fold)
+    monkeypatch.setattr(fold_row, "fold", fold)
     row = fold_one("test_resnet")
     assert row.problem == row.error == r"KeyError: 'two\nlines'"
     assert (row.model, row.family) == ("test_resnet", "resnet")

@@ -1,10 +1,10 @@
-"""Rounds of changes: what is done, what is undone, when it ends."""
+"""Which changes are made, which are undone, and when the rounds end."""
 
 import pytest
 import torch
 from torch import nn
 
-from tinydet.reparam.rounds import Change, RefusedError, change_in_rounds
+from tinydet.reparam.apply_changes import Change, RefusedError, apply_changes
 
 _CHECKS = [(torch.ones(2, 3, dtype=torch.float64),), (torch.zeros(1, 3, dtype=torch.float64),)]
 
@@ -18,7 +18,7 @@ def _sets(name, make):
     """A change that puts another module in a place once it is there no more."""
 
     def change(model):
-        model._modules[name] = make()
+        setattr(model, name, make())
         return model, f"made {name}"
 
     return Change(name, frozenset((name,)), change)
@@ -27,7 +27,7 @@ def _sets(name, make):
 def _find(changes):
     def find(model, flow, refused):
         del flow, refused
-        return [c for c in changes if isinstance(model._modules[c.name], nn.Dropout)]
+        return [c for c in changes if isinstance(getattr(model, c.name), nn.Dropout)]
 
     return find
 
@@ -49,7 +49,7 @@ def _model():
 )
 def test_only_the_bad_change_is_undone(bad, why):
     changes = [_sets("0", nn.Identity), _sets("1", bad), _sets("3", nn.Identity)]
-    model, done, refused = change_in_rounds(_model(), _CHECKS, _find(changes))
+    model, done, refused = apply_changes(_model(), _CHECKS, _find(changes))
     kinds = [type(m) for m in model]
     assert kinds[0] is kinds[3] is nn.Identity
     assert kinds[2] is nn.Dropout
@@ -68,7 +68,7 @@ def test_refused_changes_may_be_proposed_in_another_way():
             return [_sets("0", nn.Identity)]
         return [Change("first way", frozenset(), _refuse)]
 
-    model, done, refused = change_in_rounds(_model(), _CHECKS, find)
+    model, done, refused = apply_changes(_model(), _CHECKS, find)
     assert [step.name for step in done] == ["0"]
     assert refused == {"first way": "not so"}
     assert isinstance(model[0], nn.Identity)
@@ -84,7 +84,7 @@ def test_changes_that_touch_the_same_wait_for_the_next_round():
     def slow(name, needs):
         def change(model):
             assert needs <= {n for n, m in model.named_children() if isinstance(m, nn.Identity)}
-            model._modules[name] = nn.Identity()
+            setattr(model, name, nn.Identity())
             return model, ""
 
         return Change(name, frozenset(("all",)), change)
@@ -95,6 +95,6 @@ def test_changes_that_touch_the_same_wait_for_the_next_round():
         seen.append(left)
         return [slow(n, {str(i) for i in range(int(n))}) for n in left]
 
-    _, done, _ = change_in_rounds(_model(), _CHECKS, find)
+    _, done, _ = apply_changes(_model(), _CHECKS, find)
     assert [step.name for step in done] == ["0", "1", "2", "3"]
     assert len(seen) == 5

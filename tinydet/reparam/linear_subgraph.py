@@ -1,28 +1,28 @@
-"""Stretches of a module's code: nodes between one input and one output, all of them affine."""
+"""Linear subgraphs of a module's code: affine nodes between one input and one output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
 from tinydet.reparam import affine
-from tinydet.reparam.code import erase_unused
 from tinydet.reparam.dataflow import Op, Value
-from tinydet.reparam.linear_region import NotAConvolutionError
-from tinydet.reparam.replacing import has_hooks
+from tinydet.reparam.equivalent_layer import NotAConvolutionError
+from tinydet.reparam.fx_graph import erase_unused
+from tinydet.reparam.module_swap import has_hooks
 
 _NAME = "reparam_conv"  # timm's name for the merged convolution of its own blocks
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Nodes between one input and one output.
+class LinearSubgraph:
+    """Affine nodes between one input and one output.
 
     Attributes:
         source: the node whose result is the input.
-        nodes: the nodes of the stretch in order; the last gives the output.
+        nodes: the nodes of the subgraph in order; the last one's result is the output.
     """
 
     source: fx.Node
@@ -34,8 +34,10 @@ class Stretch:
         return [op for node in self.nodes for op in node.meta["ops"]]
 
 
-def stretches(graph: fx.GraphModule, last: fx.Node, data: set[Value]) -> list[Stretch]:
-    """Return the affine stretches with parallel branches that end in a node, short ones first."""
+def linear_subgraphs(
+    graph: fx.GraphModule, last: fx.Node, data: set[Value]
+) -> list[LinearSubgraph]:
+    """Return the linear subgraphs worth merging that end in a node, small ones first."""
     if not _is_affine_node(graph, last, data):
         return []
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
@@ -43,22 +45,24 @@ def stretches(graph: fx.GraphModule, last: fx.Node, data: set[Value]) -> list[St
     while True:
         frontier = {i for node in inside for i in _varying_inputs(node, data)} - inside
         if len(frontier) == 1:
-            stretch = Stretch(next(iter(frontier)), tuple(sorted(inside, key=order.__getitem__)))
-            if _is_worth_merging(stretch, data):
-                found.append(stretch)
+            subgraph = LinearSubgraph(
+                next(iter(frontier)), tuple(sorted(inside, key=order.__getitem__))
+            )
+            if _is_worth_merging(subgraph, data):
+                found.append(subgraph)
         if not frontier:
             return found
-        # In this order each node's users have been met before it: all of them must be inside.
+        # Visited in this order, all users of a node come before it; they must be inside.
         latest = max(frontier, key=order.__getitem__)
         if not _is_affine_node(graph, latest, data) or not _used_only_in(latest, inside, data):
             return found
         inside.add(latest)
 
 
-def _is_worth_merging(stretch: Stretch, data: set[Value]) -> bool:
-    products = sum(affine.is_product(op) for op in stretch.ops)
-    joins = any(len(_varying_inputs(node, data)) > 1 for node in stretch.nodes)
-    busy = sum(bool(node.meta["ops"]) for node in stretch.nodes)
+def _is_worth_merging(subgraph: LinearSubgraph, data: set[Value]) -> bool:
+    products = sum(affine.is_product(op) for op in subgraph.ops)
+    joins = any(len(_varying_inputs(node, data)) > 1 for node in subgraph.nodes)
+    busy = sum(bool(node.meta["ops"]) for node in subgraph.nodes)
     return busy > 1 and (products > 1 or (joins and products == 1))
 
 
@@ -75,14 +79,13 @@ def _is_affine_node(graph: fx.GraphModule, node: fx.Node, data: set[Value]) -> b
     return all(
         affine.is_affine(op, data) and not writes(op, given)
         for op in node.meta["ops"]
-        if any(view.value in data for view in op.inputs)
+        if op.varying(data)
     )
 
 
 def writes(op: Op, memory: set[int]) -> bool:
     """Return whether an operation changes some memory in place."""
-    mutable = op.func._schema.is_mutable
-    return mutable and any(view.storage in memory for view in op.outputs)
+    return op.mutates and any(view.storage in memory for view in op.outputs)
 
 
 def _varies(node: fx.Node, data: set[Value]) -> bool:
@@ -94,7 +97,7 @@ def _varying_inputs(node: fx.Node, data: set[Value]) -> set[fx.Node]:
 
 
 def _used_only_in(node: fx.Node, inside: set[fx.Node], data: set[Value]) -> bool:
-    """Whether all that a node's result is used for lies inside, its mere size included."""
+    """Whether all uses of a node's result lie inside, also those of its size."""
     return all(
         user in inside
         or (user.op != "output" and not user.meta["views"] and _used_only_in(user, inside, data))
@@ -102,24 +105,26 @@ def _used_only_in(node: fx.Node, inside: set[fx.Node], data: set[Value]) -> bool
     )
 
 
-def extracted(graph: fx.GraphModule, stretch: Stretch, data: set[Value]) -> nn.Module:
-    """Return a stretch as a module of its own; it shares the graph's weights."""
+def extract_subgraph(
+    graph: fx.GraphModule, subgraph: LinearSubgraph, data: set[Value]
+) -> nn.Module:
+    """Return a subgraph as a separate module that shares the graph's weights."""
     new = fx.Graph()
-    copies = {stretch.source: new.placeholder("x")}
+    copies = {subgraph.source: new.placeholder("x")}
 
     def copied(node: fx.Node) -> fx.Node:
         if node not in copies:
-            if node not in stretch.nodes and (_varies(node, data) or node.op == "placeholder"):
+            if node not in subgraph.nodes and (_varies(node, data) or node.op == "placeholder"):
                 raise NotAConvolutionError("it needs the size of another tensor")
             copies[node] = new.node_copy(node, copied)
         return copies[node]
 
-    new.output(copied(stretch.nodes[-1]))
-    return _Stretch(fx.GraphModule(graph, new))
+    new.output(copied(subgraph.nodes[-1]))
+    return _Subgraph(fx.GraphModule(graph, new))
 
 
-class _Stretch(nn.Module):
-    """Runs a graph by its forward alone: called, it would print what it raises."""
+class _Subgraph(nn.Module):
+    """Runs a graph by its `forward`: `GraphModule.__call__` prints the errors it raises."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -129,20 +134,15 @@ class _Stretch(nn.Module):
         return self.graph.forward(x)
 
 
-def replace(graph: fx.GraphModule, stretch: Stretch, layer: nn.Module) -> None:
-    """Put one layer in a stretch's place."""
-    last = stretch.nodes[-1]
-    name = next(n for n in _names() if not hasattr(graph, n))
+def replace_subgraph(graph: fx.GraphModule, subgraph: LinearSubgraph, layer: nn.Module) -> None:
+    """Replace a subgraph by one layer."""
+    last = subgraph.nodes[-1]
+    numbered = (f"{_NAME}_{i}" for i in itertools.count(2))
+    name = next(n for n in itertools.chain([_NAME], numbered) if not hasattr(graph, n))
     graph.add_submodule(name, layer)
     with graph.graph.inserting_before(last):
-        node = graph.graph.call_module(name, (stretch.source,))
+        node = graph.graph.call_module(name, (subgraph.source,))
     last.replace_all_uses_with(node)
     shapes = [n for n in graph.graph.nodes if not n.meta.get("views", True)]
-    erase_unused(graph.graph, sorted({*stretch.nodes, *shapes}, key=list(graph.graph.nodes).index))
+    erase_unused(graph.graph, sorted({*subgraph.nodes, *shapes}, key=list(graph.graph.nodes).index))
     graph.recompile()
-
-
-def _names() -> Iterator[str]:
-    yield _NAME
-    for i in range(2, 1000):
-        yield f"{_NAME}_{i}"

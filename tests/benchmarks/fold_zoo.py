@@ -1,0 +1,190 @@
+"""Fold timm's models with random norms, and write how completely and how exactly as tables.
+
+Each model runs in a process of its own. Results are written as they arrive; an interrupted run
+continues where it stopped. Run from the project's root:
+python tests/benchmarks/fold_zoo.py [PATTERN ...], e.g. 'repvgg*' fastvit_t8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from fold_row import FoldRow, fold_one
+from fold_table import row_line, summary, write_tables
+from timm_models import choose_models, family_of
+
+from tinydet.atomic import write_text
+from tinydet.cli import run
+
+_ROWS = "rows.jsonl"
+# Imports torch and timm once and not for each model, where the system has it.
+_START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def fold_zoo(
+    patterns: Sequence[str],
+    folder: Path,
+    workers: int = 1,
+    timeout: float = 600.0,
+    fresh: bool = False,
+    work: Callable[[str], FoldRow] = fold_one,
+) -> list[FoldRow]:
+    """Fold the models that match, write a line for each as it is done, and the tables at the end.
+
+    Args:
+        patterns: names of timm's models, with wildcards; none for a sample of the families.
+        folder: where the results of each model and the tables are written.
+        workers: models folded at the same time, on one thread each.
+        timeout: seconds after which a model is given up.
+        fresh: fold again what an earlier run has folded.
+        work: what is done with each model; must be importable.
+
+    Returns:
+        The results, sorted by model, those of an earlier run included.
+
+    Raises:
+        ValueError: a pattern matches nothing, or an option is out of range.
+    """
+    if workers < 1 or not timeout > 0:
+        raise ValueError("--workers must be at least 1 and --timeout more than 0 seconds")
+    names = choose_models(patterns)
+    path = folder / _ROWS
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        kept = [row for name, row in read_rows(path).items() if name not in names]
+        write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in kept))
+    earlier = read_rows(path)
+    done = {name: earlier[name] for name in names if name in earlier and not earlier[name].problem}
+    if done:
+        print(f"{len(done)} of {len(names)} models were folded before ({path}); --fresh repeats")
+    todo = [name for name in names if name not in done]
+    with path.open("a") as file:
+        for row in fold_in_processes(todo, workers, timeout, work):
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            done[row.model] = row
+            print(f"{len(done):4}/{len(names)}  {row_line(row)}", flush=True)
+    rows = [done[name] for name in names]
+    write_tables(rows, folder)
+    print(summary(rows))
+    return rows
+
+
+def read_rows(path: Path) -> dict[str, FoldRow]:
+    """Return the results in a file, the last one of each model; none if there is no file."""
+    rows: dict[str, FoldRow] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            fields = json.loads(line)
+            size = fields["other_size"]
+            row = FoldRow(**{**fields, "other_size": tuple(size) if size else None})
+        except (ValueError, TypeError, KeyError):
+            continue  # Half a line of an interrupted run, or the fields of another version.
+        rows[row.model] = row
+    return rows
+
+
+def fold_in_processes(
+    names: Sequence[str],
+    workers: int,
+    timeout: float,
+    work: Callable[[str], FoldRow] = fold_one,
+) -> Iterator[FoldRow]:
+    """Yield each model's result as it is done; a process that dies or hangs is a result as well.
+
+    Args:
+        names: the models, started in this order.
+        workers: processes at the same time.
+        timeout: seconds for each.
+        work: what a process does; must be importable.
+    """
+    pool = ThreadPoolExecutor(workers)
+    try:
+        fold = partial(_fold_in_process, timeout=timeout, work=work)
+        for future in as_completed([pool.submit(fold, name) for name in names]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()  # Ends the thread that waits for it.
+        pool.shutdown()
+
+
+def _fold_in_process(name: str, timeout: float, work: Callable[[str], FoldRow]) -> FoldRow:
+    """Return one model's result from a process of its own, or a row that says why there is none."""
+    context = multiprocessing.get_context(_START_METHOD)
+    if _START_METHOD == "forkserver":
+        context.set_forkserver_preload(["fold_row"])
+    results, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(work, name, sender), daemon=True)
+    process.start()
+    sender.close()  # The process holds the only end now: when it dies, `results` ends.
+    try:
+        if not results.poll(timeout):
+            return FoldRow(name, family_of(name), error=f"not done after {timeout:g} s (--timeout)")
+        return results.recv()
+    except EOFError:
+        process.join()
+        how = _exit_reason(process.exitcode)
+        return FoldRow(name, family_of(name), error=f"its process died ({how})")
+    finally:
+        process.kill()
+        process.join()
+        results.close()
+
+
+def _send_result(work: Callable[[str], FoldRow], name: str, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # On Ctrl-C the parent kills its processes.
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    sender.send(work(name))
+
+
+def _exit_reason(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"exit code {exitcode}"
+    return signal.Signals(-exitcode).name  # SIGKILL usually means that memory ran out.
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "patterns",
+        nargs="*",
+        metavar="PATTERN",
+        help="names of timm's models, with wildcards; default: a sample of every family",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="models at a time, default 1")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds for a model, default 600"
+    )
+    parser.add_argument("--fresh", action="store_true", help="fold again what was folded before")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/zoo"), help="folder of the results, default runs/zoo"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Fold, write, print; exit status 1 if a fold is wrong."""
+    rows = fold_zoo(args.patterns, args.out, args.workers, args.timeout, args.fresh)
+    if any(row.problem for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main, _parser())
