@@ -114,7 +114,7 @@ def test_script_takes_the_command(words, monkeypatch):
         vars(args).get("experiment"),
     ]
     for experiment in filter(None, experiments):
-        if Path(experiment).is_file() or not str(experiment).isupper():  # EXPERIMENT stands for any
+        if not re.search("[A-Z]{4}", str(experiment)):  # EXPERIMENT and NAME stand for any
             load_experiment(experiment, getattr(args, "set", ()) or ())
 
 
