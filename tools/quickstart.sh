@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole path on synthetic images: train, test, fold, export, time, draw. Nothing is downloaded.
+# Train, test, fold, export, time and draw, on synthetic images. Nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,12 +17,12 @@ say python tools/image_demo.py "$image" experiments/quickstart.py "${run}deploy.
 
 cat <<END
 
-Done. In ${run}
-  report.html        curves, classes, worst images, problems found in the data, in a browser
+Done. Written to ${run}
+  report.html        curves, accuracy per class, worst images, problems in the data; open it in a browser
   metrics.json       the same numbers for scripts
-  log.jsonl          losses and accuracy, a line each; TensorBoard events beside it
+  log.jsonl          losses and accuracy, one line each; TensorBoard events are beside it
   best.pt, last.pt   checkpoints in training form
   deploy.pt          the folded network
-  deploy.onnx        the same, from uint8 pixels to boxes
-  detections.jpg     what it sees in $image
+  deploy.onnx        the same network, from uint8 pixels to boxes
+  detections.jpg     the detections in $image
 END
