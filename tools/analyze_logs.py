@@ -31,8 +31,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Read the logs; plot or print."""
-    from tinydet.report.run_files import train_seconds
-    from tinydet.report.run_log import find_log, read_log, summarize
+    from tinydet.report.run_folder import find_log, read_log, summarize, train_seconds
 
     paths = [find_log(path) for path in args.logs]
     logs = [read_log(path) for path in paths]
@@ -44,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join(summarize(list(zip(map(str, args.logs), logs, seconds, strict=True)))))
         return
 
-    from tinydet.report.curves import plot_curves
+    from tinydet.report.figures import plot_curves
 
     legend = args.legend or [str(path) for path in args.logs]
     plot_curves(logs, legend, args.keys, args.title, args.backend, args.style, args.out)

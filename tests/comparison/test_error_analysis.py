@@ -15,7 +15,7 @@ from tinydet.evaluation.error_changes import compare_errors
 from tinydet.evaluation.tide import tide
 from tinydet.evaluation.tide_table import tide_lines
 from tinydet.experiment_file import experiment_to_dict
-from tinydet.report.draw_errors import DETECTION_COLOR
+from tinydet.report.draw import DETECTION_COLOR
 from tinydet.training.checkpoint import save_checkpoint
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.pictures import draw_change

@@ -10,11 +10,11 @@ import random
 
 import numpy as np
 import pytest
+from tinydet.report.error_kinds import LOST
 
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections
 from tinydet.evaluation.tide import tide
 from tinydet.evaluation.tide_table import LEGEND
-from tinydet.report.error_kinds import LOST
 
 
 def _images():

@@ -13,7 +13,7 @@ from tinydet.config import ConfigError
 from tinydet.data.dataset import load_split
 from tinydet.evaluation import evaluate
 from tinydet.evaluation.metrics import UNDEFINED
-from tinydet.report.run_log import read_log, summarize
+from tinydet.report.run_folder import read_log, summarize
 from tinydet.training import loop
 from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.evaluate import ground_truth, require_objects

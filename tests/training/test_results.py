@@ -14,7 +14,7 @@ from PIL import Image
 from tinydet.data.dataset import load_split
 from tinydet.evaluation import evaluate
 from tinydet.evaluation.errors import image_errors
-from tinydet.report.draw_errors import DETECTION_COLOR, TRUTH_COLOR
+from tinydet.report.draw import DETECTION_COLOR, TRUTH_COLOR
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.loop import train
 from tinydet.training.pictures import draw_samples, worst_images

@@ -21,7 +21,7 @@ from tinydet.data.dataset import load_split
 from tinydet.deployment.flops import count
 from tinydet.deployment.images import largest_input, random_images
 from tinydet.experiment_file import experiment_to_dict, load_experiment
-from tinydet.report.run_files import read_json
+from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import build_unloaded
 from tinydet.training.device import describe_device, pick_device
 from tinydet.training.profile import time_steps

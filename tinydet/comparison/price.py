@@ -17,7 +17,7 @@ from tinydet.deployment.flops import count
 from tinydet.deployment.images import largest_input, random_images, sample_images
 from tinydet.deployment.reparameterize import load_folded
 from tinydet.deployment.speed import Form, WallClock, measure
-from tinydet.report.run_files import read_json
+from tinydet.report.run_folder import read_json
 from tinydet.training.device import describe_device
 from tinydet.training.results import write_json
 

@@ -14,7 +14,7 @@ from tinydet.comparison.price import Price
 from tinydet.comparison.uncertainty import Difference
 from tinydet.comparison.verdict import Verdict
 from tinydet.evaluation.tide import KINDS
-from tinydet.report.scatter import Point, draw_scatter, save_figure
+from tinydet.report.figures import Point, draw_scatter, save_figure
 from tinydet.training.results import write_json
 
 if TYPE_CHECKING:

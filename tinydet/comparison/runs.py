@@ -13,7 +13,7 @@ from tinydet.config import Experiment
 from tinydet.data.index import Index
 from tinydet.evaluation.saved_detections import SavedDetections, load_detections, save_detections
 from tinydet.experiment_file import experiment_from_dict
-from tinydet.report.run_files import read_json
+from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import CheckpointError, load_detector, previous_of
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import detect_split
