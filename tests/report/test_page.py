@@ -129,6 +129,7 @@ def test_no_element_and_no_attribute_comes_from_data(word, tmp_path_factory, rea
     assert len(page) < 2_000_000
     read = read_html(page)
     assert read.elements == read_html(harmless).elements
+    assert not re.search(r"[\x00-\x08]|&#(8238|55296);", page)
     if word.isprintable() and len(word) < 60:
         assert read.text.count(word) >= 10
 
