@@ -117,12 +117,12 @@ def draw_errors(
             draw.rectangle(_corners(box.tolist()), outline=DETECTION_COLOR, width=width)
         for box in np.asarray(truth)[np.asarray(missed, bool) == is_error]:
             _draw_dashed(draw, box.tolist(), TRUTH_COLOR, width, dash=max(4, longest // 70))
-    for boxes, names, is_error, color in (
+    for boxes, names, marked, color in (
         (found, found_names, wrong, DETECTION_COLOR),
         (truth, truth_names, missed, TRUTH_COLOR),
     ):
         # The last are drawn on top.
-        for i in np.flatnonzero(is_error)[:_MOST_NAMES][::-1]:
+        for i in np.flatnonzero(marked)[:_MOST_NAMES][::-1]:
             name = drawable(names[i])
             short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
             _draw_name(canvas, list(boxes[i]), short, color)

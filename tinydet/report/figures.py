@@ -214,18 +214,16 @@ def _draw(points: Sequence[Point], labels: dict[str, str], front: bool) -> Figur
         axes.scatter([p.x for p in members], [p.y for p in members], label=group, zorder=2)
     for p in points:
         y_bar = p.y_bar or (p.y - p.spread, p.y + p.spread)
-        for name, bar, at in (("xerr", p.x_bar, p.x), ("yerr", y_bar, p.y)):
-            if bar and bar[0] < bar[1]:
-                error = [[max(0.0, at - bar[0])], [max(0.0, bar[1] - at)]]
-                axes.errorbar(
-                    *(p.x, p.y),
-                    **{name: error},
-                    fmt="none",
-                    ecolor="gray",
-                    elinewidth=1,
-                    capsize=3,
-                    zorder=1,
-                )
+        axes.errorbar(
+            *(p.x, p.y),
+            xerr=_error_bar(p.x, p.x_bar),
+            yerr=_error_bar(p.y, y_bar if y_bar[0] < y_bar[1] else None),
+            fmt="none",
+            ecolor="gray",
+            elinewidth=1,
+            capsize=3,
+            zorder=1,
+        )
     if front:
         best = pareto_front(points)
         axes.step(
@@ -247,6 +245,11 @@ def _draw(points: Sequence[Point], labels: dict[str, str], front: bool) -> Figur
         axes.legend(fontsize=8, framealpha=0.8)
     _write_names(figure, axes, points)
     return figure
+
+
+def _error_bar(at: float, bar: tuple[float, float] | None) -> list[list[float]] | None:
+    """Return the lengths of a bar below and above, as matplotlib takes them."""
+    return None if bar is None else [[max(0.0, at - bar[0])], [max(0.0, bar[1] - at)]]
 
 
 def _write_names(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:

@@ -227,7 +227,7 @@ def line_chart(
     from matplotlib.ticker import MaxNLocator
 
     width, height = size
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "tinydet",
         "font.size": 13,
@@ -256,8 +256,8 @@ def line_chart(
         )
         axes.grid(axis="y", color=_COLORS["rule"], dashes=(2, 3), linewidth=1, clip_on=False)
         axes.set_axisbelow(True)
-        for i, (x, y) in enumerate(curves):
-            x, y = _thinned(x), _thinned(y)
+        for i, curve in enumerate(curves):
+            x, y = map(_thinned, curve)
             axes.plot(
                 x,
                 y,
@@ -294,7 +294,7 @@ def _thinned(values: Sequence[float]) -> np.ndarray:
     return np.add.reduceat(array, starts) / np.diff([*starts, len(array)])
 
 
-def _tick_label(value: float, _: int | None = None) -> str:
+def _tick_label(value: float, _: float) -> str:
     if 1000 <= abs(value) < 1e6:
         return f"{value / 1000:g}k"
     if 0 < abs(value) < 0.01:

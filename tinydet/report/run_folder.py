@@ -143,9 +143,11 @@ def read_run(run_dir: Path) -> RunRecord:
     curves = _dict(details.get("curves"))
     classes = []
     for name, row in _dict(metrics.get("per_class")).items():
-        values = [number(_dict(row).get(key)) for key in ("boxes", "AP50", "AP50_11pt", "AP")]
+        boxes, ap50, ap50_11pt, ap = (
+            number(_dict(row).get(key)) for key in ("boxes", "AP50", "AP50_11pt", "AP")
+        )
         curve = [value for v in _list(curves.get(name)) if (value := number(v)) is not None]
-        classes.append(ClassResult(name, *values, curve))
+        classes.append(ClassResult(name, boxes, ap50, ap50_11pt, ap, curve))
     return RunRecord(
         name=str(experiment.get("name") or run_dir.resolve().parent.name),
         experiment=experiment,
