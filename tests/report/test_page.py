@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from tinydet.evaluation.tide import KINDS, SUMS
-from tinydet.report.page import DASHES, line_chart, render_page, write_page
+from tinydet.report.page import DASHES, line_charts, render_page, write_page
 from tinydet.report.run_folder import read_run, train_seconds
 
 JPEG = "/9j/4AAQSkZJRg=="
@@ -77,7 +77,10 @@ def _write(folder, name="tiny", word="cell", **files):
 def quick_charts():
     """Charts, which take longest, are made of numbers alone and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinydet.report.page.line_chart", lambda *_, **__: Markup("<svg></svg>"))
+        patch.setattr(
+            "tinydet.report.page.line_charts",
+            lambda charts, *_, **__: [Markup("<svg></svg>")] * len(charts),
+        )
         yield
 
 
@@ -217,14 +220,18 @@ def test_the_same_run_makes_the_same_page_whenever_it_is_made(tmp_path, monkeypa
     assert render_page(run) == page
 
 
+def _chart(curves, *labels, **options):
+    return line_charts([curves], *labels, **options)[0]
+
+
 def _curve(svg, color="c0"):
     """The points of a chart's curve, in pixels."""
     path = re.search(rf'<path d="M ([^"]*)" style="fill: none;[^"]*stroke: var\(--{color}\)', svg)
     return [tuple(map(float, point.split())) for point in path[1].split("L")]
 
 
-def test_line_chart__points_lie_where_the_axes_say(read_html):
-    svg = line_chart([([0, 50, 100], [0, 100, 25])], "step", "loss <a>", top=100)
+def test_line_charts__points_lie_where_the_axes_say(read_html):
+    svg = _chart([([0, 50, 100], [0, 100, 25])], "step", "loss <a>", top=100)
     (x0, y0), (x1, y1), (x2, y2) = _curve(svg)
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert y0 - y2 == pytest.approx((y0 - y1) / 4, abs=0.2)
@@ -238,8 +245,8 @@ def test_line_chart__points_lie_where_the_axes_say(read_html):
     assert {"step", "loss <a>"} <= set(read_html(svg).data)
 
 
-def test_line_chart__every_curve_has_its_color_and_dashes():
-    svg = line_chart([([0, 1], [i, i]) for i in range(len(DASHES))], "x", "y")
+def test_line_charts__every_curve_has_its_color_and_dashes():
+    svg = _chart([([0, 1], [i, i]) for i in range(len(DASHES))], "x", "y")
     for i, dashes in enumerate(DASHES):
         (style,) = re.findall(rf'style="(fill: none;[^"]*stroke: var\(--c{i}\)[^"]*)"', svg)
         found = re.search(r"stroke-dasharray: ([^;]*)", style)
@@ -253,8 +260,8 @@ def test_line_chart__every_curve_has_its_color_and_dashes():
 @example(points=[(1.0, 1e308), (1e308, -1e308)])
 @example(points=[(0.0, 5e-324)])
 @pytest.mark.filterwarnings("error")
-def test_line_chart__any_numbers_stay_inside(points, read_html):
-    svg = line_chart([([x for x, _ in points], [y for _, y in points])], "step", "loss")
+def test_line_charts__any_numbers_stay_inside(points, read_html):
+    svg = _chart([([x for x, _ in points], [y for _, y in points])], "step", "loss")
     assert "nan" not in svg
     assert "inf" not in svg
     assert len(read_html(svg).elements) < 400
@@ -264,10 +271,17 @@ def test_line_chart__any_numbers_stay_inside(points, read_html):
             assert 0 <= y <= 230
 
 
-def test_line_chart__a_long_curve_is_reduced_to_means():
+def test_line_charts__a_long_curve_is_reduced_to_means():
     x = list(range(2400))
-    points = _curve(line_chart([(x, [v % 2 + v / 1e4 for v in x])], "x", "y"))
+    points = _curve(_chart([(x, [v % 2 + v / 1e4 for v in x])], "x", "y"))
     assert len(points) <= 240
     slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
     for a, b in points:
         assert b == pytest.approx(points[0][1] + slope * (a - points[0][0]), abs=0.2)
+
+
+def test_line_charts__charts_of_one_call_are_those_of_a_call_each():
+    charts = [[([0, 1, 2], [i, 10, 20])] for i in range(3)]
+    assert line_charts(charts, "x", "y", filled=True, top=20) == [
+        _chart(curves, "x", "y", filled=True, top=20) for curves in charts
+    ]

@@ -172,7 +172,7 @@ def _training_charts(log: LogRecords) -> list[dict[str, Any]]:
                 "title": title,
                 "names": list(found),
                 "description": f"{title} over the training step: {'; '.join(ends)}.",
-                "svg": line_chart(curves, "step", label, top=top),
+                "svg": line_charts([curves], "step", label, top=top)[0],
             }
         )
     return charts
@@ -182,39 +182,35 @@ def _precision_recall_charts(classes: Sequence[ClassResult]) -> list[tuple[Class
     """Return each class whose curve is known, with a chart of it."""
     recall = list(range(101))
     size = _WIDE if len(classes) <= _MOST_WIDE else _SMALL
-    return [
-        (
-            result,
-            line_chart(
-                [(recall, [100 * precision for precision in result.curve])],
-                "recall, %",
-                "precision, %",
-                size,
-                right=100,
-                top=100,
-                filled=True,
-            ),
-        )
-        for result in classes
-        if len(result.curve) == len(recall)
-    ]
+    known = [result for result in classes if len(result.curve) == len(recall)]
+    charts = line_charts(
+        [[(recall, [100 * precision for precision in result.curve])] for result in known],
+        "recall, %",
+        "precision, %",
+        size,
+        right=100,
+        top=100,
+        filled=True,
+    )
+    return list(zip(known, charts, strict=True))
 
 
-def line_chart(
-    curves: Sequence[tuple[Sequence[float], Sequence[float]]],
+def line_charts(
+    charts: Sequence[Sequence[tuple[Sequence[float], Sequence[float]]]],
     x_label: str,
     y_label: str,
     size: tuple[int, int] = _WIDE,
     right: float | None = None,
     top: float | None = None,
     filled: bool = False,
-) -> Markup:
-    """Return curves as an SVG element that is styled by the page it is in.
+) -> list[Markup]:
+    """Return charts with the same axes as SVG elements that are styled by the page they are in.
 
     All text is plain text in the page's font. Both axes include 0.
 
     Args:
-        curves: x and y values of each, at most as many as there are `DASHES`.
+        charts: for each chart its curves, at most as many as there are `DASHES`; for each curve its
+            x and y values.
         x_label: name and unit of the x axis.
         y_label: name and unit of the y axis.
         size: width and height in pixels; the font has 13.
@@ -245,6 +241,7 @@ def line_chart(
         "lines.markersize": 5,
         "lines.scale_dashes": False,
     }
+    svgs = []
     with mpl.rc_context(style):
         figure = Figure((width / 72, height / 72))  # an SVG has 72 dots per inch
         axes = figure.add_axes((44 / width, 42 / height, 1 - 58 / width, 1 - 74 / height))
@@ -256,34 +253,32 @@ def line_chart(
         )
         axes.grid(axis="y", color=_COLORS["rule"], dashes=(2, 3), linewidth=1, clip_on=False)
         axes.set_axisbelow(True)
-        for i, curve in enumerate(curves):
-            x, y = map(_thinned, curve)
-            axes.plot(
-                x,
-                y,
-                color=_COLORS[f"c{i}"],
-                linestyle=(0, DASHES[i]) if DASHES[i] else "-",
-                marker="o" if len(x) < _DOTS_BELOW else "",
-                clip_on=False,
-            )
-            if filled:
-                axes.fill_between(
-                    x, y, color=_COLORS[f"c{i}"], alpha=0.12, linewidth=0, clip_on=False
-                )
-        axes.update_datalim([(0, 0)])
         axes.xaxis.set_major_locator(MaxNLocator(max(2, width // 90), steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(_tick_label)
         axes.yaxis.set_major_formatter(_tick_label)
-        axes.autoscale_view()
-        if right is not None:
-            axes.set_xlim(0, right)
-        if top is not None:
-            axes.set_ylim(0, top)
-        buffer = io.StringIO()
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=metadata)
-    return Markup(_embedded(buffer.getvalue(), size))
+        axes.update_datalim([(0, 0)])
+        for curves in charts:  # A new figure for each would take twice the time.
+            for artist in (*axes.lines, *axes.collections):
+                artist.remove()
+            for i, curve in enumerate(curves):
+                x, y = map(_thinned, curve)
+                color, dashes = _COLORS[f"c{i}"], DASHES[i]
+                marker = "o" if len(x) < _DOTS_BELOW else ""
+                line = axes.plot(x, y, color=color, marker=marker, clip_on=False)[0]
+                line.set_linestyle((0, dashes) if dashes else "-")
+                if filled:
+                    axes.fill_between(x, y, color=color, alpha=0.12, linewidth=0, clip_on=False)
+            axes.autoscale_view()
+            if right is not None:
+                axes.set_xlim(0, right)
+            if top is not None:
+                axes.set_ylim(0, top)
+            buffer = io.StringIO()
+            metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(buffer, format="svg", metadata=metadata)
+            svgs.append(Markup(_embedded(buffer.getvalue(), size)))
+    return svgs
 
 
 def _thinned(values: Sequence[float]) -> np.ndarray:
