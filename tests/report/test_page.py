@@ -97,6 +97,7 @@ def test_the_page_shows_what_the_run_says(tmp_path, read_html):
     assert f"data:image/jpeg;base64,{JPEG}" in read.values
     assert "cell: cell" in read.values  # the image's alternative text
     assert read.elements[0] == ("html", ("lang",))
+    assert '<ul class="legend"></ul>' in page  # of the learning rate: hidden on phones
 
 
 def test_nothing_is_fetched_or_run(tmp_path, read_html):

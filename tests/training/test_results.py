@@ -103,7 +103,7 @@ def test_the_page_is_made_of_what_was_measured(run):
     assert 0 < len(details["worst"]) <= 6
     assert all(image["jpeg"] in page for image in details["worst"])
     least = inspect.signature(image_errors).parameters["min_score"].default
-    assert f"below a score of {least} are left out" in page
+    assert f"scores below {least} are ignored" in page
 
 
 def test_a_resumed_run_tells_each_of_its_starts(run, tiny_experiment, tmp_path):

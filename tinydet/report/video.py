@@ -126,9 +126,7 @@ class VideoFile:
             self._writer, self._shape = self._open(frame.shape[1], frame.shape[0]), frame.shape
         if frame.shape != self._shape:  # OpenCV would drop it silently.
             sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (self._shape, frame.shape))
-            raise ValueError(
-                f"{self.path}: all frames of a video must have the same size, not {sizes}"
-            )
+            raise ValueError(f"{self.path}: frames of a video must have one size, not {sizes}")
         for _ in range(times):
             self._writer.write(frame)
         self.frames += times
