@@ -1,7 +1,7 @@
 """Where AP50 is lost: python tools/errors.py [EXPERIMENT ...] CHECKPOINT [OTHER_CHECKPOINT].
 
-The kinds of errors are TIDE's (arXiv 2008.08115). With OTHER_CHECKPOINT: what changed from the
-first to it, and on which images most.
+The kinds of errors are those of TIDE (arXiv 2008.08115). With OTHER_CHECKPOINT, also what changed
+from the first checkpoint to it, and on which images most.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint",
         type=Path,
         nargs="+",
-        help=".pt of either form, or a folder of runs/; perhaps another to compare with; before "
-        "them, experiment files that register a backbone of their own",
+        help="one or two .pt files of either form, or run folders; experiment files that register "
+        "their own backbones may come before them",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
     parser.add_argument(
-        "--out", type=Path, help="draw the images that changed most, side by side, in this folder"
+        "--out", type=Path, help="folder for pictures of the images that changed most, side by side"
     )
     add_overrides(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Detect, tell errors apart, print."""
+    """Detect, classify the errors, print."""
     from tinydet.experiment_file import load_experiment
 
     checkpoints = [path for path in args.checkpoint if path.suffix not in (".py", ".json")]
@@ -41,11 +41,9 @@ def main(args: argparse.Namespace) -> None:
     for path in set(args.checkpoint) - set(checkpoints):
         load_experiment(path)  # registers its backbone
 
-    from tinydet.comparison.error_analysis import ErrorOptions, error_lines
+    from tinydet.comparison.error_analysis import error_lines
 
-    options = ErrorOptions(args.device, tuple(args.set), args.out)
-    path, *other = checkpoints
-    for line in error_lines(path, other[0] if other else None, options):
+    for line in error_lines(*checkpoints, device=args.device, overrides=args.set, out=args.out):
         print(line)
 
 

@@ -1,4 +1,4 @@
-"""Make a run's report.html anew from its folder: python tools/report.py runs/NAME/1."""
+"""Rebuild a run's report.html from its folder: python tools/report.py runs/NAME/1."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tinydet.cli import run
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="a folder of runs/; its files are enough")
+    parser.add_argument("run_dir", type=Path, help="folder of a run; no data set is needed")
     parser.add_argument(
         "--evaluate",
         action="store_true",
-        help="first find curves, kinds of errors and worst images again, with best.pt and the data",
+        help="first evaluate best.pt again for curves, kinds of errors and worst images",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; for --evaluate")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N, for --evaluate")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the page, and where asked what it needs."""
+    """Write the page, after an evaluation if requested."""
     if args.evaluate:
         from tinydet.training.results import evaluate_again
 

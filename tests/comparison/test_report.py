@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinydet.comparison.price import Price
+from tinydet.comparison.cost import Cost
 from tinydet.comparison.report import (
     Outcome,
     Report,
@@ -14,7 +14,7 @@ from tinydet.comparison.report import (
     write_report,
 )
 from tinydet.comparison.uncertainty import Difference
-from tinydet.comparison.verdict import Verdict, judge
+from tinydet.comparison.verdict import Verdict, make_verdict
 from tinydet.evaluation.tide import KINDS
 
 
@@ -32,10 +32,10 @@ def _outcome(name, ap50, points=None, ms=9.5):
         runs=[f"runs/{name}/{n}" for n in (1, 2, 3)],
         scores={"AP50": [ap50 - 0.01, ap50, ap50 + 0.01], "AP": [ap50 / 2] * 3},
         differences=found,
-        verdict=judge(found["AP50"], 0.95, 2, "AP50") if found else None,
+        verdict=make_verdict(found["AP50"], 0.95, 2, "AP50") if found else None,
         lost={kind: (ap50 - 0.7) / (10 + i) for i, kind in enumerate(KINDS)},
         training_speed=0.8 if found else 1.0,
-        price=Price(1_660_000, 880_000_000, ms, (ms - 0.2, ms + 0.3), ms / 9.5, (0.98, 1.3)),
+        cost=Cost(1_660_000, 880_000_000, ms, (ms - 0.2, ms + 0.3), ms / 9.5, (0.98, 1.3)),
     )
 
 
@@ -66,7 +66,7 @@ def test_lines(report):
         ("more", "2.00", "1.33"),
     ]
     assert "1.16 (0.98 to 1.30)" in text
-    assert "each interval is of 97.5 %, so that all 2 together hold with 95 %" in text
+    assert "each interval has 97.5 %, so that all 2 hold together with 95 %" in text
     assert max(len(line) for line in lines[1:4]) < 140
 
 
@@ -100,7 +100,7 @@ def test_json(report):
 def test_the_plot_has_every_experiment_its_bars_and_the_front(report):
     (axes,) = draw_report(report).axes
     assert {text.get_text() for text in axes.texts} == {"plain", "more", "no"}
-    assert axes.get_xlabel().startswith("milliseconds an image")
+    assert axes.get_xlabel().startswith("milliseconds per image")
     assert axes.get_ylabel().startswith("AP50 in % on BCCD\n(bars: 97.5 % interval")
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["base", "better", "can't tell yet", "Pareto front"]
@@ -112,7 +112,7 @@ def test_the_plot_has_every_experiment_its_bars_and_the_front(report):
 
 def test_it_says_that_images_count_as_independent(report):
     for text in ("\n".join(report_lines(report)), markdown(report)):
-        assert "frames of a video" in text
+        assert "video frames" in text
 
 
 def test_files(report, tmp_path):
@@ -120,7 +120,7 @@ def test_files(report, tmp_path):
     assert [path.name for path in written] == ["comparison.md", "comparison.json", "comparison.png"]
     assert all(path.stat().st_size for path in written)
     # What was never timed has no plot, and the one of before is gone.
-    untimed = [replace(outcome, price=None) for outcome in report.outcomes]
+    untimed = [replace(outcome, cost=None) for outcome in report.outcomes]
     written = write_report(replace(report, outcomes=untimed), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.md"]
     assert len(written) == 2

@@ -17,9 +17,9 @@ def test_without_image_variance_it_is_students_t(value):
 
 def test_quantiles_are_those_of_the_tables():
     # Student's t for 95 % two-sided, from any textbook; the last is the normal one.
-    for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (1e7, 1.960)):
-        assert Error(0, 1, freedom).quantile(0.975) == pytest.approx(expected, abs=1e-3)
-        assert Error(0, 1, freedom).quantile(0.025) == pytest.approx(-expected, abs=1e-3)
+    for dof, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (1e7, 1.960)):
+        assert Error(0, 1, dof).quantile(0.975) == pytest.approx(expected, abs=1e-3)
+        assert Error(0, 1, dof).quantile(0.025) == pytest.approx(-expected, abs=1e-3)
     assert Error(9, 0, 1).quantile(0.975) == pytest.approx(3 * 1.959964, rel=1e-5)
 
 
@@ -67,9 +67,9 @@ def test_welchs_numbers():
     error = found.error()
     assert error.seed_variance == pytest.approx(17 / 3)
     # R: t.test(c(4, 8, 12), c(1, 2, 3)): df = 2.2490, interval -3.226 to 15.226
-    assert error.freedom == pytest.approx((17 / 3) ** 2 / ((1 / 9 + 256 / 9) / 2))
+    assert error.dof == pytest.approx((17 / 3) ** 2 / ((1 / 9 + 256 / 9) / 2))
     assert found.error(6).seed_variance == pytest.approx(17 / 6)
-    assert found.error(6).freedom == pytest.approx(error.freedom * 5 / 2)
+    assert found.error(6).dof == pytest.approx(error.dof * 5 / 2)
 
 
 def test_a_bootstrap_over_three_seeds_would_be_too_narrow():

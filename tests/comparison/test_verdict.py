@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tinydet.comparison.uncertainty import Difference, difference
-from tinydet.comparison.verdict import hopeless, judge, looks_of
+from tinydet.comparison.verdict import interim_looks, make_verdict, should_prune
 from tinydet.evaluation.weighted import voc_matches, weighted_area_ap
 
 from .simulated import (
@@ -20,28 +20,32 @@ def _difference(points, image=0.0, seed=0.005, seeds=3):
 
 
 def test_better_and_worse_are_said_where_the_interval_leaves_out_0():
-    better = judge(_difference(4), 0.95, 1, "AP50")
+    better = make_verdict(_difference(4), 0.95, 1, "AP50")
     assert (better.kind, better.more_seeds) == ("better", None)
     low, high = _difference(4).interval(0.95)
     assert better.line() == f"better: AP50 {100 * low:+.1f} to {100 * high:+.1f} points"
-    worse = judge(_difference(-4), 0.95, 1, "AP")
+    worse = make_verdict(_difference(-4), 0.95, 1, "AP")
     assert worse.kind == "worse"
     assert (worse.low, worse.high) == pytest.approx((-better.high, -better.low))
 
 
 def test_the_more_ideas_the_more_is_asked_of_each():
     found = _difference(1.3)
-    assert judge(found, 0.95, 1, "AP50").kind == "better"
-    assert judge(found, 0.95, 5, "AP50").kind == "can't tell yet"
-    assert (judge(found, 0.95, 5, "").low, judge(found, 0.99, 1, "").low) == pytest.approx(
-        (found.interval(0.99)[0],) * 2
-    )
+    assert make_verdict(found, 0.95, 1, "AP50").kind == "better"
+    assert make_verdict(found, 0.95, 5, "AP50").kind == "can't tell yet"
+    assert (
+        make_verdict(found, 0.95, 5, "").low,
+        make_verdict(found, 0.99, 1, "").low,
+    ) == pytest.approx((found.interval(0.99)[0],) * 2)
 
 
 def test_as_many_more_seeds_as_are_said_have_the_power_that_is_said():
     found = _difference(1.0, image=0.001, seed=0.008)
-    verdict = judge(found, 0.95, 1, "AP50")
-    assert verdict.kind == "can't tell yet"
+    verdict = make_verdict(found, 0.95, 1, "AP50")
+    assert verdict.line().startswith(
+        f"can't tell yet: about {verdict.more_seeds} more seeds needed if the true difference is "
+        "the observed +1.0 points; AP50 -"
+    )
     seeds = found.seeds + verdict.more_seeds
     rng = np.random.default_rng(0)
     told = {seeds: 0, seeds // 2: 0}
@@ -56,25 +60,25 @@ def test_as_many_more_seeds_as_are_said_have_the_power_that_is_said():
 
 
 def test_images_may_be_too_few_for_any_number_of_seeds():
-    verdict = judge(_difference(1.0, image=0.01), 0.95, 1, "AP50")
+    verdict = make_verdict(_difference(1.0, image=0.01), 0.95, 1, "AP50")
     assert verdict.more_seeds is None
-    assert "these test images alone leave ±2.0 points open" in verdict.reason
+    assert "the choice of test images alone leaves ±2.0 points" in verdict.reason
 
 
 def test_a_difference_may_be_too_small_for_any_number_of_seeds():
-    verdict = judge(_difference(0.02), 0.95, 1, "AP50")
+    verdict = make_verdict(_difference(0.02), 0.95, 1, "AP50")
     assert verdict.more_seeds is None
-    assert "100 seeds would not, the difference is small if there is one" in verdict.reason
+    assert "100 seeds would not be enough, the difference is small" in verdict.reason
 
 
 def test_no_difference_and_no_variance():
-    verdict = judge(Difference(0.0, 0.0, (0.0, 0.0), 3), 0.95, 2, "AP50")
+    verdict = make_verdict(Difference(0.0, 0.0, (0.0, 0.0), 3), 0.95, 2, "AP50")
     assert verdict.kind == "can't tell yet"
     assert (verdict.low, verdict.high) == (0, 0)
 
 
 def test_looks_double():
-    assert [looks_of(n) for n in (2, 3, 4, 5, 9)] == [[], [2], [2], [2, 4], [2, 4, 8]]
+    assert [interim_looks(n) for n in (2, 3, 4, 5, 9)] == [[], [2], [2], [2, 4], [2, 4, 8]]
 
 
 def test_what_helps_is_rarely_dropped_and_what_harms_much_is_dropped():
@@ -88,7 +92,7 @@ def test_what_helps_is_rarely_dropped_and_what_harms_much_is_dropped():
             for n in (2, 4):
                 own = effect + runs[1, :n].mean() - runs[0, :n].mean()
                 variances = tuple(runs[:, :n].var(axis=1, ddof=1))
-                looks.append(hopeless(Difference(own, 0.0, variances, n), 0.95, 2))
+                looks.append(should_prune(Difference(own, 0.0, variances, n), 0.95, 2))
             count += any(looks)
         return count / 1000
 
@@ -116,7 +120,7 @@ def test_no_effect_is_rarely_called_one():
         base, idea = draw_comparison(World(images=40, classes=2), [0.0], 3, number, draws=100)
         for seeds, of_seeds in kinds.items():
             found = difference(base.first(seeds), idea.first(seeds))
-            of_seeds.append(judge(found, 0.95, 1, "AP50").kind)
+            of_seeds.append(make_verdict(found, 0.95, 1, "AP50").kind)
     for of_seeds in kinds.values():
         # Binomial(150, 0.05) is above 15 with probability 0.003, Binomial(150, 0.025) above 9
         # with 0.006.

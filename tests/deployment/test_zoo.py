@@ -22,7 +22,7 @@ from tinydet.deployment.speed import Timing
 from tinydet.deployment.zoo import ExperimentZooOptions, run_experiment_zoo
 from tinydet.deployment.zoo_table import ZooRow, accuracy_points, markdown, write_zoo
 from tinydet.experiment_file import experiment_to_dict, load_experiment
-from tinydet.report.scatter import Point
+from tinydet.report.figures import Point
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TINY = """

@@ -44,7 +44,10 @@ def read_html():
         assert not reader.open, "elements are left open"
         assert not reader.misfits, "elements are closed in the wrong order"
         return SimpleNamespace(
-            elements=reader.elements, values=reader.values, text="".join(reader.text)
+            elements=reader.elements,
+            values=reader.values,
+            data=reader.text,
+            text="".join(reader.text),
         )
 
     return read

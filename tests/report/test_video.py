@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, ending, full_di
             for frame in noise:
                 file.write(frame)
 
-    with pytest.raises(ValueError, match=rf"a\{ending}: cannot be written whole: is the disk full"):
+    with pytest.raises(ValueError, match=rf"a\{ending}: incomplete: is the disk full"):
         write()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, ending, full_di
 
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     with (
-        pytest.raises(ValueError, match=r"a\.mp4: OpenCV cannot begin it"),
+        pytest.raises(ValueError, match=r"a\.mp4: OpenCV cannot write it"),
         VideoFile(tmp_path / "gone" / "a.mp4", 10) as file,
     ):
         file.write(_frames(1)[0])
@@ -128,12 +128,12 @@ def test_a_video_cut_short_is_told(tmp_path, ending, opens):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     if not opens:  # An MP4 file's index is at its end.
-        with pytest.raises(ValueError, match="or cut short"):
+        with pytest.raises(ValueError, match="or truncated"):
             open_video(path)
         return
     video = open_video(path)
     read = len(list(video))
     assert 0 < read < 38
-    assert video.missing(read) == f"{path}: ends after {read} of 40 frames: cut short, or damaged"
+    assert video.missing(read) == f"{path}: ends after {read} of 40 frames: truncated or damaged"
     assert not video.missing(40)
     assert not video.missing(39)  # What a file states is often one off.

@@ -39,7 +39,7 @@ def _run(*arguments, status=0):
 def test_summary_says_what_is_lost_and_what_is_known(run_dir):
     log = run_dir / "log.jsonl"
     warning, _, line = _run("tools/analyze_logs.py", "summary", log).splitlines()
-    assert warning == f"{log}: 1 line cannot be read: left out"
+    assert warning == f"{log}: skipped 1 unreadable line"
     assert line.split()[1:] == ["1", "1", "50.00", "25.00", "2", "8.0", "2.0"]
     _, _, of_folder = _run("tools/analyze_logs.py", "summary", run_dir).splitlines()
     assert of_folder.split()[1:] == line.split()[1:]
@@ -61,7 +61,7 @@ def test_plot_curve_draws_several_logs(run_dir):
     ]
     options += ["--backend", "svg", "--out", out]
     said = _run("tools/analyze_logs.py", "plot_curve", log, log, *options)
-    assert f"drawn in {out}" in said
+    assert f"written to {out}" in said
     assert "<svg" in out.read_text()
 
 

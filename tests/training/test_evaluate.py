@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tinydet.comparison.error_analysis import ErrorOptions, error_lines
+from tinydet.comparison.error_analysis import error_lines
 from tinydet.config import ConfigError
 from tinydet.data.dataset import load_split
 from tinydet.evaluation import evaluate
 from tinydet.evaluation.metrics import UNDEFINED
-from tinydet.report.run_log import read_log, summarize
+from tinydet.report.run_folder import read_log, summarize
 from tinydet.training import loop
 from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.evaluate import ground_truth, require_objects
@@ -49,7 +49,7 @@ def test_training_says_it_and_keeps_the_newest_weights(hopeless, tmp_path, caplo
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # numpy's, of means of nothing
         train(hopeless, run)
-        told = list(error_lines(run, None, ErrorOptions()))
+        told = list(error_lines(run, device="auto"))
     evaluations = [line for line in caplog.messages if line.startswith("epoch ")]
     assert len(evaluations) == 2
     assert all(f"AP50 and AP {UNDEFINED}, 0." in line for line in evaluations)

@@ -14,7 +14,7 @@ from PIL import Image
 from tinydet.data.dataset import load_split
 from tinydet.evaluation import evaluate
 from tinydet.evaluation.errors import image_errors
-from tinydet.report.draw_errors import DETECTION_COLOR, TRUTH_COLOR
+from tinydet.report.draw import DETECTION_COLOR, TRUTH_COLOR
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.loop import train
 from tinydet.training.pictures import draw_samples, worst_images
@@ -103,7 +103,7 @@ def test_the_page_is_made_of_what_was_measured(run):
     assert 0 < len(details["worst"]) <= 6
     assert all(image["jpeg"] in page for image in details["worst"])
     least = inspect.signature(image_errors).parameters["min_score"].default
-    assert f"below a score of {least} are left out" in page
+    assert f"scores below {least} are ignored" in page
 
 
 def test_a_resumed_run_tells_each_of_its_starts(run, tiny_experiment, tmp_path):

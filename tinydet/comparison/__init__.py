@@ -1,1 +1,1 @@
-"""Is an idea worth it: experiments trained side by side, and a verdict with its uncertainty."""
+"""Does an idea help? Experiments trained side by side, and a verdict with its uncertainty."""

@@ -1,4 +1,4 @@
-"""What every run may spend: epochs, time of training, or multiply-adds."""
+"""The budget of a run: epochs, training time, or multiply-adds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Budget:
 
     Attributes:
         text: as the user wrote it.
-        unit: what it is counted in.
+        unit: what the amount counts.
         amount: epochs, seconds of training steps, or multiply-adds of the forward passes.
     """
 
@@ -26,13 +26,13 @@ class Budget:
     amount: float
 
     def epochs(self, cost: float) -> int:
-        """Return how many whole epochs it pays for.
+        """Return the number of whole epochs that fit into the budget.
 
         Args:
-            cost: of an epoch, in the budget's unit.
+            cost: of one epoch, in the budget's unit.
 
         Raises:
-            ValueError: it does not pay for one.
+            ValueError: the budget is smaller than one epoch.
         """
         epochs = int(self.amount / cost * (1 + 1e-9))
         if epochs < 1:
@@ -46,13 +46,13 @@ def parse_budget(text: str) -> Budget:
     """Read "20m", "90s", "1.5h", "12epochs", "500Tmacs" or "5Pmacs".
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text is none of these.
     """
     read = _PATTERN.fullmatch(text.strip())
     amount = float(read[1]) if read else 0.0
     if not read or not amount or (read[4] and not amount.is_integer()):
         raise ValueError(
-            f"--budget {text}: give the time of training as 20m, 90s or 2h, whole epochs as "
+            f"--budget {text}: give training time as 20m, 90s or 2h, whole epochs as "
             "12epochs, or multiply-adds as 500Gmacs, 500Tmacs or 5Pmacs"
         )
     if read[2]:

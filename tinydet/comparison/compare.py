@@ -1,4 +1,4 @@
-"""A comparison from beginning to end: plan, runs, verdicts, prices, files."""
+"""A whole comparison: plan, runs, verdicts, costs, files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from tinydet.comparison.budget import parse_budget
+from tinydet.comparison.cost import measure_costs
 from tinydet.comparison.error_analysis import image_change_lines
 from tinydet.comparison.plan import Plan, load_experiments, make_plan
-from tinydet.comparison.price import prices
 from tinydet.comparison.report import Outcome, Report, report_lines, write_report
 from tinydet.comparison.runs import finished_run, run_detections, train_run, training_speed
 from tinydet.comparison.uncertainty import Difference, Scores, difference
-from tinydet.comparison.verdict import Verdict, hopeless, judge, looks_of
+from tinydet.comparison.verdict import Verdict, interim_looks, make_verdict, should_prune
 from tinydet.config import ConfigError, Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
@@ -38,41 +38,16 @@ logger = logging.getLogger(__name__)
 METRICS = ("AP50", "AP")
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    """How to compare.
-
-    Attributes:
-        seeds: runs of each experiment, at least 2.
-        budget: of each run, see `parse_budget`.
-        metric: "AP50" or "AP", the one that the verdict is about.
-        confidence: that no verdict of the comparison is wrong.
-        halving: drop hopeless ideas after 2, 4, 8, ... seeds.
-        resamples: draws of the images.
-        folder: of the comparison; None is a new one in `runs/compare/`.
-        overrides: "a.b=value" for every experiment.
-    """
-
-    seeds: int = 3
-    budget: str = "20m"
-    metric: str = "AP50"
-    confidence: float = 0.95
-    halving: bool = False
-    resamples: int = 1000
-    folder: Path | None = None
-    overrides: tuple[str, ...] = ()
-
-
 @dataclass
 class _Entry:
-    """What has been found out about one experiment."""
+    """The state of one experiment of the comparison."""
 
     experiment: Experiment
     runs: list[Path] = field(default_factory=list)
     detections: list[SavedDetections] = field(default_factory=list)
-    lost: list[dict[str, float]] = field(default_factory=list)  # to errors, of each seed
+    lost: list[dict[str, float]] = field(default_factory=list)  # AP50 lost to errors, by seed
     values: dict[str, list[np.ndarray]] = field(default_factory=lambda: {m: [] for m in METRICS})
-    ended: str = ""  # why no further seed of it is trained
+    ended: str = ""  # why no more seeds of it are trained
     dropped: bool = False
 
     @property
@@ -87,64 +62,88 @@ class _Entry:
         return Scores(values[:, 0], values[:, 1:])
 
 
-def compare(files: Sequence[Path], options: CompareOptions) -> Iterator[str]:
-    """Train experiments, judge them and write all that was found, yielding what to tell the user.
+def compare(
+    files: Sequence[Path],
+    *,
+    seeds: int,
+    budget: str,
+    metric: str,
+    confidence: float,
+    halving: bool = False,
+    resamples: int = 1000,
+    folder: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Iterator[str]:
+    """Train experiments, reach verdicts and write the results; yield lines for the user.
 
-    Started again with the same options it goes on where it was.
+    If interrupted, call it again with the same arguments; finished runs are reused.
 
     Args:
-        files: of experiments, the base first.
-        options: how.
+        files: experiment files, the base first.
+        seeds: runs of each experiment, at least 2.
+        budget: budget of each run, see `parse_budget`.
+        metric: the metric that the verdicts are about, "AP50" or "AP".
+        confidence: probability that no verdict of the comparison is wrong.
+        halving: drop ideas that do not help after 2, 4, 8, ... seeds.
+        resamples: number of bootstrap draws of the test images.
+        folder: folder of the comparison; None is a new one in `runs/compare/`.
+        overrides: "a.b=value" for every experiment.
 
     Raises:
-        ValueError: an option or a file is wrong, the experiments cannot be compared, the test
+        ValueError: an argument or a file is wrong, the experiments cannot be compared, the test
             split has no object to find, or a run of the base has diverged.
     """
-    _check(options)
-    budget = parse_budget(options.budget)
-    experiments = load_experiments(files, options.overrides)
+    _check(seeds, metric, confidence, resamples)
+    parsed_budget = parse_budget(budget)
+    experiments = load_experiments(files, overrides)
     index = load_split(experiments[0].data, experiments[0].data.test_split)
     require_objects(index)
-    plan = make_plan(files, experiments, budget, options.folder)
+    plan = make_plan(files, experiments, parsed_budget, folder)
     yield f"comparison  {plan.folder}"
     for experiment, reason in zip(plan.experiments, plan.reasons, strict=True):
         epochs, dtype = experiment.train.epochs, experiment.train.dtype
         yield f"{experiment.name}: {epochs} epoch{'s'[: epochs > 1]} in {dtype} ({reason})"
     entries = [_Entry(experiment) for experiment in plan.experiments]
-    truth, weights = ground_truth(index), _draws(len(index), options.resamples)
-    for seed in range(options.seeds):
+    truth, weights = ground_truth(index), _draws(len(index), resamples)
+    looks = interim_looks(seeds) if halving else []
+    for seed in range(seeds):
         for entry in entries:
             if not entry.ended:
-                yield from _run(entry, seed, options.seeds, is_base=entry is entries[0])
+                yield from _run(entry, seed, seeds, is_base=entry is entries[0])
             if not entry.ended:
                 _score(entry, index, truth, weights)
-        if options.halving and seed + 1 in looks_of(options.seeds):
-            yield from _drop(entries, seed + 1, options)
-    report = _report(plan, entries, options, index)
+        if seed + 1 in looks:
+            yield from _prune(entries, seed + 1, metric, confidence, len(looks))
+    report = _report(plan, entries, metric, confidence, index)
     yield from report_lines(report)
     yield from (f"wrote       {path}" for path in write_report(report, plan.folder))
     for idea in entries[1:]:
         yield from _changes(entries[0], idea, index, truth, plan.folder)
 
 
-def _check(options: CompareOptions) -> None:
-    if options.seeds < 2:
+def _check(seeds: int, metric: str, confidence: float, resamples: int) -> None:
+    if seeds < 2:
         raise ConfigError(
-            f"--seeds {options.seeds}: one run does not tell how much runs differ by chance; give "
-            "at least 2, better 3"
+            f"--seeds {seeds}: one run does not show how much runs vary by chance; give at least "
+            "2, better 3"
         )
-    if options.metric not in METRICS:
-        raise ConfigError(f"--metric {options.metric}: take one of {', '.join(METRICS)}")
-    if not 0.5 <= options.confidence < 1:
-        raise ConfigError(f"--confidence {options.confidence:g}: from 0.5 to below 1, such as 0.95")
-    if options.resamples < 100:
-        raise ConfigError(f"--resamples {options.resamples}: at least 100")
+    if metric not in METRICS:
+        raise ConfigError(f"--metric {metric}: must be one of {', '.join(METRICS)}")
+    if not 0.5 <= confidence < 1:
+        raise ConfigError(
+            f"--confidence {confidence:g}: must be at least 0.5 and below 1, such as 0.95"
+        )
+    if resamples < 100:
+        raise ConfigError(f"resamples {resamples}: must be at least 100")
 
 
 def _draws(images: int, number: int) -> np.ndarray:
-    """Return how often each image is in the test split itself and in each of `number` draws.
+    """Return how often each image is in the test split itself (once) and in each bootstrap draw.
 
-    They are the same whenever and for whichever experiments they are drawn.
+    The draws are always the same, so that all experiments and comparisons share them.
+
+    Returns:
+        (1 + number, images).
     """
     draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=number)
     return np.concatenate([np.ones((1, images), draws.dtype), draws]).astype(np.float64)
@@ -152,20 +151,20 @@ def _draws(images: int, number: int) -> np.ndarray:
 
 def _run(entry: _Entry, seed: int, seeds: int, is_base: bool) -> Iterator[str]:
     experiment = replace(entry.experiment, train=replace(entry.experiment.train, seed=seed))
-    told = f"{experiment.name}, seed {seed + 1} of {seeds}"
+    title = f"{experiment.name}, seed {seed + 1} of {seeds}"
     run = finished_run(experiment)
     if run is not None:
-        yield f"{told}: finished in {run}"
+        yield f"{title}: finished in {run}"
     else:
-        yield f"{told}: training"
+        yield f"{title}: training"
         try:
             run = train_run(experiment)
         except (DivergedError, RuntimeError) as error:
-            # Out of memory is a RuntimeError. It is the idea's own fault, and ends no other's.
+            # Out of memory is a RuntimeError. If an idea fails, the others continue.
             if is_base:
-                raise ValueError(f"{told}: {error}") from error
+                raise ValueError(f"{title}: {error}") from error
             entry.ended = f"seed {seed + 1} failed: {' '.join(str(error).split())[:200]}"
-            yield f"{told}: {entry.ended}"
+            yield f"{title}: {entry.ended}"
             return
     entry.runs.append(run)
 
@@ -181,18 +180,20 @@ def _score(entry: _Entry, index: Index, truth: Sequence[GroundTruth], weights: n
     entry.values["AP"].append(weighted_coco_ap(matches, weights))
 
 
-def _drop(entries: Sequence[_Entry], seeds: int, options: CompareOptions) -> Iterator[str]:
-    looks = len(looks_of(options.seeds))
+def _prune(
+    entries: Sequence[_Entry], seeds: int, metric: str, confidence: float, looks: int
+) -> Iterator[str]:
     for entry in entries[1:]:
         if entry.ended:
             continue
-        found = _difference(entries[0], entry, options.metric)
-        if hopeless(found, options.confidence, looks):
+        found = _difference(entries[0], entry, metric)
+        if should_prune(found, confidence, looks):
             entry.ended, entry.dropped = f"dropped after {seeds} seeds", True
-            yield (
-                f"{entry.experiment.name}: {entry.ended}: it is no better than the base with "
-                f"{100 * (1 - found.helps):.4g} % confidence"
-            )
+            yield f"{entry.experiment.name}: {entry.ended}: {_no_better(found)}"
+
+
+def _no_better(found: Difference) -> str:
+    return f"not better than the base with {100 * (1 - found.helps):.4g} % confidence"
 
 
 def _difference(base: _Entry, idea: _Entry, metric: str) -> Difference:
@@ -200,18 +201,20 @@ def _difference(base: _Entry, idea: _Entry, metric: str) -> Difference:
     return difference(base.scores(metric).first(len(of_idea.observed)), of_idea)
 
 
-def _report(plan: Plan, entries: Sequence[_Entry], options: CompareOptions, index: Index) -> Report:
+def _report(
+    plan: Plan, entries: Sequence[_Entry], metric: str, confidence: float, index: Index
+) -> Report:
     base, ideas = entries[0], entries[1:]
-    judged = [entry for entry in entries if len(entry.runs) > 1]
-    priced, where = prices(
-        [entry.experiment for entry in judged],
-        {entry.experiment.name: entry.runs[0] for entry in judged},
+    complete = [entry for entry in entries if len(entry.runs) > 1]
+    costs, where = measure_costs(
+        [entry.experiment for entry in complete],
+        {entry.experiment.name: entry.runs[0] for entry in complete},
         plan.folder / "price.json",
     )
     outcomes = []
     for entry in entries:
-        of_idea = entry in judged and entry is not base
-        found = {m: _difference(base, entry, m) for m in METRICS} if of_idea else {}
+        has_difference = entry in complete and entry is not base
+        found = {m: _difference(base, entry, m) for m in METRICS} if has_difference else {}
         outcomes.append(
             Outcome(
                 name=entry.experiment.name,
@@ -222,16 +225,16 @@ def _report(plan: Plan, entries: Sequence[_Entry], options: CompareOptions, inde
                 differences=found,
                 verdict=None
                 if entry is base
-                else _verdict(base, entry, found, options, len(ideas)),
+                else _verdict(base, entry, found.get(metric), metric, confidence, len(ideas)),
                 lost=entry.mean_lost,
                 training_speed=_speed_ratio(base, entry),
-                price=priced.get(entry.experiment.name),
+                cost=costs.get(entry.experiment.name),
             )
         )
     return Report(
         outcomes=outcomes,
-        metric=options.metric,
-        confidence=options.confidence,
+        metric=metric,
+        confidence=confidence,
         budget=plan.budget.text,
         images=len(index),
         data=f"{index.root} ({index.split})",
@@ -242,47 +245,46 @@ def _report(plan: Plan, entries: Sequence[_Entry], options: CompareOptions, inde
 def _changes(
     base: _Entry, idea: _Entry, index: Index, truth: Sequence[GroundTruth], folder: Path
 ) -> Iterator[str]:
-    """Yield the images on which an idea's first run differs most from the base's, and draw them."""
+    """Yield the images on which an idea's first run differs most from the base's; draw them."""
     if not idea.detections or base.detections[0].same_as(idea.detections[0]):
         return
     names = [entry.experiment.name for entry in (base, idea)]
-    found = [entry.detections[0].detections for entry in (base, idea)]
     yield ""
-    yield f"{names[1]} beside {names[0]}, the first seed"
-    changes = compare_errors(*found, truth, len(index.classes))
+    yield f"{names[1]} compared with {names[0]}, first seed"
+    found, by_idea = (entry.detections[0].detections for entry in (base, idea))
+    changes = compare_errors(found, by_idea, truth, len(index.classes))
     yield from image_change_lines(changes, index, names, folder / names[1])
 
 
 def _verdict(
     base: _Entry,
     idea: _Entry,
-    found: dict[str, Difference],
-    options: CompareOptions,
+    found: Difference | None,
+    metric: str,
+    confidence: float,
     ideas: int,
 ) -> Verdict:
-    if not found:
+    if found is None:
         return Verdict("can't tell yet", float("nan"), float("nan"), idea.ended)
     pairs = list(zip(base.detections, idea.detections, strict=False))
     if not any(len(image.scores) for pair in pairs for saved in pair for image in saved.detections):
-        reason = "no run finds anything yet; give a larger --budget"
+        reason = "no run detects anything yet; give a larger --budget"
         return Verdict("can't tell yet", float("nan"), float("nan"), reason)
     same = [of_base.same_as(of_idea) for of_base, of_idea in pairs]
     if all(same):
-        runs = f"all {len(same)} runs"
-        return Verdict("the same", 0.0, 0.0, f"{runs} find exactly what the base's find")
-    on_metric = found[options.metric]
-    verdict = judge(on_metric, options.confidence, ideas, options.metric)
+        reason = f"all {len(same)} runs have exactly the detections of the base's"
+        return Verdict("the same", 0.0, 0.0, reason)
+    verdict = make_verdict(found, confidence, ideas, metric)
     if idea.dropped:
-        confidence = f"{100 * (1 - on_metric.helps):.4g} %"
-        reason = f"{idea.ended.removeprefix('dropped ')}; no better than the base with {confidence}"
-        return replace(verdict, kind="dropped", reason=f"{reason} confidence", more_seeds=None)
+        reason = f"{idea.ended.removeprefix('dropped ')}; {_no_better(found)}"
+        return replace(verdict, kind="dropped", reason=reason, more_seeds=None)
     if idea.ended:
         return replace(verdict, kind="can't tell yet", reason=idea.ended, more_seeds=None)
     return verdict
 
 
 def _speed_ratio(base: _Entry, idea: _Entry) -> float | None:
-    """Return the median over seeds of an idea's images per second in training, base = 1."""
+    """Return an idea's training speed relative to the base, the median over seeds."""
     pairs = [
         (training_speed(of_base), training_speed(of_idea))
         for of_base, of_idea in zip(base.runs, idea.runs, strict=False)

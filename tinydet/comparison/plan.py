@@ -1,8 +1,8 @@
-"""What is compared, decided once: the epochs that a budget is for each experiment, and the dtype.
+"""The plan of a comparison: how many epochs the budget buys each experiment, and in which dtype.
 
-The plan is a file in the comparison's folder. Started again, a comparison takes it from there, so
-that a clock that ticks otherwise today does not make other runs of it; another comparison takes
-from it what it says of the same experiment.
+The plan is made once and kept in the comparison's folder. A restarted comparison reads it, so that
+slightly different step times do not lead to different runs; other comparisons reuse its entries for
+the same experiment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinydet.data.dataset import load_split
 from tinydet.deployment.flops import count
 from tinydet.deployment.images import largest_input, random_images
 from tinydet.experiment_file import experiment_to_dict, load_experiment
-from tinydet.report.run_files import read_json
+from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import build_unloaded
 from tinydet.training.device import describe_device, pick_device
 from tinydet.training.profile import time_steps
@@ -36,15 +36,15 @@ _SAME_DATA = ("root", "source", "train_split", "test_split", "classes")
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """What the budget is for one experiment.
+class PlannedRun:
+    """How one experiment is trained within the budget.
 
     Attributes:
-        key: of the experiment but for its name, of the budget and of the machine.
-        epochs: to be trained.
+        key: hash of the experiment without its name, of the budget and of the machine.
+        epochs: number of epochs.
         dtype: "auto" resolved.
         memory_format: "auto" resolved.
-        reason: how the epochs were found.
+        reason: how the number of epochs was found.
     """
 
     key: str
@@ -56,14 +56,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison about to begin, or to go on.
+    """A planned comparison.
 
     Attributes:
-        folder: the comparison's.
-        budget: of a run.
-        files: of the experiments, the base first.
-        experiments: to be trained, but for the seed.
-        reasons: of each experiment's epochs.
+        folder: folder of the comparison.
+        budget: budget of each run.
+        files: experiment files, the base first.
+        experiments: experiments as they are trained, except for the seed.
+        reasons: how each number of epochs was found.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ def load_experiments(files: Sequence[Path], overrides: Sequence[str]) -> list[Ex
 
     Args:
         files: the base, then the ideas.
-        overrides: "a.b=value" for every one.
+        overrides: "a.b=value" for all of them.
 
     Raises:
         ConfigError: a file is wrong or given twice, or two experiments differ in their data.
@@ -90,17 +90,19 @@ def load_experiments(files: Sequence[Path], overrides: Sequence[str]) -> list[Ex
     for i, (file, experiment) in enumerate(zip(files, experiments, strict=True)):
         for other_file, other in zip(files[:i], experiments[:i], strict=True):
             if file.resolve() == other_file.resolve():
-                raise ConfigError(f"{file}: given twice; a copy of it under another name will do")
+                raise ConfigError(
+                    f"{file}: given twice; to compare it with itself, copy it to another name"
+                )
             if experiment.name == other.name:
                 raise ConfigError(
-                    f"{file}: named {other.name!r} like {other_file}, and runs are kept by name; "
+                    f"{file}: named {other.name!r} like {other_file}, but runs are stored by name; "
                     "rename one"
                 )
         for name in _SAME_DATA:
             own, of_base = getattr(experiment.data, name), getattr(base.data, name)
             if own != of_base:
                 raise ConfigError(
-                    f"{file}: data.{name} is {own!r}, that of the base {files[0]} is {of_base!r}; "
+                    f"{file}: data.{name} is {own!r}, but the base {files[0]} has {of_base!r}; "
                     "compare on the same data"
                 )
     return experiments
@@ -115,14 +117,14 @@ def make_plan(
     """Read the comparison's plan from its folder, or make and write it.
 
     Args:
-        files: of the experiments.
-        experiments: of `load_experiments`.
-        budget: of each run.
-        folder: the comparison's; None is `runs/compare/<base>-<hash of what is compared>/`.
+        files: experiment files.
+        experiments: their content, from `load_experiments`.
+        budget: budget of each run.
+        folder: folder of the comparison; None is `runs/compare/<base>-<hash of the comparison>/`.
 
     Raises:
-        ValueError: an experiment cannot be built or trained as asked, the budget is less than an
-            epoch, or the folder is another comparison's.
+        ValueError: an experiment cannot be built or trained, the budget is smaller than one epoch,
+            or the folder holds another comparison.
     """
     where = describe_device(pick_device(experiments[0].train.device))
     keys = [_key(experiment, budget, where) for experiment in experiments]
@@ -134,77 +136,69 @@ def make_plan(
         if not isinstance(known, dict) or known.get("mark") != mark:
             raise ValueError(
                 f"--out {folder}: holds another comparison, of other experiments or another "
-                "budget; name another folder"
+                "budget; give another folder"
             )
-        schedules = [Schedule(**of_one) for of_one in known["schedules"].values()]
+        runs = [PlannedRun(**values) for values in known["schedules"].values()]
     else:
-        earlier = _earlier_schedules()
+        earlier = _earlier_plans()
         for key, experiment in zip(keys, experiments, strict=True):
             if key not in earlier:
-                earlier[key] = _schedule(key, experiment, budget)
-        schedules = [earlier[key] for key in keys]
+                earlier[key] = _plan_run(key, experiment, budget)
+        runs = [earlier[key] for key in keys]
         content = {
             "mark": mark,
             "budget": budget.text,
             "made_on": where,
             "files": [str(file) for file in files],
-            "schedules": {
-                name: asdict(of_one) for name, of_one in zip(names, schedules, strict=True)
-            },
+            "schedules": {name: asdict(run) for name, run in zip(names, runs, strict=True)},
         }
         write_json(folder / _FILE, content)
-    planned = [_planned(e, s) for e, s in zip(experiments, schedules, strict=True)]
-    reasons = tuple(schedule.reason for schedule in schedules)
-    return Plan(folder, budget, tuple(files), tuple(planned), reasons)
+    planned = tuple(_as_planned(*pair) for pair in zip(experiments, runs, strict=True))
+    return Plan(folder, budget, tuple(files), planned, tuple(run.reason for run in runs))
 
 
-def _schedule(key: str, experiment: Experiment, budget: Budget) -> Schedule:
-    logger.info(f"{experiment.name}: some steps before all runs")
+def _plan_run(key: str, experiment: Experiment, budget: Budget) -> PlannedRun:
+    logger.info(f"{experiment.name}: timing a few training steps")
     timed = time_steps(experiment, 20 if budget.unit == "seconds" else 1)
     images = timed.steps_an_epoch * experiment.train.batch_size
     if budget.unit == "seconds":
         cost = timed.seconds * timed.steps_an_epoch
-        reason = f"{timed.steps_an_epoch} steps of {timed.seconds:.3g} s an epoch"
+        reason = f"{timed.steps_an_epoch} steps of {timed.seconds:.3g} s per epoch"
     elif budget.unit == "multiply-adds":
         adds = _multiply_adds(experiment)
         cost = float(adds) * images
-        reason = f"{images} images of {adds / 1e9:.3g} G multiply-adds an epoch"
+        reason = f"{images} images of {adds / 1e9:.3g} G multiply-adds per epoch"
     else:
-        cost, reason = 1.0, "as asked"
+        cost, reason = 1.0, "as requested"
     try:
         epochs = budget.epochs(cost)
     except ValueError as error:
         raise ValueError(f"{error} ({experiment.name}: {reason})") from None
-    return Schedule(key, epochs, timed.dtype, timed.memory_format, reason)
+    return PlannedRun(key, epochs, timed.dtype, timed.memory_format, reason)
 
 
 def _multiply_adds(experiment: Experiment) -> int:
-    """Return those of an image's forward pass, in training form."""
+    """Return the multiply-adds of the forward pass of one image, in training form."""
     classes = load_split(experiment.data, experiment.data.train_split).classes
     network = build_unloaded(experiment.model, classes).eval()
     return count(network, random_images(1, largest_input(experiment.data))).multiply_adds
 
 
-def _planned(experiment: Experiment, schedule: Schedule) -> Experiment:
-    # The last epoch alone is evaluated: nothing is chosen on the test split.
-    train = replace(
-        experiment.train,
-        epochs=schedule.epochs,
-        eval_every=schedule.epochs,
-        dtype=schedule.dtype,
-        memory_format=schedule.memory_format,
-    )
-    return replace(experiment, train=train)
+def _as_planned(experiment: Experiment, run: PlannedRun) -> Experiment:
+    # Only the last epoch is evaluated: nothing is selected on the test split.
+    changes: dict[str, Any] = {"dtype": run.dtype, "memory_format": run.memory_format}
+    changes |= {"epochs": run.epochs, "eval_every": run.epochs}
+    return replace(experiment, train=replace(experiment.train, **changes))
 
 
-def _earlier_schedules() -> dict[str, Schedule]:
-    found: dict[str, Schedule] = {}
+def _earlier_plans() -> dict[str, PlannedRun]:
+    found: dict[str, PlannedRun] = {}
     for path in sorted(COMPARISONS.glob(f"*/{_FILE}")):
         try:
-            schedules = read_json(path)["schedules"].values()
-            found |= {of_one["key"]: Schedule(**of_one) for of_one in schedules}
+            runs = read_json(path)["schedules"].values()
+            found |= {values["key"]: PlannedRun(**values) for values in runs}
         except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # Of another version.
+            continue  # Written by another version.
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a comparison found, as tables for the terminal and Markdown, as JSON, and as a plot."""
+"""The result of a comparison: tables for the terminal and in Markdown, JSON, and a plot."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from tinydet.atomic import write_text
-from tinydet.comparison.price import Price
+from tinydet.comparison.cost import Cost
 from tinydet.comparison.uncertainty import Difference
 from tinydet.comparison.verdict import Verdict
 from tinydet.evaluation.tide import KINDS
-from tinydet.report.scatter import Point, draw_scatter, save_figure
+from tinydet.report.figures import Point, draw_scatter, save_figure
+from tinydet.report.table import markdown_table, text_table
 from tinydet.training.results import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NONE = "-"
+Table = tuple[list[str], list[list[str]]]  # header and rows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of one experiment.
+    """The result of one experiment.
 
     Attributes:
-        name: of the experiment.
-        file: of the experiment.
-        epochs: that each run had.
-        runs: folders, one a seed.
-        scores: of each metric, a value a seed.
-        differences: from the base, of each metric; empty for the base, and where there are not
-            two runs.
+        name: experiment name.
+        file: experiment file.
+        epochs: epochs of each run.
+        runs: run folders, one for each seed.
+        scores: for each metric, one value for each seed.
+        differences: for each metric, the difference from the base; empty for the base itself, and
+            with fewer than two runs.
         verdict: None for the base.
         lost: AP50 that each kind of error costs (`tinydet.evaluation.tide`), mean over seeds.
-        training_speed: images per second in training, the base's being 1.
-        price: of the folded network.
+        training_speed: images per second in training, relative to the base.
+        cost: cost of the folded network.
     """
 
     name: str
@@ -50,21 +52,21 @@ class Outcome:
     verdict: Verdict | None
     lost: dict[str, float]
     training_speed: float | None
-    price: Price | None
+    cost: Cost | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """A comparison's result.
+    """The result of a comparison.
 
     Attributes:
-        outcomes: the base first.
-        metric: that the verdicts are about.
-        confidence: that none of them is wrong.
-        budget: of a run, as asked for.
-        images: of the test split.
+        outcomes: one for each experiment, the base first.
+        metric: the metric that the verdicts are about.
+        confidence: probability that none of them is wrong.
+        budget: budget of each run, as given.
+        images: number of test images.
         data: the test split.
-        timed_on: what the folded networks were timed on.
+        timed_on: the machine that the folded networks were timed on.
     """
 
     outcomes: list[Outcome]
@@ -77,29 +79,21 @@ class Report:
 
     @property
     def single_confidence(self) -> float:
-        """The confidence of each interval, so that all of them together have the one asked for."""
+        """The confidence of each interval, so that all of them together hold with `confidence`."""
         return 1 - (1 - self.confidence) / (len(self.outcomes) - 1)
 
 
 def report_lines(report: Report) -> list[str]:
     """Return the result as lines for a terminal."""
     lines = [""]
-    for rows in _tables(report):
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += [
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.append("")
+    for header, rows in _tables(report):
+        lines += [*text_table(header, rows), ""]
     lines += [f"{o.name}: {o.verdict.line()}" for o in report.outcomes if o.verdict]
     return [*lines, "", *_legend(report)]
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write `comparison.md`, `comparison.json` and, of what was timed, `comparison.png`.
+    """Write `comparison.md`, `comparison.json` and, if anything was timed, `comparison.png`.
 
     Returns:
         The files written.
@@ -107,8 +101,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     text, numbers, plot = (folder / f"comparison.{ending}" for ending in ("md", "json", "png"))
     write_text(text, markdown(report) + "\n")
     write_json(numbers, as_json(report))
-    if not any(outcome.price and outcome.price.ms for outcome in report.outcomes):
-        plot.unlink(missing_ok=True)  # It showed what is timed no more.
+    if not any(outcome.cost and outcome.cost.ms for outcome in report.outcomes):
+        plot.unlink(missing_ok=True)  # of an earlier report
         return [text, numbers]
     save_figure(draw_report(report), plot)
     return [text, numbers, plot]
@@ -124,10 +118,8 @@ def markdown(report: Report) -> str:
         for o in report.outcomes
         if o.verdict
     ]
-    for rows in _tables(report):
-        header, *body = rows
-        lines += ["", _row(header), _row(["---"] + ["---:"] * (len(header) - 1))]
-        lines += [_row(cells) for cells in body]
+    for header, rows in _tables(report):
+        lines += ["", *markdown_table(header, rows, right=range(1, len(header)))]
     return "\n".join([*lines, "", *(f"{line}  " for line in _legend(report))])
 
 
@@ -158,7 +150,7 @@ def _outcome_json(outcome: Outcome, report: Report) -> dict[str, Any]:
             "seed_variances": list(found.seed_variances),
         }
     verdict = outcome.verdict
-    price = outcome.price
+    cost = outcome.cost
     return {
         "name": outcome.name,
         "file": outcome.file,
@@ -170,54 +162,54 @@ def _outcome_json(outcome: Outcome, report: Report) -> dict[str, Any]:
         and {"kind": verdict.kind, "reason": verdict.reason, "more_seeds": verdict.more_seeds},
         "AP50_lost": outcome.lost,
         "training_speed_ratio": outcome.training_speed,
-        "params": price and price.params,
-        "multiply_adds": price and price.multiply_adds,
-        "ms": price and price.ms,
-        "ms_interval": price and price.ms_interval,
-        "latency_ratio": price and price.ratio,
-        "latency_ratio_interval": price and price.ratio_interval,
-        "price_problem": price.problem if price else "",
+        "params": cost and cost.params,
+        "multiply_adds": cost and cost.multiply_adds,
+        "ms": cost and cost.ms,
+        "ms_interval": cost and cost.ms_interval,
+        "latency_ratio": cost and cost.ratio,
+        "latency_ratio_interval": cost and cost.ratio_interval,
+        "price_problem": cost.problem if cost else "",
     }
 
 
 def draw_report(report: Report) -> Figure:
     """Return a plot of accuracy over deployed latency, with intervals and the Pareto front.
 
-    The bar along y is the interval of the difference from the base, about the idea's own value.
-    The base itself has none: what is uncertain of all alike is no difference.
+    The vertical error bar is the interval of the difference from the base, drawn around the
+    idea's own value. The base has none, as the interval is that of a difference.
     """
     points = []
     for outcome in report.outcomes:
-        price, values = outcome.price, outcome.scores[report.metric]
-        if price is None or price.ms is None:
+        cost, values = outcome.cost, outcome.scores[report.metric]
+        if cost is None or cost.ms is None:
             continue
         y, y_bar = 100 * mean(values), None
         if outcome.differences:
             found = outcome.differences[report.metric]
             low, high = found.interval(report.single_confidence)
-            ends = (y + 100 * (end - found.estimate) for end in (low, high))
-            y_bar = tuple(min(max(end, 0.0), 100.0) for end in ends)
+            bottom, top = (y + 100 * (end - found.estimate) for end in (low, high))
+            y_bar = max(bottom, 0.0), min(top, 100.0)
         kind = outcome.verdict.kind if outcome.verdict else "base"
-        points.append(Point(outcome.name, price.ms, y, kind, x_bar=price.ms_interval, y_bar=y_bar))
+        points.append(Point(outcome.name, cost.ms, y, kind, x_bar=cost.ms_interval, y_bar=y_bar))
     bars = f"{100 * report.single_confidence:.3g} % interval of the difference from the base"
     return draw_scatter(
         points,
-        f"milliseconds an image, folded (bars: 95 % interval of the median)\n{report.timed_on}",
+        f"milliseconds per image, folded (bars: 95 % interval of the median)\n{report.timed_on}",
         f"{report.metric} in % on {Path(report.data.split(' (')[0]).name}\n(bars: {bars})",
         front=True,
     )
 
 
-def _tables(report: Report) -> list[list[list[str]]]:
-    return [_accuracy_rows(report), _error_rows(report), _price_rows(report)]
+def _tables(report: Report) -> list[Table]:
+    return [_accuracy_table(report), _error_table(report), _cost_table(report)]
 
 
-def _accuracy_rows(report: Report) -> list[list[str]]:
+def _accuracy_table(report: Report) -> Table:
     others = [m for m in report.outcomes[0].scores if m != report.metric]
     metrics = [report.metric, *others]
-    rows = [["experiment", "seeds", "epochs"]]
+    header, rows = ["experiment", "seeds", "epochs"], []
     for metric in metrics:
-        rows[0] += [f"{metric} %", "difference (interval)", "helps"]
+        header += [f"{metric} %", "difference (interval)", "helps"]
     for outcome in report.outcomes:
         cells = [outcome.name, str(len(outcome.runs)), str(outcome.epochs)]
         for metric in metrics:
@@ -230,62 +222,60 @@ def _accuracy_rows(report: Report) -> list[list[str]]:
                 cells.append(f"{100 * found.estimate:+.1f} ({low:+.1f} to {high:+.1f})")
                 cells.append(_probability(found.helps))
         rows.append(cells)
-    return rows
+    return header, rows
 
 
-def _error_rows(report: Report) -> list[list[str]]:
-    rows = [["AP50 points lost to", *KINDS]]
+def _error_table(report: Report) -> Table:
+    return ["AP50 points lost to", *KINDS], [
+        [outcome.name, *(_number(outcome.lost.get(kind), 100) for kind in KINDS)]
+        for outcome in report.outcomes
+    ]
+
+
+def _cost_table(report: Report) -> Table:
+    header = ["experiment", "ms folded", "ratio (interval)", "M parameters", "G multiply-adds"]
+    rows = []
     for outcome in report.outcomes:
-        cells = [_number(outcome.lost.get(kind), 100) for kind in KINDS]
-        rows.append([outcome.name, *cells])
-    return rows
-
-
-def _price_rows(report: Report) -> list[list[str]]:
-    rows = [["experiment", "ms folded", "ratio (interval)", "M parameters", "G multiply-adds"]]
-    rows[0].append("training img/s, ratio")
-    for outcome in report.outcomes:
-        price = outcome.price or Price()
+        cost = outcome.cost or Cost()
         ratio = _NONE
-        if price.ratio is not None:
-            ratio = f"{price.ratio:.2f}"
-            if price.ratio_interval and outcome.verdict:
-                ratio += " ({:.2f} to {:.2f})".format(*price.ratio_interval)
+        if cost.ratio is not None:
+            ratio = f"{cost.ratio:.2f}"
+            if cost.ratio_interval and outcome.verdict:
+                ratio += " ({:.2f} to {:.2f})".format(*cost.ratio_interval)
         rows.append(
             [
                 outcome.name,
-                _number(price.ms),
+                _number(cost.ms),
                 ratio,
-                _number(price.params, 1e-6),
-                _number(price.multiply_adds, 1e-9),
+                _number(cost.params, 1e-6),
+                _number(cost.multiply_adds, 1e-9),
                 _number(outcome.training_speed),
             ]
         )
-    return rows
+    return [*header, "training img/s, ratio"], rows
 
 
 def _legend(report: Report) -> list[str]:
     ideas = len(report.outcomes) - 1
-    together = (
-        f"; each interval is of {100 * report.single_confidence:.4g} %, so that all {ideas} "
-        f"together hold with {100 * report.confidence:.4g} %"
+    each = (
+        f"; each interval has {100 * report.single_confidence:.4g} %, so that all {ideas} hold "
+        f"together with {100 * report.confidence:.4g} %"
         if ideas > 1
         else ""
     )
     problems = [
-        f"{o.name} is not timed: {o.price.problem}"
+        f"{o.name} could not be timed: {o.cost.problem}"
         for o in report.outcomes
-        if o.price and o.price.problem
+        if o.cost and o.cost.problem
     ]
     return [
-        f"Verdicts are about {report.metric}, at {100 * report.confidence:.4g} % confidence"
-        f"{together}.",
-        f"{report.data}, {report.images} images; a budget of {report.budget} a run; last epoch; "
-        "mean ± standard deviation of a seed; differences in points; helps: the probability that "
-        "the true difference is above 0.",
-        "Test images count as independent. Where they are alike (frames of a video, near "
-        'duplicates), "better" and "worse" are said too often: keep one of each group.',
-        "AP50 lost: what mending all errors of one kind alone would win (TIDE).",
+        f"Verdicts are about {report.metric}, at {100 * report.confidence:.4g} % confidence{each}.",
+        f"{report.data}, {report.images} images. Budget of each run: {report.budget}. Scores of "
+        "the last epoch: mean ± standard deviation between seeds. Differences are in points; "
+        "helps: the probability that the true difference is above 0.",
+        "The test images are assumed to be independent. If they are alike (video frames, near "
+        'duplicates), "better" and "worse" are reported too often: keep one of each group.',
+        "AP50 points lost: what fixing all errors of one kind, and no others, would gain (TIDE).",
         f"Folded networks timed in turns on {report.timed_on}.",
         *problems,
     ]
@@ -306,7 +296,3 @@ def _probability(value: float) -> str:
 
 def _number(value: float | None, factor: float = 1.0) -> str:
     return _NONE if value is None or math.isnan(value) else f"{value * factor:.2f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

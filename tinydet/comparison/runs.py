@@ -1,7 +1,7 @@
-"""The runs of a comparison: found where they are, gone on with, or trained.
+"""The runs of a comparison: reused, resumed or trained.
 
-They are runs like all others, in `runs/<experiment>/<n>/`. Which of them are a comparison's is told
-by what is in them, the resolved experiment, so that comparisons share the runs of their base.
+They are ordinary runs in `runs/<experiment>/<n>/`, recognized by the resolved experiment in their
+folder, so that comparisons share the runs of their base.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tinydet.config import Experiment
 from tinydet.data.index import Index
 from tinydet.evaluation.saved_detections import SavedDetections, load_detections, save_detections
 from tinydet.experiment_file import experiment_from_dict
-from tinydet.report.run_files import read_json
+from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import CheckpointError, load_detector, previous_of
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import detect_split
@@ -25,47 +25,47 @@ logger = logging.getLogger(__name__)
 
 
 def finished_run(experiment: Experiment) -> Path | None:
-    """Return the folder of a finished run of this very experiment, seed and all, or None."""
+    """Return the folder of a finished run of exactly this experiment and seed, or None."""
     finished = [run for run in _runs_of(experiment) if _is_finished(run, experiment)]
     return finished[0] if finished else None
 
 
 def train_run(experiment: Experiment) -> Path:
-    """Train an experiment, going on with a run that was begun, and return the run's folder.
+    """Train an experiment, or resume an interrupted run of it, and return the run's folder.
 
     Raises:
         Exception: whatever `tinydet.training.loop.train` raises.
     """
-    begun = [run for run in _runs_of(experiment) if _can_go_on(run)]
-    if begun:
+    started = [run for run in _runs_of(experiment) if _can_resume(run)]
+    if started:
         try:
-            train(experiment, begun[-1], begun[-1] / "last.pt")
+            train(experiment, started[-1], started[-1] / "last.pt")
         except CheckpointError as error:
-            logger.warning("%s: a new run is begun", error)
+            logger.warning("%s; starting a new run", error)
             train(experiment)
     else:
         train(experiment)
     run = finished_run(experiment)
     if run is None:
         raise ValueError(
-            f"{RUNS / experiment.name}: the run has ended but its metrics.json could not be "
-            "written; make room, and start again"
+            f"{RUNS / experiment.name}: the run has finished but its metrics.json could not be "
+            "written; free some disk space and rerun the command"
         )
     return run
 
 
 def run_detections(run: Path, experiment: Experiment, index: Index) -> SavedDetections:
-    """Return what the run's last weights find in the test split.
+    """Return the detections of a run's last.pt on the test split.
 
-    The training's last evaluation has saved it; of an older run it is found anew, and saved.
+    They are saved by the last evaluation of the training; for older runs they are computed here.
 
     Args:
-        run: its folder.
-        experiment: that was trained.
+        run: folder of the run.
+        experiment: the experiment that was trained.
         index: the test split.
 
     Raises:
-        ValueError: the run's last.pt cannot be used.
+        ValueError: last.pt cannot be used.
     """
     path = run / "detections.npz"
     try:
@@ -74,7 +74,7 @@ def run_detections(run: Path, experiment: Experiment, index: Index) -> SavedDete
         saved = None
     if saved and (saved.image_ids, saved.classes) == (tuple(index.image_ids), index.classes):
         return saved
-    logger.info(f"{run}: detecting on {len(index)} images")
+    logger.info(f"{run}: running last.pt on {len(index)} images")
     device = pick_device(experiment.train.device)
     detector = load_detector(run / "last.pt", experiment, device)
     batch_size = experiment.train.eval_batch_size
@@ -84,7 +84,7 @@ def run_detections(run: Path, experiment: Experiment, index: Index) -> SavedDete
 
 
 def training_speed(run: Path) -> float | None:
-    """Return the images per second that a run was trained at, as its metrics.json states it."""
+    """Return the training speed in images per second from a run's metrics.json."""
     value = (read_json(run / "metrics.json") or {}).get("images_per_second")
     return float(value) if isinstance(value, (int, float)) and value > 0 else None
 
@@ -100,8 +100,8 @@ def _runs_of(experiment: Experiment) -> list[Path]:
             ran = experiment_from_dict(read_json(run / "experiment.json"))
             sessions = read_json(run / "sessions.json") or []
         except ValueError:
-            continue  # Not a run, or one of another version.
-        # A run whose settings changed on the way is of no one experiment.
+            continue  # Not a run, or written by another version.
+        # If settings were changed on resuming, the run belongs to no single experiment.
         same = without_side_settings(ran) == without_side_settings(experiment)
         if same and not any("changed" in session for session in sessions):
             found.append(run)
@@ -116,5 +116,5 @@ def _is_finished(run: Path, experiment: Experiment) -> bool:
     return isinstance(metrics, dict) and metrics.get("epochs") == experiment.train.epochs
 
 
-def _can_go_on(run: Path) -> bool:
+def _can_resume(run: Path) -> bool:
     return any(path.is_file() for path in (run / "last.pt", previous_of(run / "last.pt")))

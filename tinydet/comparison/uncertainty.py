@@ -1,25 +1,25 @@
-"""The error of a difference between two experiments, and the distribution it has.
+"""The difference between two experiments, and the distribution of its error.
 
 Each experiment is trained with a few seeds, and all runs are evaluated on the same images. The
-difference of two means over seeds is wrong for two reasons, which are estimated each on its own:
+difference of the two means over seeds has two sources of error, which are estimated separately:
 
-- The test images are a sample. They are the same for both experiments, so this is a paired
-  bootstrap: images are drawn with replacement, and the difference is computed anew for each draw
-  (Efron & Tibshirani, An Introduction to the Bootstrap, 1993). In part these differences vary
-  because every run has its own luck with every image. That part is within the spread between
-  seeds already and is taken out again, lest it count twice: Owen (The pigeonhole bootstrap, 2007)
-  shows that resampling rows and columns of a crossed design counts it three times.
-- The seeds are a sample, and a tiny one. A bootstrap over three seeds would be far too sure of
-  itself: its variance is 2/3 of what it should be and its quantiles know nothing of how uncertain
-  that is (Hesterberg, What teachers should know about the bootstrap, 2015, section 4.3). So the
-  variance between seeds is the unbiased one (n - 1), and this part of the error has Student's t
+- The test images are a sample. They are the same for both experiments, so this part comes from a
+  paired bootstrap: images are drawn with replacement, and the difference is computed again for
+  each draw (Efron & Tibshirani, An Introduction to the Bootstrap, 1993). Part of its variance comes
+  from chance differences between runs on the same image. The variance between seeds already
+  contains that part, so it is subtracted here: Owen (The pigeonhole bootstrap, 2007) shows that
+  resampling both rows and columns of a crossed design counts it three times.
+- The seeds are a sample, and a tiny one. A bootstrap over three seeds would be overconfident: its
+  variance is 2/3 of the true one, and its quantiles ignore how uncertain the variance itself is
+  (Hesterberg, What teachers should know about the bootstrap, 2015, section 4.3). So the variance
+  between seeds is the unbiased estimate (n - 1), and this part of the error has Student's t
   distribution with the degrees of freedom of Welch (1947) and Satterthwaite (1946), which allow
-  the two experiments to vary differently. Runs of two experiments with one seed are not taken as
-  a pair: what they have in common is the order of images, which makes them no more alike.
+  the two experiments to have different variances. Runs of two experiments with the same seed are
+  not treated as pairs: they share only the order of images, which does not correlate their scores.
 
-The error is the sum of both parts: a normal and a Student variable, independent of each other. One
-t distribution for the sum, its degrees of freedom by Welch and Satterthwaite again, would be
-simpler; with two seeds it is wrong twice as often as it says where both parts are alike in size.
+The error is the sum of a normal and a Student variable, independent of each other. A single t
+distribution for the sum, with degrees of freedom by Welch and Satterthwaite again, would be
+simpler; with two seeds and parts of similar size, its error rate is twice the nominal one.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ class Error:
     """The distribution of an estimate's error, symmetric about 0.
 
     Attributes:
-        image_variance: of the normal part.
-        seed_variance: squared scale of Student's part.
-        freedom: its degrees of freedom, at least 1.
+        image_variance: variance of the normal part.
+        seed_variance: squared scale of the Student part.
+        dof: degrees of freedom of the Student part, at least 1.
     """
 
     image_variance: float
     seed_variance: float
-    freedom: float
+    dof: float
 
     def below(self, value: float) -> float:
-        """Return the probability of an error below `value`; 1/2 at 0 whatever the variances."""
+        """Return the probability that the error is below `value`; 1/2 at 0."""
         if not self.image_variance + self.seed_variance:
             return 0.5 + 0.5 * np.sign(value)
-        # Student's t is a normal variable whose variance is uncertain: freedom / chi2. For each
+        # Student's t is a normal variable whose variance is uncertain: dof / chi2. For each
         # chi the sum is normal; chi's density is integrated over by Gauss-Legendre quadrature.
-        middle = math.sqrt(self.freedom)
+        middle = math.sqrt(self.dof)
         low, high = max(0.0, middle - 9), middle + 9
         chi = low + (high - low) * (_NODES + 1) / 2
         log_density = (
-            (self.freedom - 1) * np.log(chi)
+            (self.dof - 1) * np.log(chi)
             - chi**2 / 2
-            - (self.freedom / 2 - 1) * math.log(2)
-            - math.lgamma(self.freedom / 2)
+            - (self.dof / 2 - 1) * math.log(2)
+            - math.lgamma(self.dof / 2)
         )
         weights = np.exp(log_density) * _NODE_WEIGHTS * (high - low) / 2
-        deviation = np.sqrt(self.image_variance + self.seed_variance * self.freedom / chi**2)
+        deviation = np.sqrt(self.image_variance + self.seed_variance * self.dof / chi**2)
         tails = ndtr(torch.from_numpy(-abs(value) / deviation)).numpy()
         tail = float(weights @ tails / weights.sum())
         return tail if value < 0 else 1 - tail
 
     def quantile(self, probability: float) -> float:
-        """Return the value below which the error is with this probability."""
+        """Return the value that the error is below with this probability."""
         if probability < 0.5:
             return -self.quantile(1 - probability)
         low, high = 0.0, math.sqrt(self.image_variance + self.seed_variance)
@@ -87,8 +87,9 @@ class Scores:
     """A metric of one experiment's runs on the same images.
 
     Attributes:
-        observed: (S,), of each seed, as fractions.
-        resampled: (S, R), on R bootstrap draws of the images, the same for all experiments.
+        observed: (S,) value for each seed, as fractions.
+        resampled: (S, R) values on R bootstrap draws of the images; all experiments have the same
+            draws.
     """
 
     observed: np.ndarray
@@ -101,11 +102,11 @@ class Scores:
 
     @property
     def seed_variance(self) -> float:
-        """The unbiased variance of a run between seeds, on these images."""
+        """The unbiased variance between seeds, on these images."""
         return float(self.observed.var(ddof=1))
 
     def first(self, seeds: int) -> Scores:
-        """Return those of the first seeds alone."""
+        """Return the scores of the first seeds only."""
         return Scores(self.observed[:seeds], self.resampled[:seeds])
 
 
@@ -115,9 +116,9 @@ class Difference:
 
     Attributes:
         estimate: as a fraction.
-        image_variance: of the estimate, due to the images alone.
-        seed_variances: of a run, between seeds: of the base and of the idea.
-        seeds: of each.
+        image_variance: variance of the estimate that is due to the choice of images.
+        seed_variances: variance between seeds of a single run: of the base and of the idea.
+        seeds: number of seeds of each.
     """
 
     estimate: float
@@ -126,23 +127,23 @@ class Difference:
     seeds: int
 
     def error(self, seeds: int | None = None) -> Error:
-        """Return the estimate's error, as it is or as it would be with another number of seeds."""
+        """Return the error of the estimate, or the one expected with another number of seeds."""
         n = seeds or self.seeds
         parts = [variance / n for variance in self.seed_variances]
         squares = sum(part**2 / (n - 1) for part in parts)
-        freedom = sum(parts) ** 2 / squares if squares else 2.0 * (n - 1)
-        return Error(self.image_variance, sum(parts), freedom)
+        dof = sum(parts) ** 2 / squares if squares else 2.0 * (n - 1)
+        return Error(self.image_variance, sum(parts), dof)
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Return where the true difference is with this confidence."""
+        """Return the confidence interval of the true difference."""
         half = self.error().quantile((1 + confidence) / 2)
         return self.estimate - half, self.estimate + half
 
     @property
     def helps(self) -> float:
-        """The probability that the true difference is above 0.
+        """The probability that the true difference is above 0, given a flat prior.
 
-        It is that of a flat prior: one minus the one-sided p-value.
+        It is one minus the one-sided p-value.
         """
         return self.error().below(self.estimate)
 
@@ -151,26 +152,26 @@ def difference(base: Scores, idea: Scores) -> Difference:
     """Return an idea's difference from the base.
 
     Args:
-        base: of at least two seeds.
-        idea: of as many seeds, on the same draws of images.
+        base: scores of at least two seeds.
+        idea: scores of as many seeds, on the same draws of images.
 
     Raises:
-        ValueError: a metric is NaN: the images have no object to find.
+        ValueError: a metric is NaN, because the images have no object to find.
     """
     if np.isnan([base.mean, idea.mean]).any():
-        raise ValueError("a metric is NaN, as images without objects to find have it")
+        raise ValueError("a metric is NaN: the test images have no object to find")
     seeds = len(base.observed)
     draws = idea.resampled.mean(axis=0) - base.resampled.mean(axis=0)  # (R,)
-    luck = sum(_own_luck(scores) for scores in (base, idea)) / seeds
+    within = sum(within_run_variance(scores) for scores in (base, idea)) / seeds
     return Difference(
         estimate=idea.mean - base.mean,
-        image_variance=max(0.0, float(np.nanvar(draws, ddof=1)) - luck),
+        image_variance=max(0.0, float(np.nanvar(draws, ddof=1)) - within),
         seed_variances=(base.seed_variance, idea.seed_variance),
         seeds=seeds,
     )
 
 
-def _own_luck(scores: Scores) -> float:
-    """Return the variance that a single run's own luck with the images gives its metric."""
+def within_run_variance(scores: Scores) -> float:
+    """Return the variance over image draws of what a single run has and its experiment has not."""
     deviations = scores.resampled - scores.observed[:, None]
     return float(np.nanmean(deviations.var(axis=0, ddof=1)))

@@ -1,4 +1,4 @@
-"""From a difference and its uncertainty to a verdict: better, worse, or how much is missing."""
+"""From a difference and its uncertainty to a verdict: better, worse, or how many more seeds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Literal
 
 from tinydet.comparison.uncertainty import Difference, Error
 
-MOST_SEEDS = 100  # that anybody would train
-_POWER = 0.8  # chance of a verdict after the seeds that are said to be missing
+MOST_SEEDS = 100  # more are not worth suggesting
+_POWER = 0.8  # probability of a verdict after the suggested number of seeds
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said of an idea.
+    """The verdict on an idea.
 
     Attributes:
-        kind: "same" is found by comparing detections, and "dropped" by `halving`.
-        low: lower end of the interval that decides.
+        kind: "the same" means identical detections; "dropped" is decided by `--halving`.
+        low: lower end of the interval that the verdict rests on.
         high: its upper end.
         reason: the rest of the sentence.
-        more_seeds: how many would probably tell, where it cannot be told yet.
+        more_seeds: how many more would probably be enough, if the verdict is open.
     """
 
     kind: Literal["better", "worse", "can't tell yet", "the same", "dropped"]
@@ -40,29 +40,28 @@ def decide(
 ) -> tuple[Literal["better", "worse", "can't tell yet"], float, float]:
     """Return the verdict on an idea, and the interval it rests on.
 
-    "better" and "worse" are said where the interval leaves out 0. Of several ideas judged at once
-    each gets an interval of a higher confidence, so that all of them together hold with the
-    confidence asked for (Bonferroni): the more ideas are tried, the likelier one looks good by
-    chance. Holm's steps would give the second best idea a little more, and intervals that do not
-    match the verdicts.
+    The verdict is "better" or "worse" if the interval excludes 0. With several ideas, each gets an
+    interval of a higher confidence, so that all of them together hold with the requested
+    confidence (Bonferroni): the more ideas are tried, the more likely one looks good by chance.
+    Holm's procedure would be slightly more powerful, but its intervals do not match its verdicts.
 
     Args:
         found: the difference from the base.
-        confidence: that no verdict of this comparison is wrong, such as 0.95.
-        ideas: that are compared with the base, those dropped on the way included.
+        confidence: probability that no verdict of this comparison is wrong, such as 0.95.
+        ideas: number of ideas compared with the base, including those dropped early.
     """
     low, high = found.interval(_single(confidence, ideas))
     return "better" if low > 0 else "worse" if high < 0 else "can't tell yet", low, high
 
 
-def judge(found: Difference, confidence: float, ideas: int, metric: str) -> Verdict:
-    """Return the verdict of `decide` with its reason, and what it would take where it is open.
+def make_verdict(found: Difference, confidence: float, ideas: int, metric: str) -> Verdict:
+    """Return the verdict of `decide` with its reason, and the seeds needed if it is open.
 
     Args:
         found: the difference from the base.
-        confidence: that no verdict of this comparison is wrong.
-        ideas: that are compared with the base.
-        metric: its name.
+        confidence: probability that no verdict of this comparison is wrong.
+        ideas: number of ideas compared with the base.
+        metric: name of the metric.
     """
     kind, low, high = decide(found, confidence, ideas)
     if kind != "can't tell yet":
@@ -72,27 +71,27 @@ def judge(found: Difference, confidence: float, ideas: int, metric: str) -> Verd
     limit = Error(found.image_variance, 0.0, 1.0).quantile((1 + single) / 2)
     if more is not None:
         reason = (
-            f"about {more} more seed{'s'[: more > 1]}, if the difference is the "
-            f"{_points(found.estimate)} points it looks"
+            f"about {more} more seed{'s'[: more > 1]} needed if the true difference is the "
+            f"observed {_points(found.estimate)} points"
         )
     elif limit >= abs(found.estimate) > 0:
         reason = (
-            "more seeds would not tell either, these test images alone leave "
-            f"±{100 * limit:.1f} points open"
+            "more seeds would not help, the choice of test images alone leaves "
+            f"±{100 * limit:.1f} points of uncertainty"
         )
     else:
-        reason = f"{MOST_SEEDS} seeds would not, the difference is small if there is one"
-    reason += f"; it is between {_points(low)} and {_points(high)} points"
+        reason = f"{MOST_SEEDS} seeds would not be enough, the difference is small if there is any"
+    reason += f"; {metric} {_points(low)} to {_points(high)} points"
     return Verdict(kind, low, high, reason, more)
 
 
 def _single(confidence: float, ideas: int) -> float:
-    """Return the confidence of each of several intervals that hold together with `confidence`."""
+    """Return the confidence of each interval, so that all together hold with `confidence`."""
     return 1 - (1 - confidence) / ideas
 
 
 def _more_seeds(found: Difference, confidence: float) -> int | None:
-    """Return how many more seeds give a verdict with probability `_POWER`, None if too many."""
+    """Return how many more seeds give a verdict with probability `_POWER`; None if too many."""
 
     def enough(seeds: int) -> bool:
         error = found.error(seeds)
@@ -114,21 +113,21 @@ def _points(fraction: float) -> str:
     return f"{points:+.{1 if abs(points) >= 0.1 or not math.isfinite(points) else 2}f}"
 
 
-def hopeless(found: Difference, confidence: float, looks: int) -> bool:
-    """Whether an idea may be dropped before all seeds are trained.
+def should_prune(found: Difference, confidence: float, looks: int) -> bool:
+    """Return whether to drop an idea before all seeds are trained.
 
-    It is where it does not help with `confidence`, shared among the looks: of ideas that do help,
-    at most `1 - confidence` are ever dropped. "better" is said after the last seed alone, so
-    that dropping ideas can only make it rarer.
+    It is dropped if it does not help with `confidence`, which is shared among the interim looks: at
+    most `1 - confidence` of the ideas that do help are ever dropped. "better" is only decided after
+    the last seed, so that pruning can only make it rarer.
 
     Args:
         found: the difference after the seeds so far.
         confidence: such as 0.95.
-        looks: how often an idea is looked at before its last seed.
+        looks: number of interim looks.
     """
     return found.helps <= (1 - confidence) / looks
 
 
-def looks_of(seeds: int) -> list[int]:
-    """Return after how many seeds ideas are looked at before the last: 2, 4, 8, ..."""
+def interim_looks(seeds: int) -> list[int]:
+    """Return after how many seeds ideas may be dropped, before the last one: 2, 4, 8, ..."""
     return [2**k for k in range(1, seeds.bit_length()) if 2**k < seeds]

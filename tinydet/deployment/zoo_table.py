@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from tinydet.atomic import write_text
-from tinydet.report.scatter import Point, draw_scatter, save_figure
+from tinydet.report.figures import Point, draw_scatter, save_figure
 from tinydet.training.results import write_json
 
 _HEADER = (

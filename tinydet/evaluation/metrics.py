@@ -12,6 +12,7 @@ import numpy as np
 from tinydet.evaluation.boxes import GroundTruth
 from tinydet.evaluation.coco import CocoResult, evaluate_coco
 from tinydet.evaluation.voc import VocResult, evaluate_voc
+from tinydet.report.table import text_table
 
 # What an average precision is that is NaN.
 UNDEFINED = "undefined: the test images have no object to find (difficult ones do not count)"
@@ -81,15 +82,16 @@ class Metrics:
         return f"AP50 {self.ap50:.4f}, AP {self.ap:.4f}"
 
     def lines(self) -> list[str]:
-        """Return a table to print: a line a class, then the means, in percent; "-" is NaN."""
+        """Return a table with one line for each class, then the means, in percent; "-" is NaN."""
         values = self.as_dict()
-        width = max(len(name) for name in (*self.classes, "class", "mean"))
-        table = [f"{'class':{width}}  {'boxes':>6}  {'AP50':>6}  {'11-pt':>6}  {'COCO':>6}"]
-        for name, row in (*values["per_class"].items(), ("mean", values)):
-            cells = (_percent(row[key]) for key in ("AP50", "AP50_11pt", "AP"))
-            table.append(f"{name:{width}}  {row['boxes']:>6}  " + "  ".join(cells))
+        keys = ("AP50", "AP50_11pt", "AP")
+        rows = [
+            (name, str(row["boxes"]), *(_percent(row[key]) for key in keys))
+            for name, row in (*values["per_class"].items(), ("mean", values))
+        ]
+        table = text_table(("class", "boxes", "AP50", "11-pt", "COCO"), rows)
         sizes = ("AP75", "AP_small", "AP_medium", "AP_large")
-        more = "  ".join(f"{key} {_percent(values[key]).strip()}" for key in sizes)
+        more = "  ".join(f"{key} {_percent(values[key])}" for key in sizes)
         table.append(f"COCO: {more}  (percent, {self.num_images} images)")
         return [*table, self.in_words()] if math.isnan(self.ap50) else table
 
@@ -99,7 +101,7 @@ def _number(value: float) -> float | None:
 
 
 def _percent(value: float | None) -> str:
-    return f"{'-':>6}" if value is None else f"{100 * value:6.2f}"
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""What each kind of error costs, as lines to print and as plain numbers to write."""
+"""The AP50 that each kind of error costs, as lines to print and as plain numbers to write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from tinydet.evaluation.metrics import UNDEFINED
 from tinydet.evaluation.tide import KINDS, SIZES, SUMS, Tide
+from tinydet.report.table import text_table
 
 HEADS = {
     "classification": "cls",
@@ -19,28 +20,29 @@ HEADS = {
     "false positive": "all fp",
     "false negative": "all fn",
 }
-# How the figures differ from those of the paper's authors' program, see `tide`.
+# How the numbers differ from those of tidecv, the program of the paper's authors; see `tide`.
 NOT_TIDECV = (
-    "What is mended is the surest detection of an object, as in the paper's text; the package",
-    "tidecv keeps one that was right before. Of a weak detector with AP50 18.2, cls is 37.0 here",
-    "and 23.6 there, loc 37.7 and 26.7.",
+    "If fixing errors gives an object several detections, the one with the highest score counts,",
+    "as in the paper; the tidecv package keeps one that was correct before. For a weak detector",
+    "with AP50 18.2, cls is 37.0 here and 23.6 there, loc 37.7 and 26.7.",
 )
 LEGEND = (
-    "AP50 in %, and the points of it that mending all errors of one kind alone would win: cls is a",
-    "wrong class, loc badly localised, both, dup duplicate, bkg background, miss missed; all fp is",
-    "every false positive, all fn every false negative. They do not add up: one may hide another.",
+    "AP50 in %, and the AP50 points that fixing all errors of one kind, and no others, would gain:",
+    "cls wrong class, loc poor localisation, both, dup duplicate, bkg background, miss missed",
+    "object; all fp every false positive, all fn every false negative. They do not add up, because",
+    "one error can hide another.",
     *NOT_TIDECV,
 )
 
 
 def tide_lines(result: Tide, classes: Sequence[str]) -> list[str]:
-    """Return a table in percent: all, by size of the object, by class; "-" is unknown."""
+    """Return a table in percent: total, by object size, by class; "-" is undefined."""
     lines = _lines(_rows(result, classes), ".2f")
     return [*lines, f"AP50 is {UNDEFINED}"] if math.isnan(result.ap50) else lines
 
 
 def tide_change_lines(base: Tide, idea: Tide, classes: Sequence[str]) -> list[str]:
-    """Return the table of the idea less that of the base: below 0 less is lost."""
+    """Return the table of the idea minus that of the base: below 0, less is lost."""
     rows = [
         (name, [b - a for a, b in zip(before, after, strict=True)])
         for (name, before), (_, after) in zip(
@@ -70,7 +72,7 @@ def _plain(lost: dict[str, float]) -> dict[str, float | None]:
 
 
 def _rows(result: Tide, classes: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """Return the name of each row, then AP50 and what each kind costs; sizes have no AP50."""
+    """Return the name, AP50 and cost of each kind of error for each row; sizes have no AP50."""
     kinds = KINDS + SUMS
     return [
         ("all", [result.ap50, *(result.lost[kind] for kind in kinds)]),
@@ -86,10 +88,8 @@ def _rows(result: Tide, classes: Sequence[str]) -> list[tuple[str, list[float]]]
 
 
 def _lines(rows: Sequence[tuple[str, list[float]]], form: str) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    heads = ["AP50", *HEADS.values()]
-    lines = [f"{'':{width}}" + "".join(f"  {head:>6}" for head in heads)]
-    for name, values in rows:
-        cells = ("-" if math.isnan(v) else format(100 * v, form) for v in values)
-        lines.append(f"{name:{width}}" + "".join(f"  {cell:>6}" for cell in cells))
-    return lines
+    cells = [
+        [name, *("-" if math.isnan(value) else format(100 * value, form) for value in values)]
+        for name, values in rows
+    ]
+    return text_table(["", "AP50", *HEADS.values()], cells)

@@ -1,4 +1,4 @@
-"""A camera's newest picture, and a window to show it in."""
+"""The newest frame of a camera, and a window to show it in."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from tinydet.report.video import Video, bgr, opencv
 
 
 def newest_frames(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Yield the newest frame each time one is asked for; a thread reads, and drops the others.
+    """Yield the newest frame at each request; a thread reads all frames and drops older ones.
 
     Args:
-        frames: of a camera, which come when they come.
+        frames: frames of a camera.
 
     Yields:
-        A frame, and how many have come since the one before, itself included: 1 if none was
-        dropped. The last frame is always among them.
+        A frame, and how many have arrived since the previous one, itself included: 1 if none was
+        dropped. The last frame is never dropped.
     """
     changed = threading.Condition()
-    newest: Tensor | None = None
-    count, ended, failure = 0, False, None
+    newest = torch.empty(0)
+    count, ended = 0, False
+    failure: Exception | None = None
 
     def read() -> None:
         nonlocal newest, count, ended, failure
@@ -64,7 +66,7 @@ def newest_frames(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
 
 
 def as_camera(video: Video) -> Iterator[Tensor]:
-    """Yield a video file's frames no sooner than a camera would have seen them."""
+    """Yield the frames of a video file at the speed that a camera would deliver them."""
     begin = time.monotonic()
     for i, frame in enumerate(video):
         time.sleep(max(0.0, begin + i / video.frames_per_second - time.monotonic()))
@@ -72,17 +74,16 @@ def as_camera(video: Video) -> Iterator[Tensor]:
 
 
 class Window:
-    """A window on the screen, in the place of a `VideoFile`."""
+    """A window on the screen, with the interface of a `VideoFile`."""
 
     def __init__(self, title: str) -> None:
-        """Open it.
+        """Open the window.
 
         Raises:
-            ValueError: OpenCV is missing, or the one installed opens no windows, or there is no
-                screen.
+            ValueError: OpenCV is missing or cannot open windows, or there is no screen.
         """
         cv2 = opencv()
-        # There OpenCV's own windows end the whole process.
+        # Without a screen OpenCV would end the whole process.
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
             raise ValueError("there is no screen here; record with --out FILE")
         self._title = title
@@ -90,8 +91,8 @@ class Window:
             cv2.namedWindow(title, cv2.WINDOW_NORMAL)
         except cv2.error as error:
             raise ValueError(
-                "this OpenCV opens no windows: pip install opencv-python in its place on a machine "
-                "with a screen, or record with --out FILE"
+                "this OpenCV opens no windows: replace it by opencv-python, or record with --out "
+                "FILE"
             ) from error
 
     def show(self, image: Tensor, times: int = 1) -> bool:
@@ -99,21 +100,21 @@ class Window:
 
         Args:
             image: the frame.
-            times: of no meaning here.
+            times: unused; a `VideoFile` repeats the frame that often.
 
         Returns:
-            Whether to go on: False once q was pressed, or the window closed by hand.
+            Whether to continue: False once the user pressed q or closed the window.
         """
         del times
         cv2 = opencv()
         cv2.imshow(self._title, bgr(image))
-        asked = cv2.waitKey(1) & 0xFF == ord("q")
-        return not asked and cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) >= 1
+        quitting = cv2.waitKey(1) & 0xFF == ord("q")
+        return not quitting and cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) >= 1
 
     def __enter__(self) -> Window:
         """Return the window itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the window."""
         opencv().destroyAllWindows()

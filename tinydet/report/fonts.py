@@ -1,7 +1,7 @@
-"""Fonts that have the letters of a text: matplotlib's DejaVu Sans, or one of the system's.
+"""Fonts that cover the letters of a text: matplotlib's DejaVu Sans, or a system font.
 
-DejaVu Sans has Latin, Greek and Cyrillic letters; for all others (猫) the fonts installed on the
-computer are looked through, once for each set of letters.
+DejaVu Sans has Latin, Greek and Cyrillic letters. For all others (猫) the fonts installed on the
+computer are searched, once for each set of letters.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """Return a font of `size` pixels with all letters of a text; DejaVu Sans if there is none."""
+    """Return a font of `size` pixels that has all letters of a text, else DejaVu Sans."""
     return _opened(_file_with(_beyond_ascii(text)) or _dejavu(), size)
 
 
 def drawable(text: str) -> str:
-    """Return a text as one line; letters that cannot be drawn, as no font has them all, are "?"."""
+    """Return a text as one line, with "?" for letters that cannot be drawn."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if _file_with(_beyond_ascii(text)):
         return text
@@ -33,23 +33,23 @@ def drawable(text: str) -> str:
 
 @cache
 def class_names(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what to write on boxes: a class's name, or its number where no font has its letters.
+    """Return the names to write on boxes: class names, or numbers if no font has their letters.
 
-    A line of the log names the classes that are numbers, once.
+    Classes that are written as numbers are logged once.
     """
     unknown = [name for name in classes if not _file_with(_beyond_ascii(name))]
     if unknown:
         logger.warning(
-            "no font here has the letters of %s: written on pictures by number, in the order of "
-            "the class list from 0; install a font that has them (for Chinese, Japanese and "
-            "Korean: Noto Sans CJK)",
+            "no installed font has the letters of %s: pictures show the numbers of these classes, "
+            "counted from 0; install a font that has them (for Chinese, Japanese and Korean: Noto "
+            "Sans CJK)",
             ", ".join(unknown),
         )
     return tuple(str(k) if name in unknown else name for k, name in enumerate(classes))
 
 
 def font_families(texts: Iterable[str]) -> list[str]:
-    """Return the value of matplotlib's `font.family` that has the letters of all texts."""
+    """Return matplotlib's `font.family` with fonts for the letters of all texts."""
     import matplotlib as mpl
     from matplotlib import font_manager
 
@@ -68,7 +68,7 @@ def _beyond_ascii(text: str) -> frozenset[str]:
 
 @cache
 def _file_with(letters: frozenset[str]) -> str | None:
-    """Return the first font file that has these letters and all of ASCII's; None if none has."""
+    """Return the first font file that has these letters and all of ASCII, or None."""
     wanted = [*range(0x20, 0x7F), *map(ord, letters)]
     if np.isin(wanted, _letters_of(_dejavu())).all():
         return _dejavu()
@@ -84,7 +84,7 @@ def _dejavu() -> str:
 
 @cache
 def _system_fonts() -> Sequence[str]:
-    """Return the files of the fonts installed, upright ones of usual weight first."""
+    """Return the files of the installed fonts, regular ones first."""
     from matplotlib import font_manager
 
     # Apple's LastResort claims every letter, and draws a box for each.
@@ -94,7 +94,7 @@ def _system_fonts() -> Sequence[str]:
 
 @cache
 def _letters_of(file: str) -> np.ndarray:
-    """Return the code points that a font file has glyphs for; none if it cannot be used."""
+    """Return the code points that a font file has glyphs for; none if the file is unusable."""
     from matplotlib.ft2font import FT2Font
 
     try:

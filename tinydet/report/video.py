@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The first that this OpenCV can write. Its wheels for Linux have no H.264 (avc1), which plays
+# The first codec that OpenCV can write is used. Its Linux wheels lack H.264 (avc1), which plays
 # everywhere; MPEG-4 part 2 (mp4v) plays in every player but not in browsers, VP8 in both.
 _CODECS = {
     ".mp4": ("avc1", "mp4v"),
@@ -28,10 +28,10 @@ class Video:
     """An opened video file or camera.
 
     Attributes:
-        name: for messages.
-        frames_per_second: as the file or camera states it; 30 where it states none.
-        frames: how many there should be; 0 where that is not known.
-        capture: OpenCV's.
+        name: name for messages.
+        frames_per_second: as stated by the file or camera; 30 if it states none.
+        frames: the number of frames that the file states; 0 if unknown.
+        capture: OpenCV's VideoCapture.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Video:
             self.capture.release()
 
     def missing(self, frames: int) -> str:
-        """Return what to tell if only this many frames came of those stated; "" if that is all.
+        """Return a warning if the video ended after too few frames, else "".
 
-        What a file states may itself be an estimate: a few less are nothing.
+        The number that a file states may be an estimate, so a few missing frames are normal.
         """
         if frames >= 0.95 * self.frames:
             return ""
-        return f"{self.name}: ends after {frames} of {self.frames} frames: cut short, or damaged"
+        return f"{self.name}: ends after {frames} of {self.frames} frames: truncated or damaged"
 
 
 def open_video(source: Path | int) -> Video:
@@ -73,9 +73,9 @@ def open_video(source: Path | int) -> Video:
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
         kind = (
-            "no such camera, or another program has it"
+            "no such camera, or another program uses it"
             if isinstance(source, int)
-            else "not a video that OpenCV can read, or cut short"
+            else "not a video that OpenCV can read, or truncated"
         )
         raise ValueError(f"{name}: {kind}")
     rate = capture.get(cv2.CAP_PROP_FPS)
@@ -84,22 +84,22 @@ def open_video(source: Path | int) -> Video:
 
 
 class VideoFile:
-    """A video that is being written; the file appears under its name when it is closed.
+    """A video that is being written; the file gets its name when it is closed.
 
     Attributes:
         path: the file.
-        frames: written so far.
+        frames: number of frames written so far.
     """
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
-        """Begin a video.
+        """Start a video.
 
         Args:
-            path: the file; its ending says the format.
-            frames_per_second: how fast it plays.
+            path: the file; its extension selects the format.
+            frames_per_second: playing speed.
 
         Raises:
-            ValueError: OpenCV is missing, or no video has this ending.
+            ValueError: OpenCV is missing, or the extension is not one of a video.
         """
         if path.suffix.lower() not in _CODECS:
             raise ValueError(f"{path}: not the name of a video; end it in {', '.join(_CODECS)}")
@@ -112,11 +112,11 @@ class VideoFile:
         self._shape: tuple[int, ...] = ()
 
     def write(self, image: Tensor, times: int = 1) -> None:
-        """Append a frame, (3, H, W) uint8 RGB, as large as the first.
+        """Append a frame, (3, H, W) uint8 RGB, of the size of the first one.
 
         Args:
             image: the frame.
-            times: how often it is shown.
+            times: how often to repeat it.
 
         Raises:
             ValueError: OpenCV cannot write this format here, or the frame has another size.
@@ -124,15 +124,15 @@ class VideoFile:
         frame = bgr(image)
         if self._writer is None:
             self._writer, self._shape = self._open(frame.shape[1], frame.shape[0]), frame.shape
-        if frame.shape != self._shape:  # OpenCV would drop it without a word.
+        if frame.shape != self._shape:  # OpenCV would drop it silently.
             sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (self._shape, frame.shape))
-            raise ValueError(f"{self.path}: a video has frames of one size, not {sizes}")
+            raise ValueError(f"{self.path}: frames of a video must have one size, not {sizes}")
         for _ in range(times):
             self._writer.write(frame)
         self.frames += times
 
     def show(self, image: Tensor, times: int) -> bool:
-        """Do as `write` does, and as a `Window` in which nobody presses q."""
+        """Write a frame and return True: the interface of `Window`, where the user can quit."""
         self.write(image, times)
         return True
 
@@ -146,15 +146,15 @@ class VideoFile:
         self._temporary.unlink(missing_ok=True)
         codecs = " or ".join(_CODECS[self.path.suffix.lower()])
         raise ValueError(
-            f"{self.path}: OpenCV cannot begin it: it has no {codecs} here, or may not write in "
-            "that folder; try another one, or end the name in .avi"
+            f"{self.path}: OpenCV cannot write it: it lacks {codecs}, or the folder is not "
+            "writable; try another folder, or end the name in .avi"
         )
 
     def close(self) -> None:
-        """Finish the file; without a frame there is none.
+        """Finish the file; without a frame, no file is written.
 
         Raises:
-            ValueError: not all of it could be written; what was there before is left.
+            ValueError: the file is incomplete; a file of that name is left as it was.
         """
         if self._writer is None:
             return
@@ -162,13 +162,13 @@ class VideoFile:
         self._writer = None
         try:
             if not self._is_whole():
-                raise ValueError(f"{self.path}: cannot be written whole: is the disk full?")
+                raise ValueError(f"{self.path}: incomplete: is the disk full?")
             os.replace(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
 
     def _is_whole(self) -> bool:
-        """Read the end of what was written: OpenCV says nothing where a disk is full."""
+        """Return whether the last frame can be read: OpenCV does not report a full disk."""
         cv2 = opencv()
         capture = cv2.VideoCapture(str(self._temporary))
         try:
@@ -184,20 +184,20 @@ class VideoFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it: what was written until an interruption is kept."""
+        """Close the video: frames written before an interruption are kept."""
         self.close()
 
 
 def bgr(image: Tensor) -> np.ndarray:
-    """Return an image (3, H, W) uint8 RGB as OpenCV has it, (H, W, 3) in BGR."""
+    """Return an image, (3, H, W) uint8 RGB, in OpenCV's layout, (H, W, 3) BGR."""
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy()[:, :, ::-1])
 
 
 def opencv() -> Any:
-    """Return the module cv2, made to keep quiet: what goes wrong is said by exceptions of ours.
+    """Return the module cv2 with its log turned off: errors are raised as exceptions here.
 
     Raises:
-        ValueError: it is missing.
+        ValueError: OpenCV is not installed.
     """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:

@@ -19,7 +19,7 @@ from tinydet.evaluation.tide_table import tide_as_dict
 from tinydet.evaluation.voc import interpolated_precision
 from tinydet.experiment_file import experiment_to_dict, load_experiment
 from tinydet.report.page import write_page
-from tinydet.report.run_files import read_json
+from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import load_detector
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import evaluate_detector, ground_truth

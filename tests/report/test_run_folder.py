@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinydet.report.run_log import find_log, number, read_log, summarize
+from tinydet.report.run_folder import find_log, number, read_log, summarize
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -33,7 +33,7 @@ def _val(step, **more):
     return {"mode": "val", "epoch": step // 10, "step": step, **more}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(lines=st.lists(LINES, max_size=8))
 def test_any_file_is_read_and_every_line_counted(lines, tmp_path_factory):
     path = tmp_path_factory.mktemp("log") / "log.jsonl"

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinydet.comparison import price as price_module
-from tinydet.comparison.price import Price, median_interval, prices
+from tinydet.comparison import cost as cost_module
+from tinydet.comparison.cost import Cost, measure_costs, median_interval
 from tinydet.deployment.flops import count
 from tinydet.deployment.images import random_images
 from tinydet.deployment.reparameterize import load_folded
@@ -60,39 +60,42 @@ def untrained(folder):
     return [base, idea], runs
 
 
-def test_prices__measured_side_by_side_once(untrained, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_measure_costs__measured_side_by_side_once(untrained, tmp_path, monkeypatch):
     experiments, runs = untrained
-    monkeypatch.setattr(price_module, "_TURNS", 6)
-    found, where = prices(experiments, runs, tmp_path / "price.json")
+    monkeypatch.setattr(cost_module, "_TURNS", 6)
+    found, where = measure_costs(experiments, runs, tmp_path / "price.json")
     assert "ONNX Runtime" in where
     base, idea = found["base"], found["idea"]
     assert (base.ratio, base.ratio_interval) == (1.0, (1.0, 1.0))
     assert base.ms_interval[0] <= base.ms <= base.ms_interval[1]
     # Grown branches are folded away again.
     folded = count(load_folded(runs["base"] / "last.pt"), random_images(1, (96, 96)))
-    for price in (base, idea):
-        assert (price.params, price.multiply_adds) == (folded.params, folded.multiply_adds)
+    for cost in (base, idea):
+        assert (cost.params, cost.multiply_adds) == (folded.params, folded.multiply_adds)
 
-    monkeypatch.setattr(price_module, "_measure", lambda *_: pytest.fail("measured again"))
-    assert prices(experiments, runs, tmp_path / "price.json") == (found, where)
+    monkeypatch.setattr(cost_module, "_measure", lambda *_: pytest.fail("measured again"))
+    assert measure_costs(experiments, runs, tmp_path / "price.json") == (found, where)
 
 
-def test_prices__of_other_runs_are_measured_anew(untrained, tmp_path, monkeypatch):
+def test_measure_costs__of_other_runs_are_measured_anew(untrained, tmp_path, monkeypatch):
     experiments, runs = untrained
-    monkeypatch.setattr(price_module, "_measure", lambda *_: {"base": Price(1), "idea": Price(2)})
-    prices(experiments, runs, tmp_path / "price.json")
-    monkeypatch.setattr(price_module, "_measure", lambda *_: {"base": Price(3), "idea": Price(4)})
+    monkeypatch.setattr(cost_module, "_measure", lambda *_: {"base": Cost(1), "idea": Cost(2)})
+    measure_costs(experiments, runs, tmp_path / "price.json")
+    monkeypatch.setattr(cost_module, "_measure", lambda *_: {"base": Cost(3), "idea": Cost(4)})
     other = {**runs, "idea": Path("runs/idea/2")}
-    found, _ = prices(experiments, other, tmp_path / "price.json")
-    assert found["idea"] == Price(4)
+    found, _ = measure_costs(experiments, other, tmp_path / "price.json")
+    assert found["idea"] == Cost(4)
     assert json.loads((tmp_path / "price.json").read_text())["prices"]["base"]["params"] == 3
 
 
-def test_prices__what_cannot_be_exported_is_told_and_ends_nothing(untrained, tmp_path, monkeypatch):
+def test_measure_costs__what_cannot_be_exported_is_told_and_ends_nothing(
+    untrained, tmp_path, monkeypatch
+):
     experiments, runs = untrained
-    monkeypatch.setattr(price_module, "_TURNS", 6)
+    monkeypatch.setattr(cost_module, "_TURNS", 6)
     (runs["idea"] / "last.pt").write_bytes(b"no checkpoint")
-    found, _ = prices(experiments, runs, tmp_path / "price.json")
+    found, _ = measure_costs(experiments, runs, tmp_path / "price.json")
     assert found["base"].ms > 0
     assert (found["idea"].ms, found["idea"].ratio, found["idea"].params) == (None, None, None)
     assert "last.pt: damaged" in found["idea"].problem

@@ -1,4 +1,4 @@
-"""What an idea costs once it is shipped: the folded ONNX files timed side by side, and counted."""
+"""What an idea costs at deployment: latency of the folded ONNX networks, and their size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,29 +18,29 @@ from tinydet.deployment.flops import count
 from tinydet.deployment.images import largest_input, random_images, sample_images
 from tinydet.deployment.reparameterize import load_folded
 from tinydet.deployment.speed import Form, WallClock, measure
-from tinydet.report.run_files import read_json
+from tinydet.report.run_folder import read_json
 from tinydet.training.device import describe_device
 from tinydet.training.results import write_json
 
 logger = logging.getLogger(__name__)
 
 _TURNS = 20
-_FEWEST_TURNS = 8  # from which there is an interval of 95 %
-_IMAGES = 5  # of a turn
-_SECONDS = 120.0  # after which no turn is begun
+_FEWEST_TURNS = 8  # enough for a 95 % interval
+_IMAGES = 5  # in each turn
+_SECONDS = 120.0  # no turn is started after that
 
 
 @dataclass(frozen=True)
-class Price:
-    """What one experiment's folded network costs; None is what could not be measured.
+class Cost:
+    """What the folded network of an experiment costs; None if it could not be measured.
 
     Attributes:
-        params: parameters.
-        multiply_adds: of the largest input.
-        ms: median milliseconds of an image in ONNX Runtime on the CPU, with post-processing.
-        ms_interval: of the median, 95 %.
-        ratio: median over turns of its milliseconds divided by the base's.
-        ratio_interval: of that median, 95 %.
+        params: number of parameters.
+        multiply_adds: for an image of the largest input size.
+        ms: median milliseconds for one image in ONNX Runtime on the CPU, with post-processing.
+        ms_interval: 95 % interval of that median.
+        ratio: median over turns of the milliseconds divided by the base's.
+        ratio_interval: 95 % interval of that median.
         problem: why something could not be measured.
     """
 
@@ -52,18 +53,18 @@ class Price:
     problem: str = ""
 
 
-def prices(
+def measure_costs(
     experiments: Sequence[Experiment], runs: Mapping[str, Path], path: Path
-) -> tuple[dict[str, Price], str]:
-    """Return every experiment's price, and what it was measured on.
+) -> tuple[dict[str, Cost], str]:
+    """Return the cost of each experiment by name, and the machine it was measured on.
 
     Args:
         experiments: the base first.
         runs: a finished run of each, by name.
-        path: where the prices are kept; those that are there already are not measured again.
+        path: file to keep the costs in; costs that are in it already are not measured again.
     """
     names = [experiment.name for experiment in experiments]
-    where = f"{describe_device(torch.device('cpu'))}, ONNX Runtime, an image at a time"
+    where = f"{describe_device(torch.device('cpu'))}, ONNX Runtime, one image at a time"
     kept = read_json(path)
     if isinstance(kept, dict) and (kept.get("where"), kept.get("runs")) == (
         where,
@@ -75,18 +76,21 @@ def prices(
     content = {
         "where": where,
         "runs": {name: str(runs[name]) for name in names},
-        "prices": {name: asdict(price) for name, price in measured.items()},
+        "prices": {name: asdict(cost) for name, cost in measured.items()},
     }
     write_json(path, content)
     return measured, where
 
 
-def _measure(experiments: Sequence[Experiment], runs: Mapping[str, Path]) -> dict[str, Price]:
-    # Here alone: ONNX Runtime may be missing, and everything else works without.
+def _measure(experiments: Sequence[Experiment], runs: Mapping[str, Path]) -> dict[str, Cost]:
+    # Imported here: ONNX Runtime may be missing, and everything else works without it.
     from tinydet.deployment.onnx import export_detector
     from tinydet.deployment.onnx_form import OnnxForm
 
-    counts, problems, forms, batches = {}, {}, {}, {}
+    counts: dict[str, tuple[int, int] | tuple[None, None]] = {}
+    problems: dict[str, str] = {}
+    forms: dict[str, Form] = {}
+    batches: dict[str, Sequence[torch.Tensor]] = {}
     for experiment in experiments:
         name = experiment.name
         counts[name] = None, None
@@ -108,8 +112,10 @@ def _measure(experiments: Sequence[Experiment], runs: Mapping[str, Path]) -> dic
         name = experiment.name
         times = turns.get(name, [])
         ratios = [a / b for a, b in zip(times, base, strict=False)]
-        found[name] = Price(
-            *counts[name],
+        params, multiply_adds = counts[name]
+        found[name] = Cost(
+            params,
+            multiply_adds,
             ms=statistics.median(times) if times else None,
             ms_interval=median_interval(times),
             ratio=statistics.median(ratios) if ratios else None,
@@ -122,9 +128,9 @@ def _measure(experiments: Sequence[Experiment], runs: Mapping[str, Path]) -> dic
 def _time(
     forms: Mapping[str, Form], batches: Mapping[str, Sequence[torch.Tensor]]
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of an image in each turn; every network has its own images.
+    """Return the milliseconds for one image in each turn; every network has its own images.
 
-    In each turn the networks go in another order, so that none always follows the largest.
+    The order of the networks changes from turn to turn, so that none always follows the largest.
     """
     turns: dict[str, list[float]] = {name: [] for name in forms}
     order, begin = list(forms), time.monotonic()
@@ -139,11 +145,11 @@ def _time(
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return a 95 % interval of the median: two order statistics, whatever the distribution.
+    """Return a 95 % interval of the median, for any distribution: two order statistics.
 
-    The rank-th smallest and largest value leave the median out with probability
-    2 P(Binomial(n, 1/2) < rank) (Hahn & Meeker, Statistical Intervals, 1991). None where even the
-    extremes are too close for that, below 6 values.
+    The rank-th smallest and largest values exclude the median with probability
+    2 P(Binomial(n, 1/2) < rank) (Hahn & Meeker, Statistical Intervals, 1991). With fewer than 6
+    values there is no such interval, and None is returned.
     """
     n = len(values)
     outside, rank = 0.0, 0
@@ -156,9 +162,6 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return ordered[rank - 1], ordered[n - rank]
 
 
-def _from_json(values: Mapping[str, object]) -> Price:
-    intervals = {
-        name: tuple(values[name]) if values[name] else None
-        for name in ("ms_interval", "ratio_interval")
-    }
-    return Price(**{**values, **intervals})
+def _from_json(values: dict[str, Any]) -> Cost:
+    intervals = ("ms_interval", "ratio_interval")
+    return Cost(**values | {name: values[name] and tuple(values[name]) for name in intervals})
