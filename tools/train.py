@@ -11,8 +11,12 @@ from tinydet.cli import add_overrides, run
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", type=Path, help="a file of experiments/, or a run's experiment.json")
-    parser.add_argument("--work-dir", type=Path, help="the run's folder; default: the next runs/NAME/N")
+    parser.add_argument(
+        "experiment", type=Path, help="a file of experiments/, or a run's experiment.json"
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, help="the run's folder; default: the next runs/NAME/N"
+    )
     parser.add_argument("--seed", type=int, help="short for --set train.seed=N")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; short for --set train.device=D")
     resume = parser.add_mutually_exclusive_group()
@@ -23,9 +27,13 @@ def _parser() -> argparse.ArgumentParser:
         help="resume from the last.pt of --work-dir, or of this experiment's newest run",
     )
     resume.add_argument(
-        "--profile", action="store_true", help="show where the time of a training step goes; trains nothing"
+        "--profile",
+        action="store_true",
+        help="show where the time of a training step goes; trains nothing",
     )
-    parser.add_argument("--download", action="store_true", help="download missing data without asking")
+    parser.add_argument(
+        "--download", action="store_true", help="download missing data without asking"
+    )
     add_overrides(parser)
     return parser
 
