@@ -19,23 +19,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("base", type=Path, help="a file of experiments/")
     parser.add_argument("ideas", type=Path, nargs="+", metavar="idea", help="files to compare")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="runs of each experiment, at least 2 (default 3)"
+        "--seeds",
+        type=int,
+        default=3,
+        help="runs of each experiment, at least 2 (default %(default)s)",
     )
     parser.add_argument(
         "--budget",
         default="20m",
         help="budget of each run: time of its training steps (90s, 20m, 2h), epochs (12epochs), or "
         "multiply-adds of the forward passes over its training images (500Tmacs, 5Pmacs); time and "
-        "multiply-adds are converted to whole epochs before the first run (default 20m)",
+        "multiply-adds are converted to whole epochs before the first run (default %(default)s)",
     )
     parser.add_argument(
-        "--metric", default="AP50", help="metric of the verdicts: AP50 or AP (default AP50)"
+        "--metric", default="AP50", help="metric of the verdicts: AP50 or AP (default %(default)s)"
     )
     parser.add_argument(
         "--confidence",
         type=float,
         default=0.95,
-        help="probability that no verdict is wrong, for all ideas together (default 0.95)",
+        help="probability that no verdict is wrong, for all ideas together (default %(default)s)",
     )
     parser.add_argument(
         "--halving",
