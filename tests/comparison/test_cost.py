@@ -63,10 +63,14 @@ def untrained(folder):
 @pytest.mark.slow
 def test_measure_costs__measured_side_by_side_once(untrained, tmp_path, monkeypatch):
     experiments, runs = untrained
+    experiments.append(replace(experiments[0], name="broken"))
+    runs["broken"] = tmp_path
+    (tmp_path / "last.pt").write_bytes(b"no checkpoint")
     monkeypatch.setattr(cost_module, "_TURNS", 6)
     found, where = measure_costs(experiments, runs, tmp_path / "price.json")
     assert "ONNX Runtime" in where
     base, idea = found["base"], found["idea"]
+    assert "last.pt: damaged" in found["broken"].problem  # which ends nothing
     assert (base.ratio, base.ratio_interval) == (1.0, (1.0, 1.0))
     assert base.ms_interval[0] <= base.ms <= base.ms_interval[1]
     # Grown branches are folded away again.
@@ -89,13 +93,11 @@ def test_measure_costs__of_other_runs_are_measured_anew(untrained, tmp_path, mon
     assert json.loads((tmp_path / "price.json").read_text())["prices"]["base"]["params"] == 3
 
 
-def test_measure_costs__what_cannot_be_exported_is_told_and_ends_nothing(
-    untrained, tmp_path, monkeypatch
-):
+def test_measure_costs__what_cannot_be_exported_has_a_reason(untrained, tmp_path):
     experiments, runs = untrained
-    monkeypatch.setattr(cost_module, "_TURNS", 6)
-    (runs["idea"] / "last.pt").write_bytes(b"no checkpoint")
+    for run in runs.values():
+        (run / "last.pt").write_bytes(b"no checkpoint")
     found, _ = measure_costs(experiments, runs, tmp_path / "price.json")
-    assert found["base"].ms > 0
-    assert (found["idea"].ms, found["idea"].ratio, found["idea"].params) == (None, None, None)
-    assert "last.pt: damaged" in found["idea"].problem
+    for cost in found.values():
+        assert (cost.ms, cost.ratio, cost.params) == (None, None, None)
+        assert "last.pt: damaged" in cost.problem

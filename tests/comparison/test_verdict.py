@@ -113,11 +113,17 @@ def test_what_is_simulated_is_what_matching_finds(alike):
     )
 
 
-def test_no_effect_is_rarely_called_one():
-    """150 comparisons of simulated detections; tests/benchmarks/verdict_error_rate.py has 1,000."""
+@pytest.fixture(scope="module")
+def comparisons():
+    """150 simulated comparisons of a base, an idea without effect, and one that helps."""
+    world = World(images=40, classes=2)
+    return [draw_comparison(world, [0.0, 0.3], 3, number, draws=100) for number in range(150)]
+
+
+def test_no_effect_is_rarely_called_one(comparisons):
+    """tests/benchmarks/verdict_error_rate.py has 1,000 comparisons."""
     kinds = {2: [], 3: []}
-    for number in range(150):
-        base, idea = draw_comparison(World(images=40, classes=2), [0.0], 3, number, draws=100)
+    for base, idea, _ in comparisons:
         for seeds, of_seeds in kinds.items():
             found = difference(base.first(seeds), idea.first(seeds))
             of_seeds.append(make_verdict(found, 0.95, 1, "AP50").kind)
@@ -128,11 +134,8 @@ def test_no_effect_is_rarely_called_one():
         assert of_seeds.count("better") <= 9
 
 
-def test_an_interval_covers_the_true_difference():
-    world = World(images=40, classes=2)
-    found = [
-        difference(*draw_comparison(world, [0.3], 3, number, draws=100)) for number in range(150)
-    ]
+def test_an_interval_covers_the_true_difference(comparisons):
+    found = [difference(base, idea) for base, _, idea in comparisons]
     true = np.mean([one.estimate for one in found])
     assert true > 0.03
     covered = sum(low <= true <= high for low, high in (one.interval(0.8) for one in found))
