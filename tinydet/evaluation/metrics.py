@@ -1,4 +1,4 @@
-"""The numbers reported for a detector: VOC and COCO average precision of the same detections."""
+"""The metrics of a detector: VOC and COCO average precision of the same detections."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import numpy as np
 from tinydet.evaluation.boxes import GroundTruth
 from tinydet.evaluation.coco import CocoResult, evaluate_coco
 from tinydet.evaluation.voc import VocResult, evaluate_voc
+from tinydet.report.table import text_table
 
-# What an average precision is that is NaN.
+# Printed for an average precision that is NaN.
 UNDEFINED = "undefined: the test images have no object to find (difficult ones do not count)"
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Average precisions as fractions (0.5 is 50 %); NaN where no ground truth counts.
+    """Average precisions as fractions (0.5 is 50 %); NaN without ground truth.
 
     Attributes:
         classes: class names in label order.
         num_images: images evaluated.
         voc: VOC's area and 11-point average precision at IoU 0.5.
         coco: COCO's average precisions.
-        detections: what was evaluated, one an image.
+        detections: the evaluated detections, one tuple for each image.
     """
 
     classes: tuple[str, ...]
@@ -51,7 +52,7 @@ class Metrics:
         return self.coco.ap
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `metrics.json` holds: plain numbers and names, None for NaN."""
+        """Return the content of `metrics.json`: numbers and names, None for NaN."""
         per_class = {
             name: {
                 "AP50": _number(self.voc.ap_area[k]),
@@ -75,21 +76,21 @@ class Metrics:
         }
 
     def in_words(self) -> str:
-        """Return the main figures as a phrase."""
+        """Return AP50 and AP as a phrase."""
         if math.isnan(self.ap50):
             return f"AP50 and AP {UNDEFINED}"
         return f"AP50 {self.ap50:.4f}, AP {self.ap:.4f}"
 
     def lines(self) -> list[str]:
-        """Return a table to print: a line a class, then the means, in percent; "-" is NaN."""
+        """Return a table in percent: one line for each class, then the means; "-" for NaN."""
         values = self.as_dict()
-        width = max(len(name) for name in (*self.classes, "class", "mean"))
-        table = [f"{'class':{width}}  {'boxes':>6}  {'AP50':>6}  {'11-pt':>6}  {'COCO':>6}"]
-        for name, row in (*values["per_class"].items(), ("mean", values)):
-            cells = (_percent(row[key]) for key in ("AP50", "AP50_11pt", "AP"))
-            table.append(f"{name:{width}}  {row['boxes']:>6}  " + "  ".join(cells))
+        rows = [
+            [name, str(row["boxes"]), *(_percent(row[key]) for key in ("AP50", "AP50_11pt", "AP"))]
+            for name, row in (*values["per_class"].items(), ("mean", values))
+        ]
+        table = text_table(("class", "boxes", "AP50", "11-pt", "COCO"), rows)
         sizes = ("AP75", "AP_small", "AP_medium", "AP_large")
-        more = "  ".join(f"{key} {_percent(values[key]).strip()}" for key in sizes)
+        more = "  ".join(f"{key} {_percent(values[key])}" for key in sizes)
         table.append(f"COCO: {more}  (percent, {self.num_images} images)")
         return [*table, self.in_words()] if math.isnan(self.ap50) else table
 
@@ -99,7 +100,7 @@ def _number(value: float) -> float | None:
 
 
 def _percent(value: float | None) -> str:
-    return f"{'-':>6}" if value is None else f"{100 * value:6.2f}"
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def evaluate(
@@ -110,8 +111,8 @@ def evaluate(
     """Evaluate detections by the VOC and the COCO metrics.
 
     Args:
-        detections: one (boxes (N, 4), scores (N,), labels (N,)) an image, as in `boxes.py`.
-        ground_truth: one an image, in the same order.
+        detections: one (boxes (N, 4), scores (N,), labels (N,)) for each image, as in `boxes.py`.
+        ground_truth: one for each image, in the same order.
         classes: class names in label order.
 
     Raises:

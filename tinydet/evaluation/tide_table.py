@@ -1,4 +1,4 @@
-"""What each kind of error costs, as lines to print and as plain numbers to write."""
+"""The AP50 lost to each kind of error, as a text table and as plain numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from tinydet.evaluation.metrics import UNDEFINED
 from tinydet.evaluation.tide import KINDS, SIZES, SUMS, Tide
+from tinydet.report.table import text_table
 
 HEADS = {
     "classification": "cls",
@@ -19,41 +20,41 @@ HEADS = {
     "false positive": "all fp",
     "false negative": "all fn",
 }
-# How the figures differ from those of the paper's authors' program, see `tide`.
+# The difference from the paper authors' own program, see `tide`.
 NOT_TIDECV = (
-    "What is mended is the surest detection of an object, as in the paper's text; the package",
-    "tidecv keeps one that was right before. Of a weak detector with AP50 18.2, cls is 37.0 here",
-    "and 23.6 there, loc 37.7 and 26.7.",
+    "The highest-scoring detection of an object is corrected, as in the paper's text; the package",
+    "tidecv keeps an existing true positive instead. For a weak detector with AP50 18.2, cls is",
+    "37.0 here and 23.6 there, loc 37.7 and 26.7.",
 )
 LEGEND = (
-    "AP50 in %, and the points of it that mending all errors of one kind alone would win: cls is a",
-    "wrong class, loc badly localised, both, dup duplicate, bkg background, miss missed; all fp is",
-    "every false positive, all fn every false negative. They do not add up: one may hide another.",
+    "AP50 in %, and the points gained by fixing all errors of one kind alone: cls wrong class, loc",
+    "poor localization, both of them, dup duplicate, bkg background, miss missed; all fp is every",
+    "false positive, all fn every false negative. They do not add up: one error may hide another.",
     *NOT_TIDECV,
 )
 
 
 def tide_lines(result: Tide, classes: Sequence[str]) -> list[str]:
-    """Return a table in percent: all, by size of the object, by class; "-" is unknown."""
-    lines = _lines(_rows(result, classes), ".2f")
+    """Return a table in percent: overall, by object size and by class; "-" for NaN."""
+    lines = _table(_rows(result, classes), ".2f")
     return [*lines, f"AP50 is {UNDEFINED}"] if math.isnan(result.ap50) else lines
 
 
 def tide_change_lines(base: Tide, idea: Tide, classes: Sequence[str]) -> list[str]:
-    """Return the table of the idea less that of the base: below 0 less is lost."""
+    """Return the table of idea minus base; a negative number means that less AP50 is lost."""
     rows = [
         (name, [b - a for a, b in zip(before, after, strict=True)])
         for (name, before), (_, after) in zip(
             _rows(base, classes), _rows(idea, classes), strict=True
         )
     ]
-    return _lines(rows, "+.2f")
+    return _table(rows, "+.2f")
 
 
 def tide_as_dict(result: Tide, classes: Sequence[str]) -> dict[str, Any]:
-    """Return plain numbers and names, None for NaN.
+    """Return the lost AP50 as plain numbers, None for NaN.
 
-    "all" has what each kind costs by its name, "sizes" and "classes" such a dict for each.
+    "all" is a dict from kind to lost AP50; "sizes" and "classes" have one such dict for each.
     """
     return {
         "all": _plain(result.lost),
@@ -70,7 +71,7 @@ def _plain(lost: dict[str, float]) -> dict[str, float | None]:
 
 
 def _rows(result: Tide, classes: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """Return the name of each row, then AP50 and what each kind costs; sizes have no AP50."""
+    """Return for each row its name, AP50 (NaN for sizes) and the AP50 lost to each kind."""
     kinds = KINDS + SUMS
     return [
         ("all", [result.ap50, *(result.lost[kind] for kind in kinds)]),
@@ -85,11 +86,9 @@ def _rows(result: Tide, classes: Sequence[str]) -> list[tuple[str, list[float]]]
     ]
 
 
-def _lines(rows: Sequence[tuple[str, list[float]]], form: str) -> list[str]:
-    width = max(len(name) for name, _ in rows)
-    heads = ["AP50", *HEADS.values()]
-    lines = [f"{'':{width}}" + "".join(f"  {head:>6}" for head in heads)]
-    for name, values in rows:
-        cells = ("-" if math.isnan(v) else format(100 * v, form) for v in values)
-        lines.append(f"{name:{width}}" + "".join(f"  {cell:>6}" for cell in cells))
-    return lines
+def _table(rows: Sequence[tuple[str, list[float]]], form: str) -> list[str]:
+    cells = [
+        [name, *("-" if math.isnan(v) else format(100 * v, form) for v in values)]
+        for name, values in rows
+    ]
+    return text_table(("", "AP50", *HEADS.values()), cells)
