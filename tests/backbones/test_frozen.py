@@ -14,7 +14,7 @@ from tinydet.config import ConfigError, Model, Optim
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import build_unloaded
-from tinydet.training.distributed import with_synced_norms
+from tinydet.training.distributed import sync_batchnorm
 from tinydet.training.optim import make_optimizer, make_schedule
 from tinydet.yolof.detector import build_detector
 
@@ -112,7 +112,7 @@ def test_the_map_behind_the_fixed_stages_has_no_graph():
 
 def test_fixed_modules_are_in_eval_mode_through_train():
     detector = _detector(freeze_stages=2)
-    synced = with_synced_norms(copy.deepcopy(detector), torch.device("cuda"))
+    synced = sync_batchnorm(copy.deepcopy(detector), torch.device("cuda"))
     assert isinstance(synced.backbone.bn1, nn.SyncBatchNorm)
     for form in (detector, copy.deepcopy(detector), detector.eval().train(), synced.train()):
         modes = {name: m.training for name, m in form.backbone.named_modules() if name}
