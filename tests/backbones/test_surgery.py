@@ -144,7 +144,8 @@ def test_a_layer_of_ones_own_runs_once_behind_the_last_stage(name):
     assert all(torch.equal(a, b) for a, b in zip(others, now, strict=True))
 
 
-def test_all_ideas_one_after_the_other_fold_and_survive_pickle():
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])
+def test_all_changes_one_after_the_other_fold_and_survive_pickle(order):
     torch.manual_seed(0)
     x = torch.randn(1, 3, 64, 64)
     model = _features("test_byobnet")
@@ -155,24 +156,23 @@ def test_all_ideas_one_after_the_other_fold_and_survive_pickle():
         lambda m: add_attention(m, "coord", x, "se"),
         lambda m: expand(m, "repvgg", "3x3"),
     ]
-    for order in (steps, steps[::-1]):
-        changed = model
-        for step in order:
-            changed = step(changed)
-        assert expanded_names(changed)
-        attention = [n for n, m in changed.named_modules() if isinstance(m, CoordinateAttention)]
-        assert len(attention) == 4 + 4 + 5
-        changed = _move(changed).double()
-        folded, _ = fold(changed, x.double())
-        assert not expanded_names(folded)
-        file = io.BytesIO()
-        torch.save(folded, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=False)
-        with torch.no_grad():
-            expected = changed(x.double())
-            assert difference(expected, loaded(x.double())).max_rel < 1e-9
-            assert difference(expected, copy.deepcopy(changed)(x.double())).max_rel == 0
+    changed = model
+    for step in steps[::order]:
+        changed = step(changed)
+    assert expanded_names(changed)
+    attention = [n for n, m in changed.named_modules() if isinstance(m, CoordinateAttention)]
+    assert len(attention) == 4 + 4 + 5
+    changed = _move(changed).double()
+    folded, _ = fold(changed, x.double())
+    assert not expanded_names(folded)
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        expected = changed(x.double())
+        assert difference(expected, loaded(x.double())).max_rel < 1e-9
+        assert difference(expected, copy.deepcopy(changed)(x.double())).max_rel == 0
 
 
 def test_attention_behind_an_activation_stays_when_the_activation_is_replaced():
@@ -215,6 +215,7 @@ def test_feature_maps_that_timm_takes_by_hooks_are_the_changed_ones():
         torch.testing.assert_close(net(x)[0], factor * plain(conv(x)))
 
 
+@pytest.mark.slow
 def test_export_gives_the_same_function():
     x = torch.randn(1, 3, 64, 64)
     model = _move(add_attention(_features("test_resnet"), "coord", x, "block"))

@@ -21,43 +21,27 @@ from tinydet.reparam.verify import difference
 
 FAST = [
     ("test_resnet", "acon-c"),
-    ("test_efficientnet", "meta-acon"),
     ("test_efficientnet", "se"),
-    ("test_convnext", "stage"),
     ("test_resnet", "block"),
-    ("test_resnet", "dbb"),
 ]
 MODIFICATIONS = ("acon-c", "block", "stage", "dbb", "repvgg", "meta-acon", "acon-a", "acon-b")
 BACKBONES = [
-    *("resnet18", "resnet14t", "resnetv2_18", "mobilenetv2_035", "mobilenetv3_small_050"),
-    *("lcnet_050", "rexnet_100", "regnetx_002", "regnety_002", "efficientnet_b0", "mixnet_s"),
-    *("tf_efficientnet_lite0", "tinynet_e", "mnasnet_small", "semnasnet_050", "hardcorenas_a"),
-    *("mobilenetv4_conv_small_035", "ghostnet_050", "repghostnet_050", "convnext_atto"),
-    *("convnextv2_atto", "inception_next_atto", "repvgg_a0", "mobileone_s0", "fastvit_t8"),
-    *("repvit_m0_9", "starnet_s050", "edgenext_xx_small"),
-    *("efficientvit_b0", "mobilevit_xxs", "mobilevitv2_050", "poolformer_s12", "pvt_v2_b0"),
-    *("swin_tiny_patch4_window7_224", "hgnetv2_b0", "dla46_c", "densenet121", "vgg11_bn"),
-    *("cspresnet50", "darknet53", "res2net50_14w_8s", "selecsls42b", "skresnet18", "seresnet18"),
-    *("ese_vovnet19b_dw", "xception41", "hrnet_w18_small", "dm_nfnet_f0", "resnest14d"),
-    *(
-        "eca_resnext26ts",
-        "tresnet_m",
-        "gernet_s",
-        "nf_regnet_b0",
-        "legacy_seresnet18",
-    ),
+    *("resnetv2_18", "mobilenetv2_035", "rexnet_100", "regnety_002", "mixnet_s", "tinynet_e"),
+    *("ghostnet_050", "repghostnet_050", "convnext_atto", "inception_next_atto", "repvgg_a0"),
+    *("mobileone_s0", "fastvit_t8", "repvit_m0_9", "starnet_s050", "edgenext_xx_small"),
+    *("efficientvit_b0", "mobilevit_xxs", "poolformer_s12", "swin_tiny_patch4_window7_224"),
+    *("hgnetv2_b0", "dla46_c", "densenet121", "vgg11_bn", "skresnet18", "ese_vovnet19b_dw"),
+    *("hrnet_w18_small", "nf_regnet_b0", "resnest14d"),
 ]
 # Networks with channel attention, which Coordinate Attention can replace.
 GATED = [
-    *("efficientnet_b0", "mobilenetv3_small_050", "rexnet_100", "regnety_002", "mixnet_s"),
-    *("tinynet_e", "semnasnet_050", "hardcorenas_a", "fbnetv3_b", "lcnet_050", "ghostnet_050"),
-    *("repghostnet_050", "seresnet18", "legacy_seresnet18", "ese_vovnet19b_dw", "repvit_m0_9"),
-    *("mobileone_s4", "efficientnetv2_rw_t", "dm_nfnet_f0", "nf_regnet_b0", "nf_seresnet26"),
-    *("eca_resnext26ts", "eca_nfnet_l0", "tresnet_m", "resnetrs50", "seresnext26ts"),
-    *("regnetz_b16", "ecaresnet26t", "seresnextaa101d_32x8d", "legacy_seresnext26_32x4d"),
-    *("ghostnetv2_100", "mnasnet_small", "cs3se_edgenet_x"),
+    *("mobilenetv3_small_050", "lcnet_050", "ghostnet_050", "seresnet18", "ese_vovnet19b_dw"),
+    *("repvit_m0_9", "eca_resnext26ts", "nf_seresnet26", "semnasnet_050", "regnety_002"),
 ]
 SWEEP = [
+    ("test_efficientnet", "meta-acon"),
+    ("test_convnext", "stage"),
+    ("test_resnet", "dbb"),
     *((name, MODIFICATIONS[i % len(MODIFICATIONS)]) for i, name in enumerate(BACKBONES)),
     *((name, "se") for name in GATED),
 ]
@@ -116,7 +100,7 @@ def _move(model, old=()):
 
 
 def _check(name, modification):
-    """Forward, backward, fold; return the change of the function and the number of new weights."""
+    """Check function, weights, gradients, a checkpoint and the folded form of a changed network."""
     model = _create(name)
     x = torch.randn(2, 3, 64, 64)
     before = copy.deepcopy(model.state_dict())
@@ -153,7 +137,6 @@ def _check(name, modification):
     other = torch.randn(2, 3, 96, 64, dtype=torch.float64)
     with torch.no_grad():
         assert difference(changed(other), folded(other)).max_rel < 1e-9
-    return change, sum(p.numel() for p in new.values())
 
 
 @pytest.mark.parametrize(("name", "modification"), FAST)
