@@ -258,9 +258,7 @@ def test_a_call_in_place_of_tensors_is_refused_and_not_run(place, tmp_path):
     call = MustNotRun(open, str(trace), "w")
     content = {"alone": call, "model": {"model": call}, "weight": {"model.0.conv.weight": call}}
     torch.save(content[place], tmp_path / "evil.pt")
-    with pytest.raises(
-        ValueError, match=r"evil\.pt: not a YOLOv5 checkpoint .*no network or state dict"
-    ):
+    with pytest.raises(ValueError, match=r"evil\.pt: not a YOLOv5 .*no network or state dict"):
         load_official(tmp_path / "evil.pt")
     assert not trace.exists()
 
@@ -357,7 +355,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.pt: no such file"):
         load_official(tmp_path / "none.pt")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
-    with pytest.raises(ValueError, match=r"linear\.pt: layer model\.0 of YOLOv5 6\.0 is missing"):
+    with pytest.raises(ValueError, match=r"linear\.pt: the layer model\.0 of YOLOv5 .*is missing"):
         convert_official(str(tmp_path / "linear.pt"))
     torch.save({"a": 1}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"old\.pt: not in torch's zip format"):
@@ -372,9 +370,7 @@ def test_an_older_release_is_refused(tmp_path, monkeypatch):
 
 def test_a_network_with_folded_norms_or_without_a_layer_is_refused():
     state = _network().state_dict()
-    with pytest.raises(
-        ValueError, match=r"model\.0\.conv\.bias is not a tensor .* folded batch norms"
-    ):
+    with pytest.raises(ValueError, match=r"model\.0\.conv\.bias is not .* folded batch norms"):
         rename_official({"model.0.conv.bias": torch.zeros(16)} | state)
     for layer, shown in [("0.", "0"), ("4.m.0.cv2.", "4.m.0.cv2"), ("9.cv1.", "9.cv1")]:
         rest = {k: v for k, v in state.items() if not k.startswith(f"model.{layer}")}
