@@ -30,13 +30,11 @@ BACKBONES = [
     *("ghostnet_050", "repghostnet_050", "convnext_atto", "inception_next_atto", "repvgg_a0"),
     *("mobileone_s0", "fastvit_t8", "repvit_m0_9", "starnet_s050", "edgenext_xx_small"),
     *("efficientvit_b0", "mobilevit_xxs", "poolformer_s12", "swin_tiny_patch4_window7_224"),
-    *("hgnetv2_b0", "dla46_c", "densenet121", "vgg11_bn", "skresnet18", "ese_vovnet19b_dw"),
-    *("hrnet_w18_small", "nf_regnet_b0", "resnest14d"),
 ]
 # Networks with channel attention, which Coordinate Attention can replace.
 GATED = [
     *("mobilenetv3_small_050", "lcnet_050", "ghostnet_050", "seresnet18", "ese_vovnet19b_dw"),
-    *("repvit_m0_9", "eca_resnext26ts", "nf_seresnet26", "semnasnet_050", "regnety_002"),
+    *("repvit_m0_9", "eca_resnext26ts"),
 ]
 SWEEP = [
     ("test_efficientnet", "meta-acon"),
