@@ -1,4 +1,4 @@
-"""The machine's memory, and how this process takes it from the system."""
+"""The machine's memory, and the settings of the C library's allocator."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ import ctypes
 import os
 import sys
 
-# Numbers of mallopt(3) in glibc's malloc.h.
+# Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _GROWTH = 64 * 2**20
 
 
 def machine_memory() -> int:
-    """Return the machine's memory in bytes; without limit where the system does not tell."""
+    """Return the machine's memory in bytes; `sys.maxsize` if the system does not report it."""
     if not hasattr(os, "sysconf"):  # Windows
         return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory stay with this process, for its next tensors, where the C library can.
+    """Keep freed memory in this process for reuse, if the C library is glibc.
 
-    By default glibc gives large blocks back as they are freed, and the system clears each page of
-    the next tensor again: 100,000 pages a training step of EfficientNet-Lite0 with 8 images of
-    256x320, a quarter of its time. In exchange the process stays as large as it has been at most.
-    Other C libraries are left as they are, and so is one that the user tunes by variables.
+    By default glibc returns large blocks to the system when they are freed, and the system clears
+    each page of the next tensor again: 100,000 pages in a training step of EfficientNet-Lite0 with
+    8 images of 256x320, a quarter of its time. In exchange the process does not shrink. Nothing is
+    changed with other C libraries, or if the user tunes glibc with `MALLOC_*` variables.
     """
     glibc = _glibc()
     if glibc is not None and not any(name.startswith("MALLOC_") for name in os.environ):
-        glibc.mallopt(_MMAP_MAX, 0)  # from the heap, which stays, not from mappings, which do not
+        glibc.mallopt(_MMAP_MAX, 0)  # use the heap, which is kept, instead of mappings
         glibc.mallopt(_TRIM_THRESHOLD, -1)  # never
         glibc.mallopt(_TOP_PAD, _GROWTH)
 
 
 def return_freed_memory() -> None:
-    """Give back what is free now, where the C library can.
+    """Return free memory to the system, if the C library is glibc.
 
-    To do before processes are forked: pages that they share with this one, free or not, are copied
-    as soon as it writes to them.
+    Call it before forking processes: shared pages, free or not, are copied as soon as this process
+    writes to them.
     """
     glibc = _glibc()
     if glibc is not None:

@@ -14,7 +14,7 @@ from tinydet.config import ConfigError, Model, Optim
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import build_unloaded
-from tinydet.training.distributed import with_synced_norms
+from tinydet.training.distributed import sync_batchnorm
 from tinydet.training.optim import make_optimizer, make_schedule
 from tinydet.yolof.detector import build_detector
 
@@ -33,10 +33,12 @@ SMALL = Model(
 # of wrapper (list, getter, own class), layout and norm, and the project's own backbones.
 STAGES = [
     ("test_resnet", 1, "conv1 bn1"),
-    ("resnet18", 2, "conv1 bn1 layer1"),
+    pytest.param(*("resnet18", 2, "conv1 bn1 layer1"), marks=pytest.mark.slow),
     ("tf_efficientnet_lite0", 2, "conv_stem bn1 blocks.0 blocks.1"),
     ("mobilenetv3_small_050", 3, "conv_stem bn1 blocks.0 blocks.1"),
-    ("rexnet_100", 2, "stem features_0 features_1 features_2"),
+    pytest.param(
+        *("rexnet_100", 2, "stem features_0 features_1 features_2"), marks=pytest.mark.slow
+    ),
     ("convnext_atto", 1, "stem_0 stem_1 stages_0"),
     ("mambaout_femto", 1, "body.stem body.stages_0"),
     (
@@ -46,7 +48,7 @@ STAGES = [
     ),
     ("shufflenetv2_x0_5", 3, "conv1 stage2"),
     ("yolov5n", 2, "stem stages_0"),
-    ("repvgg_a0", 2, "stem stages_0"),
+    pytest.param(*("repvgg_a0", 2, "stem stages_0"), marks=pytest.mark.slow),
 ]
 
 
@@ -112,7 +114,7 @@ def test_the_map_behind_the_fixed_stages_has_no_graph():
 
 def test_fixed_modules_are_in_eval_mode_through_train():
     detector = _detector(freeze_stages=2)
-    synced = with_synced_norms(copy.deepcopy(detector), torch.device("cuda"))
+    synced = sync_batchnorm(copy.deepcopy(detector), torch.device("cuda"))
     assert isinstance(synced.backbone.bn1, nn.SyncBatchNorm)
     for form in (detector, copy.deepcopy(detector), detector.eval().train(), synced.train()):
         modes = {name: m.training for name, m in form.backbone.named_modules() if name}

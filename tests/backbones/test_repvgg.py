@@ -197,7 +197,11 @@ def test_every_variant_has_the_authors_tensors(name):
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
 
 
-@pytest.mark.parametrize("name", _SMALL)
+@pytest.mark.parametrize(
+    "name",
+    ["b1g2", "grouped", "excited"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("a0", "b1g4", "d2se")],
+)
 def test_official_weights_give_the_authors_function(name):
     official = _trained(name)
     x = _x()
@@ -268,7 +272,7 @@ def test_training_parameters_are_the_published_ones():
 # --- folded, dilated, as features ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a0", "grouped", "excited"])
+@pytest.mark.parametrize("name", ["grouped", "excited", pytest.param("a0", marks=pytest.mark.slow)])
 def test_fold_leaves_a_plain_network_of_the_same_function(name):
     official = _trained(name)
     model, x = _loaded(name, official), _x()
@@ -295,7 +299,7 @@ def test_features_are_the_authors_stages(name):
         torch.testing.assert_close(feature, stages[i])
 
 
-@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize("output_stride", [16, pytest.param(8, marks=pytest.mark.slow)])
 def test_dilated_features_hold_the_strided_ones(output_stride):
     # Without its strides but with dilation a network answers between its old cells as well.
     official = _trained("grouped")
@@ -315,6 +319,7 @@ def test_dilated_features_hold_the_strided_ones(output_stride):
     torch.testing.assert_close(folded, feature)
 
 
+@pytest.mark.slow
 def test_folded_network_is_the_same_in_onnx(tmp_path):
     official = _trained("excited")
     folded = fold(_loaded("excited", official), _x())[0].float()

@@ -211,6 +211,7 @@ def test_all_norms_fold():
         torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_stride", [32, 16])
 def test_the_exported_network_is_the_same(output_stride, tmp_path):
     model = _settled(features_only=True, output_stride=output_stride)

@@ -9,7 +9,7 @@ from tinydet.comparison import error_analysis
 from tinydet.comparison.error_analysis import error_lines
 from tinydet.data.dataset import load_split
 from tinydet.evaluation.boxes import ImageDetections
-from tinydet.evaluation.error_changes import compare_errors
+from tinydet.evaluation.errors import compare_errors
 from tinydet.evaluation.tide import tide
 from tinydet.evaluation.tide_table import tide_lines
 from tinydet.experiment_file import experiment_to_dict

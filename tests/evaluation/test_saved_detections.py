@@ -49,5 +49,5 @@ def test_damage_is_one_line(damage, tmp_path):
         np.savez(path, image_ids=np.array([{}], dtype=object))
     else:
         np.savez(path, image_ids=np.array(["i"]))
-    with pytest.raises(ValueError, match=r"d\.npz: no detections can be read"):
+    with pytest.raises(ValueError, match=r"d\.npz: cannot read detections"):
         load_detections(path)

@@ -249,7 +249,7 @@ def _slowly_repaired(images, kind):
     return _ap50(images, rows) - before
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(images=_images)
 def test_the_oracles_are_those_of_mended_detections(images):
     detections, truth = [], []

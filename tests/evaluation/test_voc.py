@@ -222,7 +222,7 @@ def slow_ap(images, label):
     return area, eleven
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(images_strategy)
 def test_agrees_with_a_slow_devkit(images):
     result = evaluate_voc(*as_arrays(images), 3)
@@ -235,7 +235,7 @@ def test_agrees_with_a_slow_devkit(images):
             assert actual == pytest.approx(expected, abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12))
 def test_agrees_with_pycocotools_at_one_half(seed, num_images):
     """Boxes far apart, where the two matching rules are the same; COCO samples 101 recalls."""

@@ -50,7 +50,7 @@ def repeated(items, weights):
     return [item for item, times in zip(items, weights, strict=True) for _ in range(times)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     crowds=st.booleans(),
@@ -83,7 +83,7 @@ def test_copies_of_an_image_whose_right_and_wrong_detections_tie():
     np.testing.assert_allclose(values, [1, (51 + 50 * 2 / 3) / 101], rtol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 7), digits=st.sampled_from([None, 1]))
 def test_the_scale_of_weights_says_nothing(seed, scale, digits):
     detections, truth = split(seed, 7, digits=digits)

@@ -241,6 +241,7 @@ def test_no_parameter_decays(kind):
     assert all(decays[id(p)] == 0 for p in model.backbone[1].parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ALL)
 def test_onnx_gives_the_same_for_any_batch_and_size(kind):

@@ -159,6 +159,7 @@ def test_half_precision_means_of_large_maps_do_not_overflow(identity_start):
     assert made.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_gives_the_same_for_any_batch_and_size():
     block = trained(identity_start=True).float()

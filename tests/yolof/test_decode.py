@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tinydet.yolof.decode import decode_boxes, postprocess, sizes_in_input
 
-SETTINGS = {"score_threshold": 0.05, "candidates": 1000, "nms_iou": 0.6, "max_detections": 100}
+SETTINGS = {"score_threshold": 0.05, "pre_nms_topk": 1000, "nms_iou": 0.6, "max_detections": 100}
 
 
 @pytest.mark.parametrize("mode", ["extreme", "near_anchor"])

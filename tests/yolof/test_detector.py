@@ -282,7 +282,7 @@ def test_the_backbone_alone_is_expanded_with_its_loaded_weights(tmp_path):
 @pytest.mark.parametrize(
     ("expand", "where", "says"),
     [
-        ("none", "3x3", r"model\.expand_where=3x3: needs an idea, e\.g\. model\.expand=dbb"),
+        ("none", "3x3", r"model\.expand_where=3x3: has no effect .*e\.g\. model\.expand=dbb"),
         ("dbb", "9x9", r"model\.expand=dbb, model\.expand_where: where='9x9' selects none of the"),
         ("acnet", "1x1", "grows on none of the"),
     ],

@@ -170,13 +170,13 @@ def check(problem, topk, pos_ignore, neg_ignore):
         assert matches.positive[i].sum() == sum(counts for _, _, counts in expected)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems(), st.sampled_from([1, 2, 4, 8]))
 def test_agrees_with_slow_matcher(problem, topk):
     check(problem, topk, Fraction(15, 100), Fraction(7, 10))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from(["0", "1/4", "1/2", "1"]), st.sampled_from(["0", "1/4", "1/2"]))
 def test_agrees_with_slow_matcher_at_other_thresholds(problem, pos_ignore, neg_ignore):
     check(problem, 2, Fraction(pos_ignore), Fraction(neg_ignore))

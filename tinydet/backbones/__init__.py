@@ -1,6 +1,6 @@
-"""Backbones: one factory over timm, and the models timm does not have, registered with timm."""
+"""Backbones: one factory over timm, and models that timm lacks, registered with timm."""
 
-# Importing them registers them.
-from tinydet.backbones import repvgg, shufflenetv2, variants, yolov5
+# Imported for the models they register.
+from tinydet.backbones import modifications, repvgg, shufflenetv2, yolov5
 
-__all__ = ["repvgg", "shufflenetv2", "variants", "yolov5"]
+__all__ = ["modifications", "repvgg", "shufflenetv2", "yolov5"]

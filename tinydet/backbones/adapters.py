@@ -1,4 +1,4 @@
-"""What fits a layer to the place of another: its channels' axis, several widths, a bound."""
+"""Wrappers that fit a layer into a network: another channel axis, several widths, a bound."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class ChannelsAlong(nn.Module):
-    """Runs a layer made for (B, C, H, W) along another axis of a tensor of any shape.
+    """Applies a layer for (B, C, H, W) to another channel axis of a tensor of any shape.
 
     Attributes:
         body: the layer.
-        axis: which axis the layer takes as channels; there is at least one more before it.
+        axis: the channel axis of the input, at least 1.
     """
 
     def __init__(self, body: nn.Module, axis: int) -> None:
@@ -19,18 +19,18 @@ class ChannelsAlong(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output in the shape of `x`."""
+        """Return the layer's output, of the shape of `x`."""
         y = x.movedim(self.axis, 1)
         rows = y.shape[2] if y.ndim > 2 else 1
         return self.body(y.reshape(*y.shape[:2], rows, -1)).reshape(y.shape).movedim(1, self.axis)
 
 
 class ByWidth(nn.Module):
-    """One layer for each number of channels, for an activation that several places share.
+    """One layer for each number of channels, for an activation module shared by several places.
 
     Attributes:
-        bodies: the layers; the name of each is its number of channels.
-        axis: of the channels.
+        bodies: the layers; each is named after its number of channels.
+        axis: the channel axis of the input.
     """
 
     def __init__(self, bodies: dict[int, nn.Module], axis: int) -> None:
@@ -39,16 +39,16 @@ class ByWidth(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the layer for this many channels."""
+        """Return the output of the layer for the input's number of channels."""
         return self.bodies[str(int(x.shape[self.axis]))](x)
 
 
 class Capped(nn.Module):
-    """An activation that returns no more than a bound, as ReLU6 does.
+    """An activation with an upper bound, as ReLU6 has.
 
     Attributes:
         body: the activation.
-        bound: the largest value it returns.
+        bound: largest value of the output.
     """
 
     def __init__(self, body: nn.Module, bound: float) -> None:
@@ -57,5 +57,5 @@ class Capped(nn.Module):
         self.bound = bound
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation's output, larger values replaced by the bound."""
+        """Return the activation's output, clamped to the bound."""
         return self.body(x).clamp(max=self.bound)

@@ -1,4 +1,4 @@
-"""Where attention goes in a network, found in its data flow: channel gates, blocks and stages."""
+"""Places for attention in a network, found in its data flow: channel gates, blocks and stages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tinydet.backbones.calls import ModuleCall, channel_axis
+from tinydet.backbones.module_trace import ModuleCall, channel_axis
 from tinydet.reparam.dataflow import DataFlow, Value, View
 from tinydet.reparam.norms import is_norm
 
@@ -18,13 +18,13 @@ Calls = dict[nn.Module, list[ModuleCall]]
 
 @dataclass(frozen=True)
 class Place:
-    """A module that a layer replaces or follows.
+    """A module that a new layer replaces or is appended to.
 
     Attributes:
         name: the module's qualified name.
         module: the module.
-        channels: of the map that it returns.
-        axis: of the map, (B, C, H, W) or (B, H, W, C), which its channels are.
+        channels: number of channels of the feature map it returns.
+        axis: the channel axis of that map, 1 for (B, C, H, W) and 3 for (B, H, W, C).
     """
 
     name: str
@@ -34,11 +34,11 @@ class Place:
 
 
 def channel_gates(flow: DataFlow, calls: Calls) -> list[Place]:
-    """Return the squeeze-and-excitation and other channel attention modules, the outermost ones.
+    """Return the outermost channel attention modules, such as squeeze-and-excitation.
 
-    Such a module takes one map, and what it returns is this map times one factor for each image
-    and channel that is computed from the map. On maps of one pixel that is any gate: the example
-    must be large enough for larger ones.
+    Such a module takes one feature map and returns it multiplied by one factor for each image and
+    channel, which is computed from the map. On maps of one pixel any gate looks like this, so the
+    example must be large enough for larger maps.
     """
     del flow
     found: list[Place] = []
@@ -51,13 +51,13 @@ def channel_gates(flow: DataFlow, calls: Calls) -> list[Place]:
 
 
 def residual_blocks(flow: DataFlow, calls: Calls) -> list[Place]:
-    """Return a network's blocks.
+    """Return a network's residual blocks, or what comes closest.
 
-    A block class is one whose own code, in at least one instance, adds its input to something
-    computed from it. If a network has none: adds two tensors computed from its input; if it has
-    none of these either: concatenates two. A class with an instance inside one of another block
-    class is only a part of blocks. The blocks are all instances of block classes that return one
-    map, with and without the sum.
+    A block class is one whose own code, in at least one instance, adds its input to a tensor
+    computed from it. If a network has no such class: adds two tensors computed from its input. If
+    it has none of these either: concatenates two. Classes with an instance inside a block of
+    another class are excluded. The blocks are all instances of block classes that return one
+    feature map, including those without the addition.
     """
     for joins in (_adds_input, _adds, _concatenates):
         kinds = {
@@ -80,9 +80,9 @@ def residual_blocks(flow: DataFlow, calls: Calls) -> list[Place]:
 def stage_ends(flow: DataFlow, calls: Calls) -> list[Place]:
     """Return the modules whose outputs are the feature maps that the network returns.
 
-    Of several with the same output the outermost one; of a norm with an activation the activation,
-    for the norm to stay one that can be folded. Of a network that returns no maps (a classifier)
-    those that timm's `feature_info` names.
+    Of several modules with the same output the outermost is returned. Norm layers are skipped, so
+    that they can still be folded. For a network that returns no feature maps (a classifier), the
+    modules named in timm's `feature_info` are used.
     """
     root = next(iter(calls))
     maps = [view for view in flow.outputs if len(view.shape) == 4]
@@ -105,7 +105,7 @@ def stage_ends(flow: DataFlow, calls: Calls) -> list[Place]:
 
 
 def _outputs(flow: DataFlow, calls: Calls) -> list[Place]:
-    """Return the outermost modules that always return one map of one width."""
+    """Return the outermost modules that always return one map with the same number of channels."""
     found: list[Place] = []
     for made in calls.values():
         if _inside(made[0].name, (place.name for place in found)):
@@ -129,7 +129,7 @@ def _inside(name: str, scopes: Iterable[str]) -> bool:
 
 
 def _gated_axis(call: ModuleCall) -> int | None:
-    """Return the channel axis of a module that multiplies its input by a gate of its own."""
+    """Return the channel axis if a module multiplies its input by a gate computed from it."""
     maps = [view for view in call.inputs if len(view.shape) == 4]
     if call.output is None or len(maps) != 1 or call.output.shape != maps[0].shape:
         return None
@@ -141,7 +141,7 @@ def _gated_axis(call: ModuleCall) -> int | None:
     sides = [view for view in products[0].inputs if view.value != given.value]
     if len(sides) != 1 or sides[0].value not in _computed_from(call):
         return None
-    # The gate's extent along each axis: places that are one in memory are one.
+    # The gate's size along each axis, expanded axes (stride 0) counted as 1.
     gate = sides[0]
     shape = (1,) * (4 - len(gate.shape)) + gate.shape
     stride = (0,) * (4 - len(gate.stride)) + gate.stride
@@ -168,12 +168,12 @@ def _concatenates(call: ModuleCall) -> bool:
 
 
 def _joined(call: ModuleCall, names: tuple[str, ...]) -> list[list[View]]:
-    """Return what the module's own code joins to a map: tensors computed from what it was given."""
+    """Return the operands, computed from its inputs, that a module's own code joins to a map."""
     if call.output is None or len(call.output.shape) != 4:
         return []
     own = [op for op in call.ops if op.scope == call.name and op.name in names]
     inside = _computed_from(call) if own else set()
-    # Of the map's size but for the channels: some add to a part of them.
+    # Only maps of the output's size; the number of channels may differ.
     own = [op for op in own if _axes_that_differ(op.outputs[0].shape, call.output.shape) <= 1]
     sides = [[view for view in op.inputs if view.value in inside] for op in own]
     return [views for views in sides if len({view.value for view in views}) > 1]
@@ -184,7 +184,7 @@ def _axes_that_differ(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def _computed_from(call: ModuleCall) -> set[Value]:
-    """Return the values that a call computes from its tensor arguments, these included."""
+    """Return the tensor arguments of a call and all values computed from them."""
     found = {view.value for view in call.inputs}
     for op in call.ops:
         if any(view.value in found for view in op.inputs):
@@ -193,7 +193,7 @@ def _computed_from(call: ModuleCall) -> set[Value]:
 
 
 def _same(flow: DataFlow, value: Value) -> list[Value]:
-    """Return a value and those that it is a mere copy of."""
+    """Return a value and the values it is a copy of."""
     values = [value]
     op = flow.producer(value)
     while op is not None and op.name in ("aten.clone", "aten._to_copy") and op.inputs:

@@ -1,4 +1,4 @@
-"""One way to build a backbone: any timm model, cut after one feature map."""
+"""Builds a backbone: any timm model, cut after one feature map."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 import difflib
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import timm
 import torch
 from einops import rearrange
 from timm.layers import Format
+from timm.models import FeatureInfo
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
@@ -19,25 +21,34 @@ from tinydet.backbones.frozen import freeze_stages
 from tinydet.backbones.weights import load_weights
 from tinydet.config import ConfigError
 
-# feature -> (reduction wanted, keyword that makes it)
-_FEATURES = {"C5": (32, {}), "DC5": (16, {"output_stride": 16}), "C4": (16, {})}
-# timm's models built for one input size take any with these, each where it knows the word.
-_ANY_SIZE = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
-# Height and width in pixels: multiples of 32 with few common factors.
+# feature -> (stride, timm arguments)
+_FEATURES: dict[str, tuple[int, dict[str, int]]] = {
+    "C5": (32, {}),
+    "DC5": (16, {"output_stride": 16}),
+    "C4": (16, {}),
+}
+# Arguments that make timm's fixed-size models accept any size; each model knows one or none.
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {"strict_img_size": False},
+    {"dynamic_img_size": True},
+    {},
+)
+# (height, width) in pixels: multiples of 32 with few common factors.
 _CHECKED_SIZES = ((64, 96), (160, 128))
 
 
 @dataclass
 class Backbone:
-    """A feature extractor and what timm says of it.
+    """A feature extractor and its properties.
 
     Attributes:
-        module: (B, 3, H, W) normalised pixels to a list with one (B, channels, H/stride, W/stride).
-        channels: of the feature map.
-        stride: input pixels between neighbouring cells.
-        mean: of the normalisation, per channel in 0..1.
-        std: of the normalisation, per channel in 0..1.
-        fixed: names of the modules that do not learn (`tinydet.backbones.frozen`).
+        module: maps (B, 3, H, W) normalized images to a list of one feature map (B, channels,
+            H/stride, W/stride).
+        channels: number of channels of the feature map.
+        stride: stride of the feature map in input pixels.
+        mean: mean of the normalization, for each channel in 0..1.
+        std: standard deviation of the normalization, for each channel in 0..1.
+        fixed: names of frozen modules (`tinydet.backbones.frozen`).
     """
 
     module: nn.Module
@@ -49,7 +60,7 @@ class Backbone:
 
 
 class _ChannelsFirst(nn.Module):
-    """Puts the channels of timm models that work in (B, H, W, C) where convs expect them."""
+    """Turns the (B, H, W, C) feature maps of some timm models into (B, C, H, W)."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -60,18 +71,18 @@ class _ChannelsFirst(nn.Module):
 
 
 def check_backbone(name: str) -> None:
-    """Refuse a name that timm does not know; nothing is built.
+    """Check that timm knows a model name; nothing is built.
 
     Raises:
-        ConfigError: it is unknown; says the nearest names.
+        ConfigError: it is unknown; the message suggests similar names.
     """
     base_name = name.split(".")[0]
     if not timm.is_model(base_name):
         near = difflib.get_close_matches(base_name, timm.list_models(), 3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them"
         raise ConfigError(
-            f"model.backbone={name}: timm {timm.__version__} has no such model{hint} (one of your "
-            "own is known once the experiment file that registers it is named)"
+            f"model.backbone={name}: timm {timm.__version__} has no such model{hint} (a model of "
+            "your own must be registered by the experiment file)"
         )
 
 
@@ -85,27 +96,27 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
         stages_fixed: `model.freeze_stages`; see `tinydet.config.Model`.
 
     Raises:
-        ConfigError: no such model, feature or stage, it takes images of some sizes only, or the
-            weights cannot be had.
+        ConfigError: the model, feature or stage does not exist, the model does not take images of
+            any size, or the weights are not available.
     """
     check_backbone(name)
     reduction, kwargs = _FEATURES[feature]
     probe = _probe(name, feature, kwargs)
-    reductions = [info["reduction"] for info in probe.feature_info.info]
+    reductions = [info["reduction"] for info in _feature_info(probe)]
     if reduction not in reductions:
         raise ConfigError(
             f"model.backbone={name}: no feature map of stride {reduction} for model.feature="
             f"{feature}; its strides are {', '.join(map(str, sorted(set(reductions))))}"
         )
-    # The last map of that stride is the deepest.
+    # The last map of that stride is the deepest one.
     index = len(reductions) - 1 - reductions[::-1].index(reduction)
     build = partial(_build, name, out_indices=(index,), **kwargs)
     module = build()
-    info = module.feature_info.info[index]
+    info = _feature_info(module)[index]
     if isinstance(module, (EfficientNetFeatures, MobileNetV3Features)):
-        # These two run stages that no feature needs; timm's other wrappers do not build them.
+        # timm's other wrappers do not build the stages after the last feature map.
         module.blocks = module.blocks[: info["stage"]]
-    config = module.pretrained_cfg
+    config = cast(dict[str, Any], module.pretrained_cfg)
     own, is_nhwc = module, getattr(module, "output_fmt", None) == Format.NHWC
     if is_nhwc:
         module = _ChannelsFirst(module)
@@ -119,12 +130,12 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
 
 
 def _check_map(backbone: Backbone, name: str, feature: str) -> None:
-    """Refuse a backbone whose map is not what the anchors are laid out for.
+    """Check the shape of the feature map for two image sizes.
 
-    A copy makes the map, for images of two sizes: some modules keep what they computed for a size.
+    A copy is used, since some modules cache what they compute for a size.
 
     Raises:
-        ConfigError: it takes images of some sizes only, or its map is of another shape.
+        ConfigError: the backbone fails on a size, or its map has an unexpected shape.
     """
     module = copy.deepcopy(backbone.module).eval()
     for height, width in _CHECKED_SIZES:
@@ -135,26 +146,31 @@ def _check_map(backbone: Backbone, name: str, feature: str) -> None:
                 (found,) = module(torch.zeros(1, 3, height, width))
             if found.shape == wanted:
                 continue
-            cause, problem = None, f"it has the shape {tuple(found.shape)}"
-        except Exception as error:  # timm's models have many ways to say that they cannot.
+            cause: Exception | None = None
+            problem = f"it has the shape {tuple(found.shape)}"
+        except Exception as error:  # timm's models raise many types.
             first_line = f"{type(error).__name__}: {error}".splitlines()[0]
             cause, problem = error, first_line.rstrip(" :.")
         raise ConfigError(
-            f"model.backbone={name}: does not take images of any size, as a detector's are. Of "
+            f"model.backbone={name}: does not take images of any size, which a detector needs. For "
             f"{height}x{width} pixels its {feature} map must have the shape {wanted}, but "
-            f"{problem}. Choose a backbone that does, such as rexnet_100, resnet18 or convnext_atto"
+            f"{problem}. Choose another backbone, such as rexnet_100, resnet18 or convnext_atto"
         ) from cause
 
 
-def _build(name: str, **kwargs: object) -> nn.Module:
-    """Call timm with the first of the `_ANY_SIZE` words that this model knows."""
+def _feature_info(module: nn.Module) -> list[dict[str, Any]]:
+    return cast(FeatureInfo, module.feature_info).info
+
+
+def _build(name: str, **kwargs: Any) -> nn.Module:
+    """Call timm with the first of the `_ANY_SIZE` arguments that this model knows."""
     for any_size in _ANY_SIZE:
         try:
             return timm.create_model(name, features_only=True, **any_size, **kwargs)
         except TypeError:
             if not any_size:
                 raise
-    raise AssertionError("unreachable: the last choice has no words")
+    raise AssertionError("unreachable: the last choice has no arguments")
 
 
 def _probe(name: str, feature: str, kwargs: dict[str, int]) -> nn.Module:

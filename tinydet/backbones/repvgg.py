@@ -1,21 +1,21 @@
-"""RepVGG (arXiv 2101.03697): the variants timm lacks, and the names of the authors' checkpoints.
+"""RepVGG (arXiv 2101.03697): variants that timm lacks, and conversion of the authors' checkpoints.
 
-timm builds A0 to A2, B0 to B3, B1g4, B2g4, B3g4 and D2se as the authors do, and dilates them with
-`output_stride`; those are timm's own here. It has none with two groups, and cannot read the
-authors' files.
+timm's own A0 to A2, B0 to B3, B1g4, B2g4, B3g4 and D2se are used as they are. It has no variants
+with two groups, and cannot read the authors' files.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any, cast
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import ByobNet, model_cfgs
+from timm.models.byobnet import ByoBlockCfg, ByobNet, model_cfgs
 from timm.models.byobnet import default_cfgs as timm_default_cfgs
 from torch import Tensor
 
-from tinydet.backbones.tensor_names import without_prefix
+from tinydet.backbones.state_dict import without_prefix
 
 # The authors' name of a block's part -> timm's.
 _PARTS = {
@@ -31,7 +31,7 @@ _TENSOR = re.compile(r"stage(?:0|([1-4])\.(\d+))\.(rbr_\w+\.|se\.\w+\.)(.+)")
 
 default_cfgs = generate_default_cfgs(
     {
-        # Nobody publishes these for timm; the pixels are prepared as for their siblings.
+        # There are no weights for timm; the normalization is that of the variants with 4 groups.
         f"{name}g2": replace(timm_default_cfgs[f"{name}g4"].default, hf_hub_id=None, tag=None)
         for name in ("repvgg_b1", "repvgg_b2", "repvgg_b3")
     }
@@ -43,20 +43,20 @@ def convert_official_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         state_dict: of the training form, with the authors' names (`stage0.rbr_dense.conv.weight`
-            and so on; D2se's too), with or without a prefix such as the `module.` of DataParallel.
-            Any other names are taken for timm's.
+            and so on, including D2se's), with or without a prefix such as DataParallel's
+            `module.`. Any other names are assumed to be timm's.
 
     Returns:
-        The same tensors under timm's names, in the same order; any other dict as it is.
+        The same tensors under timm's names, in the same order; any other dict unchanged.
 
     Raises:
-        ValueError: the deploy form, whose branches are gone, or a name that RepVGG does not have.
+        ValueError: the checkpoint is of the deploy form, or has a name that RepVGG does not have.
     """
     found, _ = without_prefix(state_dict, (_FIRST, _FIRST_DEPLOYED))
     if _FIRST_DEPLOYED in found:
         raise ValueError(
-            "this RepVGG checkpoint is the deploy form (rbr_reparam), already folded: its branches "
-            "cannot be had back; give the training form (the authors' files named *-train.pth)"
+            "this RepVGG checkpoint is of the deploy form (rbr_reparam): it is already folded and "
+            "its branches are lost; give the training form (the authors' files named *-train.pth)"
         )
     if _FIRST not in found:
         return state_dict
@@ -69,8 +69,8 @@ def _timm_name(name: str) -> str:
     match = _TENSOR.fullmatch(name)
     if match is None or match[3] not in _PARTS:
         raise ValueError(
-            f"no RepVGG of the authors' has a tensor {name}; convert this checkpoint to the names "
-            "of timm's model first"
+            f"the authors' RepVGG has no tensor {name}; convert this checkpoint to the names of "
+            "timm's model first"
         )
     stage, block, part, rest = match.groups()
     place = "stem" if stage is None else f"stages.{int(stage) - 1}.{block}"
@@ -78,26 +78,27 @@ def _timm_name(name: str) -> str:
 
 
 @register_model
-def repvgg_b1g2(pretrained: bool = False, **kwargs: object) -> ByobNet:
+def repvgg_b1g2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
     """RepVGG-B1g2: B1 with two groups in every second 3x3 (arXiv 2101.03697, section 4.1)."""
     return _two_groups("repvgg_b1", pretrained, **kwargs)
 
 
 @register_model
-def repvgg_b2g2(pretrained: bool = False, **kwargs: object) -> ByobNet:
-    """RepVGG-B2g2: B2 with two groups in every second 3x3; the authors' code has it."""
+def repvgg_b2g2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """RepVGG-B2g2: B2 with two groups in every second 3x3, as in the authors' code."""
     return _two_groups("repvgg_b2", pretrained, **kwargs)
 
 
 @register_model
-def repvgg_b3g2(pretrained: bool = False, **kwargs: object) -> ByobNet:
-    """RepVGG-B3g2: B3 with two groups in every second 3x3; the authors' code has it."""
+def repvgg_b3g2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """RepVGG-B3g2: B3 with two groups in every second 3x3, as in the authors' code."""
     return _two_groups("repvgg_b3", pretrained, **kwargs)
 
 
-def _two_groups(name: str, pretrained: bool, **kwargs: object) -> ByobNet:
+def _two_groups(name: str, pretrained: bool, **kwargs: Any) -> ByobNet:
     whole = model_cfgs[name]
-    blocks = tuple(replace(stage, gs=_group_size) for stage in whole.blocks)
+    stages = cast(tuple[ByoBlockCfg, ...], whole.blocks)
+    blocks = tuple(replace(stage, gs=_group_size) for stage in stages)
     return build_model_with_cfg(
         ByobNet,
         f"{name}g2",
@@ -109,5 +110,5 @@ def _two_groups(name: str, pretrained: bool, **kwargs: object) -> ByobNet:
 
 
 def _group_size(channels: int, index: int) -> int:
-    # Every second layer of the network: stages begin with an ungrouped one, all depths being even.
+    # Every second layer of the network; since all depths are even, stages start with groups=1.
     return channels // 2 if index % 2 else 0

@@ -29,25 +29,25 @@ _DEPTHS = [4, 8, 4]
 
 
 class ShuffleNetV2(tv.ShuffleNetV2):
-    """torchvision's ShuffleNetV2 with what timm asks of a classifier and of a backbone.
+    """torchvision's ShuffleNetV2 with timm's interface of a classifier and backbone.
 
     There are five features: `conv1` (stride 2), `maxpool` (4) and the stages 2, 3 and 4 (8, 16 and
-    32). The 1x1 `conv5` after them belongs to the classifier: `forward_features` includes it, and
-    no intermediate feature does; with `features_only` it is dropped.
+    32). The 1x1 `conv5` after them belongs to the classifier: it is part of `forward_features`, but
+    of no intermediate feature, and `features_only` removes it.
 
     Args:
-        channels: of `conv1`, the three stages and `conv5`.
+        channels: number of channels of `conv1`, the three stages and `conv5`.
         num_classes: outputs of the classifier; 0 for none.
         in_chans: channels of the input.
-        output_stride: 32, 16 or 8. Below 32 the last stages dilate instead of striding, which
-            computes the same values and those between them.
+        output_stride: 32, 16 or 8. Below 32 the last stages use dilation instead of stride, which
+            computes the same values and those in between.
         global_pool: a pooling of timm's `SelectAdaptivePool2d`; "" for none.
-        drop_rate: probability of dropping a pooled value before the classifier, 0..1.
-        device: where the parameters live; the default device if None.
-        dtype: of the parameters; the default dtype if None.
+        drop_rate: dropout probability before the classifier.
+        device: device of the parameters; the default device if None.
+        dtype: dtype of the parameters; the default dtype if None.
 
     Raises:
-        ValueError: another `output_stride`.
+        ValueError: `output_stride` is not 32, 16 or 8.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ShuffleNetV2(tv.ShuffleNetV2):
         dtype: torch.dtype | None = None,
     ) -> None:
         if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride={output_stride}: ShuffleNetV2 takes 8, 16 or 32")
+            raise ValueError(f"output_stride={output_stride}: ShuffleNetV2 supports 8, 16 or 32")
         super().__init__(_DEPTHS, channels)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -85,29 +85,29 @@ class ShuffleNetV2(tv.ShuffleNetV2):
         self.to(device=device, dtype=dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the patterns that sort parameters into groups, from input to output.
+        """Return patterns of layer names, for layer-wise learning-rate decay.
 
         Args:
-            coarse: a group is a stage, not a block.
+            coarse: groups are stages instead of blocks.
         """
         block = r"^stage(\d+)" if coarse else r"^stage(\d+)\.(\d+)"
-        # 99999 is timm's word for "with the group before".
+        # In timm, 99999 means "in the previous group".
         return {"stem": r"^conv1", "blocks": [(block, None), (r"^conv5", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: compute the blocks' activations again in the backward pass."""
+        """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """Return the last, linear layer; `nn.Identity` with no classes."""
+        """Return the final linear layer; `nn.Identity` without classes."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new, random one.
+        """Replace the classifier by a new, randomly initialized one.
 
         Args:
             num_classes: its outputs; 0 for none.
-            global_pool: a new pooling; None keeps the present one.
+            global_pool: a new pooling; None keeps the current one.
         """
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
@@ -124,26 +124,26 @@ class ShuffleNetV2(tv.ShuffleNetV2):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the final features and those on the way to them.
+        """Return the final features and the selected intermediate ones.
 
         Args:
-            x: (B, in_chans, H, W) normalised pixels.
-            indices: which of the five features; an int for the last so many, None for all.
-            norm: has no effect, there is no final norm; timm passes it.
-            stop_early: run nothing after the last of `indices`.
+            x: (B, in_chans, H, W) normalized images.
+            indices: indices of the features, 0 to 4; None for all, an int n for the last n.
+            norm: unused, there is no final norm.
+            stop_early: skip the layers after the last of `indices`.
             output_fmt: "NCHW".
             intermediates_only: return the list alone.
 
         Returns:
-            `forward_features(x)`, or the last feature if that made it stop early, and one
+            `forward_features(x)`, or the last feature if stopped early, and a list of one
             (B, C, H/stride, W/stride) for each index.
 
         Raises:
-            ValueError: another `output_fmt`.
+            ValueError: `output_fmt` is not "NCHW".
         """
         del norm
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt}: ShuffleNetV2 gives NCHW")
+            raise ValueError(f"output_fmt={output_fmt}: ShuffleNetV2 supports NCHW only")
         taken, last = feature_take_indices(len(self.feature_info), indices)
         intermediates = []
         count = last + 1 if stop_early else len(self.feature_info)
@@ -157,7 +157,7 @@ class ShuffleNetV2(tv.ShuffleNetV2):
         return (self.conv5(x) if whole else x), intermediates
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Turn (B, in_chans, H, W) normalised pixels into (B, num_features, H/32, W/32)."""
+        """Turn (B, in_chans, H, W) normalized images into (B, num_features, H/32, W/32)."""
         x = self.maxpool(self.conv1(x))
         for stage in (self.stage2, self.stage3, self.stage4):
             x = self._run(stage, x)
@@ -175,7 +175,7 @@ class ShuffleNetV2(tv.ShuffleNetV2):
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn (B, in_chans, H, W) normalised pixels into (B, num_classes) logits."""
+        """Turn (B, in_chans, H, W) normalized images into (B, num_classes) logits."""
         return self.forward_head(self.forward_features(x))
 
     def _run(self, layers: nn.Module, x: Tensor) -> Tensor:
@@ -184,16 +184,16 @@ class ShuffleNetV2(tv.ShuffleNetV2):
 
 
 def _dilate(stages: list[nn.Sequential], output_stride: int) -> None:
-    """Keep the stages, which start at stride 4, from striding beyond `output_stride`."""
+    """Replace strides beyond `output_stride` by dilation; the first stage starts at stride 4."""
     stride, dilation = 4, 1
     for stage in stages:
         if stride < output_stride:
             stride *= 2
             continue
         for index, block in enumerate(stage):
-            # The first block still reads the grid of the stage before it.
+            # The first block still reads the grid of the previous stage.
             spread = dilation if index == 0 else 2 * dilation
-            # `block.stride` stays: torchvision tells the two kinds of block apart by it.
+            # `block.stride` is kept: torchvision uses it to distinguish two kinds of blocks.
             for conv in block.modules():
                 if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
                     conv.stride = (1, 1)
@@ -202,7 +202,7 @@ def _dilate(stages: list[nn.Sequential], output_stride: int) -> None:
 
 
 def _cfg(weights: tv.WeightsEnum) -> dict[str, Any]:
-    """Describe torchvision's weights, and how it evaluates them, in timm's words."""
+    """Return timm's configuration of torchvision's weights and their evaluation."""
     preset = weights.transforms()
     return {
         "url": weights.url,
@@ -236,7 +236,7 @@ def _create(name: str, channels: list[int], pretrained: bool, **kwargs: Any) -> 
 
 @register_model
 def shufflenetv2_x0_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ShuffleNetV2 of half width; see `ShuffleNetV2` for the arguments."""
+    """ShuffleNetV2 with width 0.5; see `ShuffleNetV2` for the arguments."""
     return _create("shufflenetv2_x0_5", [24, 48, 96, 192, 1024], pretrained, **kwargs)
 
 
@@ -248,11 +248,11 @@ def shufflenetv2_x1_0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def shufflenetv2_x1_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ShuffleNetV2 of width 1.5; see `ShuffleNetV2` for the arguments."""
+    """ShuffleNetV2 with width 1.5; see `ShuffleNetV2` for the arguments."""
     return _create("shufflenetv2_x1_5", [24, 176, 352, 704, 1024], pretrained, **kwargs)
 
 
 @register_model
 def shufflenetv2_x2_0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ShuffleNetV2 of double width; see `ShuffleNetV2` for the arguments."""
+    """ShuffleNetV2 with width 2; see `ShuffleNetV2` for the arguments."""
     return _create("shufflenetv2_x2_0", [24, 244, 488, 976, 2048], pretrained, **kwargs)

@@ -1,7 +1,7 @@
-"""Ideas tried on any network: another activation, or attention where there was none.
+"""Replaces activations and adds attention in any network.
 
-The places are found in the data flow of one forward pass, not by names. A network keeps its weights
-and their names; put the changes to a fresh network in the same order to load a checkpoint.
+The places are found in the data flow of one forward pass, not by name. All other weights keep their
+values and names. To load a checkpoint, apply the same changes in the same order to a new network.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from timm.models.metaformer import SquaredReLU, StarReLU
 from torch import Tensor, nn
 
 from tinydet.backbones.adapters import ByWidth, Capped, ChannelsAlong
+from tinydet.backbones.append_layer import append_layer, move_appended_layers
 from tinydet.backbones.blocks import Place, channel_gates, residual_blocks, stage_ends
-from tinydet.backbones.calls import ModuleCall, channel_axis, eval_mode, observe_calls
-from tinydet.backbones.followed import follow, take_followers
+from tinydet.backbones.module_trace import ModuleCall, channel_axis, eval_mode, trace_modules
 from tinydet.layers import AconA, AconB, AconC, CoordinateAttention, MetaAcon
 from tinydet.reparam.dataflow import DataFlow
 from tinydet.reparam.module_swap import give_hooks, replace_module
@@ -35,7 +35,7 @@ ACTIVATIONS = ("acon-a", "acon-b", "acon-c", "meta-acon")
 ATTENTIONS = ("coord",)
 PLACES = {"se": channel_gates, "block": residual_blocks, "stage": stage_ends}
 
-# Without the gates (sigmoid, hard sigmoid, tanh, softmax): their bounds are what they are for.
+# Gates (sigmoid, hard sigmoid, tanh, softmax) are not replaced, since they need their bounds.
 _ACTIVATION_CLASSES = (
     *(nn.ReLU, nn.ReLU6, nn.RReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU),
     *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus),
@@ -55,67 +55,69 @@ _ACTIVATION_OPS = {
 def replace_activation(
     model: nn.Module, kind: str | Make, example: Tensor | tuple[Any, ...], where: str = ""
 ) -> nn.Module:
-    """Return a copy of a network with other activations.
+    """Return a copy of a network with its activations replaced.
 
-    Every activation layer of torch.nn and timm that the example reaches is replaced, also those of
-    norm-and-activation layers and of squeeze-and-excitation. Gates (sigmoid, hard sigmoid, tanh,
-    softmax) stay. The numbers of channels, and which axis they are, are observed. An activation
-    that several places share stays shared, with parameters for each width. Those in code
-    (`F.relu`) and those whose channels the data flow does not tell stay, with a warning.
+    Every activation layer of torch.nn and timm that runs on the example is replaced, including
+    those of norm-and-activation layers and squeeze-and-excitation. Gates (sigmoid, hard sigmoid,
+    tanh, softmax) stay. The number of channels and their axis are read from the data flow. An
+    activation module shared by several places stays shared, with parameters for each width.
+    Functional activations (`F.relu`) and those whose channel axis is unknown stay, with a warning.
 
-    An ACON starts as near to the activation it replaces as its kind can be: SiLU stays itself,
-    ReLU and GELU nearly (see `AconC.like`), hard swish and others become SiLU. ACON has no upper
-    bound, but a pretrained network relies on that of ReLU6: it stays behind the ACON. The features
-    of tf_efficientnet_lite0 on drawn images are 3 % from the original's then, without the bound
-    91 %. Meta-ACON always starts near SiLU: a network pretrained with ReLU has to learn anew.
+    An ACON starts as close as it can to the activation it replaces: SiLU exactly, ReLU and GELU
+    nearly (see `AconC.like`); hard swish and others become SiLU. The upper bound of ReLU6, on which
+    pretrained networks rely, is kept behind the ACON: the features of tf_efficientnet_lite0 on
+    random images then change by 3 %, without the bound by 91 %. Meta-ACON always starts near SiLU,
+    so that a network pretrained with ReLU loses most of what it has learned.
 
     Args:
-        model: the network, with `features_only` or without; it is not modified.
+        model: the network, with or without `features_only`; not modified.
         kind: "acon-a", "acon-b", "acon-c", "meta-acon" (`tinydet.layers.acon`), or a callable from
             the number of channels to a layer.
         example: an input, or a tuple of positional arguments, on the network's device; for
             instance an image of 64 x 64.
-        where: patterns of names, a module's name standing for all in it: "stages.2 stages.3"; all
-            if empty.
+        where: patterns of module names separated by spaces, such as "stages.2 stages.3"; a module
+            includes everything inside it. Empty selects all.
 
     Raises:
-        ValueError: there is no such kind, nothing to replace, or the network relies on an
-            activation that overwrites its input.
+        ValueError: the kind is unknown, there is nothing to replace, or the network relies on an
+            in-place activation overwriting its input.
     """
     if isinstance(kind, str):
-        _check_word("kind", kind, ACTIVATIONS, " and a callable of one's own")
+        _check_choice("kind", kind, ACTIVATIONS, " or a callable")
     arguments = example if isinstance(example, tuple) else (example,)
     changed = copy.deepcopy(model)
-    flow, calls = observe_calls(changed, arguments)
+    flow, calls = trace_modules(changed, arguments)
     found = {m: made for m, made in calls.items() if isinstance(m, _ACTIVATION_CLASSES)}
     names = {made[0].name for made in found.values()}
-    in_code = [op for op in flow.ops if op.name in _ACTIVATION_OPS and op.scope not in names]
+    functional = [op for op in flow.ops if op.name in _ACTIVATION_OPS and op.scope not in names]
     what = f"{type(model).__name__}"
     if not found:
-        code = f"; {len(in_code)} in its code cannot be replaced" if in_code else ""
+        code = f"; {len(functional)} functional ones cannot be replaced" if functional else ""
         raise ValueError(
             f"{what} runs no activation layer of torch.nn or timm on the example{code}"
         )
     selected = {m: made for m, made in found.items() if _matches(made[0].name, where)}
     if not selected:
-        raise ValueError(_nothing_at(where, names, "activation", changed))
+        raise ValueError(_no_match(where, names, "activation", changed))
     _check_in_place(changed, selected, flow.returned, arguments)
-    left = [f"{len(in_code)} in code, e.g. in {in_code[0].scope}"] if in_code and not where else []
+    kept = []
+    if functional and not where:
+        kept.append(f"{len(functional)} functional, e.g. in {functional[0].scope}")
     replaced = 0
     for old, made in selected.items():
         try:
             new = _new_activation(old, made, kind, flow)
-        except _UnclearError as error:
-            left.append(f"{made[0].name} ({error})")
+        except _UnknownChannelsError as error:
+            kept.append(f"{made[0].name} ({error})")
             continue
-        new = _placed_like(new, old, changed)
+        new = _to_place_of(new, old, changed)
         _replace(changed, old, new)
         replaced += 1
     if not replaced:
-        raise ValueError(f"{what}: no activation was replaced: {'; '.join(left[:3])}")
+        raise ValueError(f"{what}: no activation was replaced: {'; '.join(kept[:3])}")
     _check_runs(changed, flow, arguments, f"kind={_name(kind)}")
-    if left:
-        warnings.warn(f"{what}: activations that stay: {'; '.join(left)}", stacklevel=2)
+    if kept:
+        warnings.warn(f"{what}: activations not replaced: {'; '.join(kept)}", stacklevel=2)
     return changed
 
 
@@ -126,60 +128,61 @@ def add_attention(
     place: str,
     where: str = "",
 ) -> nn.Module:
-    """Return a copy of a network with attention.
+    """Return a copy of a network with attention layers.
 
-    After blocks and stages, Coordinate Attention starts as the identity: the network is the same
-    function before training. In place of squeeze-and-excitation it is the paper's block with new
-    weights, and the network another function. Everything else keeps its weights and names: the new
-    layer is a child `attention` of the block or stage, which runs it last.
+    After blocks and stages, Coordinate Attention starts as the identity, so that the network
+    computes the same function before training. In place of squeeze-and-excitation it is the paper's
+    block with new weights. All other weights keep their values and names: the new layer is a child
+    `attention` of the block or stage and runs last in it.
 
-    The places, all found in the data flow (`tinydet.backbones.blocks`):
-        "se": in place of each module that multiplies a map by one factor a channel, computed
-            from the map; like squeeze-and-excitation, ECA, effective SE.
-        "block": behind each block: modules of a class whose own code adds (if none does:
+    The places are found in the data flow (`tinydet.backbones.blocks`):
+        "se": in place of each module that multiplies a map by one factor for each channel computed
+            from the map, such as squeeze-and-excitation, ECA or effective SE.
+        "block": after each block, i.e. modules of a class whose own code adds (if there is none:
             concatenates) two tensors computed from its input.
-        "stage": behind the outermost module that makes a feature map the network returns.
+        "stage": after the outermost module that computes a feature map the network returns.
 
     Args:
-        model: the network, with `features_only` or without; it is not modified.
+        model: the network, with or without `features_only`; not modified.
         kind: "coord" (`tinydet.layers.CoordinateAttention`), or a callable from the number of
-            channels to a layer on (B, channels, H, W). A network that works in (B, H, W, C) gets
-            it with the axes moved.
-        example: an input, or a tuple of positional arguments, on the network's device. Feature
-            maps in it must have more than one pixel: 64 x 64 for a stride of 32.
+            channels to a layer on (B, channels, H, W). In a network with (B, H, W, C) maps it is
+            wrapped to move the axes.
+        example: an input, or a tuple of positional arguments, on the network's device. All feature
+            maps must have more than one pixel: 64 x 64 for a stride of 32.
         place: "se", "block" or "stage".
-        where: patterns of names, a module's name standing for all in it; all if empty.
+        where: patterns of module names separated by spaces; a module includes everything inside
+            it. Empty selects all.
 
     Raises:
-        ValueError: there is no such kind or place, or the network has no such place.
+        ValueError: the kind or place is unknown, or the network has no such place.
     """
     if isinstance(kind, str):
-        _check_word("kind", kind, ATTENTIONS, " and a callable of one's own")
-    _check_word("place", place, PLACES)
+        _check_choice("kind", kind, ATTENTIONS, " or a callable")
+    _check_choice("place", place, PLACES)
     arguments = example if isinstance(example, tuple) else (example,)
     changed = copy.deepcopy(model)
-    flow, calls = observe_calls(changed, arguments)
+    flow, calls = trace_modules(changed, arguments)
     places = PLACES[place](flow, calls)
     if not places:
         raise ValueError(
-            f"place={place}: the data flow of {type(model).__name__} has no such place"
-            f" with one map (B, C, H, W) or (B, H, W, C); the places are {', '.join(PLACES)}"
+            f"place={place}: {type(model).__name__} has no such place with one map (B, C, H, W) or "
+            f"(B, H, W, C); the places are {', '.join(PLACES)}"
         )
     selected = [found for found in places if _matches(found.name, where)]
     if not selected:
-        raise ValueError(_nothing_at(where, [p.name for p in places], place, changed))
+        raise ValueError(_no_match(where, [p.name for p in places], place, changed))
     for found in selected:
-        layer = _placed_like(_new_attention(kind, found, place), found.module, changed)
+        layer = _to_place_of(_new_attention(kind, found, place), found.module, changed)
         if place == "se":
             _replace(changed, found.module, layer)
         else:
-            follow(found.module, layer, "attention")
+            append_layer(found.module, layer, "attention")
     _check_runs(changed, flow, arguments, f"kind={_name(kind)}")
     return changed
 
 
-class _UnclearError(ValueError):
-    """An activation cannot be replaced; the message says why."""
+class _UnknownChannelsError(ValueError):
+    """The channel axis of an activation is unknown; the message says why."""
 
 
 def _new_activation(
@@ -189,12 +192,12 @@ def _new_activation(
     for call in made:
         axis = channel_axis(flow, call.inputs[0])
         if axis is None or axis == 0:
-            raise _UnclearError("the data flow does not tell its channels")
+            raise _UnknownChannelsError("its channel axis is unknown")
         axes.setdefault(call.inputs[0].shape[axis], set()).add(axis)
         dims = {len(call.inputs[0].shape) for call in made}
     every = set().union(*axes.values())
     if len(every) > 1:
-        raise _UnclearError("it is shared by places with channels in different axes")
+        raise _UnknownChannelsError("it is shared by places with different channel axes")
     axis = every.pop()
     bodies = {width: _activation(old, kind, width) for width in axes}
     if axis != 1 or not dims <= {4}:
@@ -224,6 +227,7 @@ def _acon(old: nn.Module, kind: str, channels: int) -> nn.Module:
 
 
 def _new_attention(kind: str | Make, found: Place, place: str) -> nn.Module:
+    body: nn.Module
     if isinstance(kind, str):
         body = CoordinateAttention(found.channels, identity_start=place != "se")
     else:
@@ -232,13 +236,13 @@ def _new_attention(kind: str | Make, found: Place, place: str) -> nn.Module:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    take_followers(old, new)  # There may be attention behind it already.
+    move_appended_layers(old, new)  # Such as attention added before.
     give_hooks(old, new)
     replace_module(model, old, new)
 
 
-def _placed_like(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:
-    """Return a new layer with the dtype, device and mode of the old one's place."""
+def _to_place_of(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:
+    """Return the new layer with the dtype, device and mode of the old one."""
     weights = [p for m in (old, model) for p in m.parameters() if p.is_floating_point()]
     return (new.to(weights[0]) if weights else new).train(old.training)
 
@@ -246,13 +250,13 @@ def _placed_like(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:
 def _check_in_place(
     model: nn.Module, selected: Iterable[nn.Module], expected: Any, arguments: tuple[Any, ...]
 ) -> None:
-    """Refuse a network that reads an activation's input after it was overwritten."""
+    """Make activations out-of-place; raise if the network relies on their overwriting the input."""
     in_place = [module for module in selected if getattr(module, "inplace", False)]
     for module in in_place:
-        module.inplace = False
+        setattr(module, "inplace", False)  # noqa: B010 - a plain attribute of some activations
     if in_place and difference(expected, _run(model, arguments)).max_rel > 1e-4:
         raise ValueError(
-            f"{type(model).__name__} relies on an activation that overwrites its input (inplace); "
+            f"{type(model).__name__} relies on an in-place activation overwriting its input; "
             "change its code, or select others with where="
         )
 
@@ -265,7 +269,7 @@ def _check_runs(model: nn.Module, flow: DataFlow, arguments: tuple[Any, ...], ca
         problem = str(error).split("\n")[0]
         raise ValueError(f"{cause}: the changed network fails on the example: {problem}") from error
     if shapes != expected:
-        raise ValueError(f"{cause}: the network now returns {shapes}, but before {expected}")
+        raise ValueError(f"{cause}: the network now returns {shapes}, before {expected}")
 
 
 def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
@@ -280,7 +284,7 @@ def _matches(name: str, where: str) -> bool:
     )
 
 
-def _nothing_at(where: str, names: Iterable[str], what: str, model: nn.Module) -> str:
+def _no_match(where: str, names: Iterable[str], what: str, model: nn.Module) -> str:
     names = list(names)
     known = [name for name, _ in model.named_modules() if name]
     hint = ""
@@ -294,7 +298,7 @@ def _nothing_at(where: str, names: Iterable[str], what: str, model: nn.Module) -
     )
 
 
-def _check_word(field: str, word: str, known: Iterable[str], more: str = "") -> None:
+def _check_choice(field: str, word: str, known: Iterable[str], more: str = "") -> None:
     if word in known:
         return
     near = difflib.get_close_matches(word, known, 1)

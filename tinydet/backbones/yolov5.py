@@ -1,9 +1,9 @@
-"""The backbone of YOLOv5 (release 6.0 and later) as a timm model: yolov5n, s, m, l and x.
+"""The backbone of YOLOv5 (release 6.0 and later) as timm models: yolov5n, s, m, l and x.
 
-The network is described by its published configuration: a 6x6 stem, four stages of a strided conv
+The network follows the published configuration: a 6x6 stem, four stages of a strided conv
 and a cross-stage-partial block (Wang et al. 2020, https://arxiv.org/abs/1911.11929), and a fast
-spatial pyramid pooling at the end. There is no paper of YOLOv5 itself; the project is at
-https://github.com/ultralytics/yolov5. This code is written from that description alone.
+spatial pyramid pooling at the end. There is no paper on YOLOv5 itself; the project is at
+https://github.com/ultralytics/yolov5. This code was written from that description alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from tinydet.backbones.yolov5_checkpoint import is_official, rename_official
 
-_WIDTHS = (64, 128, 256, 512, 1024)  # of the stem and the four stages, at width 1
-_DEPTHS = (3, 6, 9, 3)  # bottlenecks of the four stages, at depth 1
+_WIDTHS = (64, 128, 256, 512, 1024)  # channels of the stem and the four stages at width 1
+_DEPTHS = (3, 6, 9, 3)  # bottlenecks in the four stages at depth 1
 
 _Conv = partial(
     ConvNormAct, act_layer=nn.SiLU, norm_kwargs={"eps": 1e-3, "momentum": 0.03}
@@ -34,7 +34,7 @@ _Conv = partial(
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 and a 3x3 conv of one width, and a shortcut around them."""
+    """A 1x1 and a 3x3 conv with the same number of channels, and a shortcut around them."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
 
 
 class CrossStagePartial(nn.Module):
-    """YOLOv5's C3: two paths of half the channels, bottlenecks on one of them, and a 1x1 conv."""
+    """YOLOv5's C3: two paths with half the channels, bottlenecks in one of them, and a 1x1 conv."""
 
     def __init__(self, channels: int, depth: int, dilation: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class CrossStagePartial(nn.Module):
 
 
 class FastPyramidPooling(nn.Module):
-    """YOLOv5's SPPF: max pools of 5, 9 and 13 cells, each made of the one before.
+    """YOLOv5's SPPF: max pools of 5, 9 and 13 cells, each computed from the previous one.
 
     Spatial pyramid pooling is He et al. 2015, https://arxiv.org/abs/1406.4729.
     """
@@ -72,8 +72,8 @@ class FastPyramidPooling(nn.Module):
         super().__init__()
         half = channels // 2
         self.reduce = _Conv(channels, half, 1)
-        # Of the same reach in pixels whatever the stride. A dilated pool would do, but PyTorch pads
-        # those too little, and padding with -inf by hand spoils the ranges of a quantized network.
+        # Covers the same pixels at any stride. A dilated pool would too, but PyTorch limits the
+        # padding of those, and padding with -inf ruins the ranges of a quantized network.
         self.pool = nn.MaxPool2d(4 * dilation + 1, stride=1, padding=2 * dilation)
         self.merge = _Conv(4 * half, channels, 1)
 
@@ -86,20 +86,20 @@ class FastPyramidPooling(nn.Module):
 
 
 class YoloV5(nn.Module):
-    """The backbone, with timm's interface of a classifier.
+    """The backbone, with the interface of a timm classifier.
 
-    Features have strides 2, 4, 8, 16 and 32; the last comes after the pyramid pooling. A smaller
-    output stride is reached by dilation: before the pyramid pooling, every second cell is then what
-    the plain network has (every fourth with stride 8).
+    Features have strides 2, 4, 8, 16 and 32; the last one follows the pyramid pooling. A smaller
+    output stride is reached by dilation: before the pyramid pooling, every second cell (every
+    fourth with stride 8) then equals a cell of the network with stride 32.
 
     Args:
-        width: factor of the channels, which are rounded up to a multiple of eight.
-        depth: factor of the bottlenecks in a stage.
-        num_classes: of the classifier; 0 for none.
+        width: multiplier of the channels, which are rounded up to a multiple of 8.
+        depth: multiplier of the number of bottlenecks in a stage.
+        num_classes: outputs of the classifier; 0 for none.
         in_chans: channels of the images.
         global_pool: timm's name of the pooling before the classifier.
-        output_stride: 32, 16 or 8 pixels between neighbouring cells of the last features.
-        drop_rate: of the dropout before the classifier.
+        output_stride: stride of the last features in pixels: 32, 16 or 8.
+        drop_rate: dropout probability before the classifier.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class YoloV5(nn.Module):
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride={output_stride}: YOLOv5 has 8, 16 or 32")
+            raise ValueError(f"output_stride={output_stride}: YOLOv5 supports 8, 16 or 32")
         widths = [8 * math.ceil(channels * width / 8) for channels in _WIDTHS]
         depths = [max(round(count * depth), 1) for count in _DEPTHS]
         self.num_classes = num_classes
@@ -122,13 +122,15 @@ class YoloV5(nn.Module):
         self.grad_checkpointing = False
 
         self.stem = _Conv(in_chans, widths[0], 6, stride=2, padding=2)
-        self.feature_info = [{"num_chs": widths[0], "reduction": 2, "module": "stem"}]
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": widths[0], "reduction": 2, "module": "stem"}
+        ]
         stages = []
         reduction, dilation = 2, 1
         for i, (channels, count) in enumerate(zip(widths[1:], depths, strict=True)):
             stride = 2 if reduction < output_stride else 1
             stage = nn.Sequential()
-            # A conv that lost its stride still sees what came before it, hence the old dilation.
+            # A conv that loses its stride still reads the previous grid, with its dilation.
             down = _Conv(widths[i], channels, 3, stride=stride, dilation=dilation)
             reduction, dilation = reduction * stride, dilation * 2 // stride
             stage.add_module("downsample", down)
@@ -142,16 +144,16 @@ class YoloV5(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = widths[-1]
         self.head = ClassifierHead(widths[-1], num_classes, global_pool, drop_rate)
-        _initialise(self)
+        _initialize(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:  # noqa: ARG002 - timm's
-        """Return patterns of the layers' names, for learning rates that fall with depth."""
+        """Return patterns of layer names, for layer-wise learning-rate decay."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute stages again in the backward pass instead of keeping their activations."""
+        """Recompute the stages in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -168,23 +170,23 @@ class YoloV5(nn.Module):
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
-        norm: bool = False,  # noqa: ARG002 - timm's signature; there is no last norm to apply
+        norm: bool = False,  # noqa: ARG002 - timm's signature
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return chosen features, and the last one before them unless `intermediates_only`.
+        """Return the selected features, preceded by the last one unless `intermediates_only`.
 
         Args:
-            x: (B, in_chans, H, W) normalised images.
-            indices: features wanted, 0 to 4; None for all, a number for the last so many.
-            norm: not used.
-            stop_early: leave out the stages after the last one wanted.
+            x: (B, in_chans, H, W) normalized images.
+            indices: indices of the features, 0 to 4; None for all, an int n for the last n.
+            norm: unused, there is no final norm.
+            stop_early: skip the stages after the last selected one.
             output_fmt: "NCHW".
             intermediates_only: return the list alone.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt}: YOLOv5 has NCHW features only")
+            raise ValueError(f"output_fmt={output_fmt}: YOLOv5 supports NCHW only")
         wanted, last = feature_take_indices(len(self.feature_info), indices)
         x = self.stem(x)
         features = [x]
@@ -200,7 +202,7 @@ class YoloV5(nn.Module):
         prune_norm: bool = False,  # noqa: ARG002 - timm's signature
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop the stages after the last of the features `indices`, and the classifier."""
+        """Remove the stages after the last of the features `indices`, and the classifier."""
         wanted, last = feature_take_indices(len(self.feature_info), indices)
         self.stages = self.stages[:last]
         self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
@@ -224,7 +226,7 @@ class YoloV5(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -234,14 +236,14 @@ def _initialise(model: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Give a checkpoint's tensors the model's names; timm calls it before it loads them.
+    """Rename a checkpoint's tensors to the model's names; timm calls this before loading.
 
     Args:
-        state_dict: of a whole YOLOv5 detector in its official names, or of this model.
-        model: the one to load into.
+        state_dict: of a whole YOLOv5 detector with its official names, or of this model.
+        model: the model to load into.
 
     Raises:
-        ValueError: a tensor of the backbone is missing; timm would leave it random, silently.
+        ValueError: a tensor of the backbone is missing, which timm would leave random.
     """
     renamed = rename_official(state_dict) if is_official(state_dict) else state_dict
     missing = [
@@ -257,7 +259,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return renamed
 
 
-def _create(name: str, pretrained: bool, width: float, depth: float, **kwargs: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, width: float, depth: float, **kwargs: Any) -> YoloV5:
     return build_model_with_cfg(
         YoloV5,
         name,
@@ -270,8 +272,8 @@ def _create(name: str, pretrained: bool, width: float, depth: float, **kwargs: A
     )
 
 
-# Pixels are divided by 255 and no more. No weights: the official ones are under the AGPL, on no
-# hub of timm's, and come through `yolov5_checkpoint.convert_official`.
+# Pixels are only divided by 255. There are no weights on timm's hub; the official ones, under the
+# AGPL, are read by `yolov5_checkpoint.convert_official`.
 _CFG = {
     "url": "",
     "num_classes": 1000,

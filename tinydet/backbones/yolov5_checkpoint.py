@@ -1,8 +1,8 @@
-"""Official YOLOv5 checkpoints, read without running anything that is in them.
+"""Reads official YOLOv5 checkpoints without running code in them.
 
-Such a file is a pickle of a whole model object, and loading it the usual way imports the project
-it was trained with and calls whatever the file names. Here every class and function in the pickle
-becomes an inert record of its name and arguments; the tensors are found by walking the records.
+Such a file is a pickle of a whole model object. Loading it the usual way imports the project it was
+trained with and calls any function that the file names. Here every class and function in the pickle
+is replaced by an inert record of its name and arguments, and the tensors are collected from these.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinydet.backbones.tensor_names import without_prefix
+from tinydet.backbones.state_dict import without_prefix
 
-# Class of a storage in torch's zip format -> type of its elements.
+# Storage class in torch's zip format -> dtype.
 _DTYPES = {
     "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16,
@@ -37,8 +37,8 @@ _DTYPES = {
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 
-_LAYERS = 10  # the backbone's; the neck and the head follow
-# Layer and part in the official names -> ours; N is the number of a bottleneck.
+_LAYERS = 10  # layers of the backbone; those of the neck and head follow
+# Layer and part in the official names -> our name; N is the index of a bottleneck.
 _PATHS = {
     "0": "stem",
     "9.cv1": "stages.3.pyramid.reduce",
@@ -57,15 +57,18 @@ for _stage in range(4):
 
 
 class _Inert:
-    """Stands for an object of the pickle: what it was made of, and nothing that acts."""
+    """Stands for an object of the pickle: records its arguments and state, and does nothing."""
 
     path = ""  # module and name of the class or function it stands for
+    args: tuple[Any, ...]
+    state: Any
+    items: dict[Any, Any]
 
     def __new__(cls, *args: Any, **_: Any) -> _Inert:
         self = super().__new__(cls)
         self.args = args
-        self.state: Any = {}
-        self.items: dict[Any, Any] = {}
+        self.state = {}
+        self.items = {}
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -75,7 +78,7 @@ class _Inert:
         self.items[key] = value
 
     def extend(self, values: Any) -> None:
-        """Take the elements of a list's subclass, which nobody reads."""
+        """Ignore the elements of a list subclass, which are not needed."""
 
     append = extend
 
@@ -92,9 +95,9 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def load_official(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of an official YOLOv5 checkpoint; nothing in the file is run.
+    """Read the tensors of an official YOLOv5 checkpoint without running code in it.
 
-    The averaged weights ("ema") are taken where there are some, as the project itself does.
+    The averaged weights ("ema") are preferred if present, as in the project itself.
 
     Args:
         path: a checkpoint of YOLOv5 (`yolov5s.pt`, or a training's `last.pt`), or a plain state
@@ -102,10 +105,10 @@ def load_official(path: str | Path) -> dict[str, Tensor]:
 
     Returns:
         The tensors of the whole network under the names in the file, officially
-        "model.0.conv.weight" and so on. Floating-point ones are float32.
+        "model.0.conv.weight" and so on; floating-point ones are converted to float32.
 
     Raises:
-        ValueError: no such file, or not a checkpoint that can be understood.
+        ValueError: the file does not exist or is not such a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -115,9 +118,9 @@ def load_official(path: str | Path) -> dict[str, Tensor]:
             return _read(archive)
     except zipfile.BadZipFile as error:
         raise ValueError(
-            f"{path}: not in torch's zip format, or cut short ({error}); download it again"
+            f"{path}: not in torch's zip format, or truncated ({error}); download it again"
         ) from error
-    # A pickle made to mislead can fail in any way.
+    # A malicious pickle can raise anything.
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
@@ -129,17 +132,16 @@ def load_official(path: str | Path) -> dict[str, Tensor]:
 def convert_official(path: str | Path) -> dict[str, Tensor]:
     """Read the backbone of an official YOLOv5 checkpoint (release 6.0 or later).
 
-    The official weights are published under the AGPL-3.0, which may bind what is made of them.
+    The official weights are published under the AGPL-3.0, which may apply to derived weights.
 
     Args:
-        path: see `load_official`; what was converted before is read too, and names
-            with a prefix.
+        path: see `load_official`; already converted files and names with a prefix are read too.
 
     Returns:
-        A state dict in the names of `tinydet.backbones.yolov5.YoloV5`.
+        A state dict with the names of `tinydet.backbones.yolov5.YoloV5`.
 
     Raises:
-        ValueError: no such file, not a checkpoint, or one of another network.
+        ValueError: the file does not exist, or is not a checkpoint of this network.
     """
     names = ("model.0.conv.weight", "stem.conv.weight")
     tensors, _ = without_prefix(load_official(path), names)
@@ -152,18 +154,18 @@ def convert_official(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_official(state_dict: Mapping[str, Any]) -> bool:
-    """Tell whether the names of a state dict are those of the YOLOv5 project."""
+    """Return whether a state dict has the names of the YOLOv5 project."""
     return any(re.match(r"model\.\d+\.", name) for name in state_dict)
 
 
 def rename_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the backbone's tensors under our names; those of the neck and head are left out.
+    """Return the backbone's tensors under our names, without those of the neck and head.
 
     Args:
-        state_dict: in the official names, "model.0.conv.weight" and so on.
+        state_dict: with the official names, "model.0.conv.weight" and so on.
 
     Raises:
-        ValueError: the layers are not those of YOLOv5 6.0 or later with batch norms.
+        ValueError: the layers are not those of YOLOv5 6.0 or later, with batch norms.
     """
     renamed = {}
     for name, tensor in state_dict.items():
@@ -172,7 +174,9 @@ def rename_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[_our_name(name)] = tensor
     for theirs, ours in _PATHS.items():
         if f"{ours.replace('N', '0')}.conv.weight" not in renamed:
-            raise ValueError(f"no layer model.{theirs.replace('m', 'm.0')} as YOLOv5 6.0 has it")
+            raise ValueError(
+                f"the layer model.{theirs.replace('m', 'm.0')} of YOLOv5 6.0 is missing"
+            )
     return renamed
 
 
@@ -183,15 +187,15 @@ def _our_name(name: str) -> str:
         if path := _PATHS.get(f"{layer}{block}{part}"):
             return f"{path.replace('N', number)}.{tensor}"
     raise ValueError(
-        f"{name} is no tensor of YOLOv5's backbone of release 6.0 or later; older releases, models "
-        "whose batch norms are folded already and other networks are not read"
+        f"{name} is not a tensor of the backbone of YOLOv5 6.0 or later; older releases, models "
+        "with folded batch norms and other networks are not supported"
     )
 
 
 def _read(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     pickles = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
-        raise ValueError("no data.pkl in it")
+        raise ValueError("contains no data.pkl")
     folder = pickles[0].split("/")[0]
     order = f"{folder}/byteorder"
     if order in archive.namelist() and _stored(archive, order) != b"little":
@@ -201,19 +205,19 @@ def _read(archive: zipfile.ZipFile) -> dict[str, Tensor]:
         name: _tensor(record, archive, folder) for name, record in _records(_network(checkpoint))
     }
     if not tensors:
-        raise ValueError("no tensors where a network or a state dict has them")
+        raise ValueError("contains no network or state dict")
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    # Torch never compresses; a few compressed bytes could unpack to more than the memory.
+    # Torch never compresses, and a small compressed file could expand beyond the memory.
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     return archive.read(name)
 
 
 def _entries(value: Any) -> dict[Any, Any]:
-    """Return what a dict or the record of an OrderedDict holds."""
+    """Return the items of a dict or of the record of an OrderedDict."""
     if isinstance(value, _Inert):
         return value.items
     return value if isinstance(value, dict) else {}
@@ -233,7 +237,7 @@ def _records(network: Any) -> Iterator[tuple[str, _Inert]]:
         if isinstance(name, str) and _is_tensor(record):
             yield name, record
     waiting = [("", network)]
-    seen = set()  # a pickle can hold a circle
+    seen = set()  # a pickle can contain a cycle
     while waiting:
         prefix, module = waiting.pop()
         if not isinstance(module, _Inert) or id(module) in seen:
@@ -258,11 +262,11 @@ def _tensor(record: _Inert, archive: zipfile.ZipFile, folder: str) -> Tensor:
         record = record.args[0]
     (kind, storage_class, key, _, count), offset, size, stride = record.args[:4]
     if record.path != _TENSOR or kind != "storage" or storage_class.path not in _DTYPES:
-        raise ValueError(f"a tensor of an unknown kind, {record.path}")
+        raise ValueError(f"contains a tensor of an unknown kind, {record.path}")
     dtype = _DTYPES[storage_class.path]
     content = _stored(archive, f"{folder}/data/{key}")
     if len(content) != count * dtype.itemsize or math.prod(size) > count:
-        raise ValueError(f"data/{key} has not the length of its tensor")
+        raise ValueError(f"data/{key} does not match the size of its tensor")
     if not content:
         return torch.empty(size, dtype=dtype)
     storage = torch.frombuffer(bytearray(content), dtype=dtype)

@@ -22,7 +22,7 @@ from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
 from tinydet.evaluation.boxes import GroundTruth
 from tinydet.evaluation.coco import match_coco
-from tinydet.evaluation.error_changes import compare_errors
+from tinydet.evaluation.errors import compare_errors
 from tinydet.evaluation.saved_detections import SavedDetections
 from tinydet.evaluation.tide import KINDS, tide
 from tinydet.evaluation.weighted import (

@@ -12,7 +12,7 @@ from tinydet.config import Data
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
 from tinydet.evaluation.boxes import ImageDetections
-from tinydet.evaluation.error_changes import ErrorChanges, compare_errors
+from tinydet.evaluation.errors import ErrorChanges, compare_errors
 from tinydet.evaluation.tide import tide
 from tinydet.evaluation.tide_table import LEGEND, tide_change_lines, tide_lines
 from tinydet.experiment_file import experiment_from_dict, override

@@ -1,4 +1,4 @@
-"""Average precision of detections; knows no model: numpy arrays in, numbers out."""
+"""Average precision and error analysis of detections, on numpy arrays."""
 
 from tinydet.evaluation.boxes import GroundTruth, ImageDetections
 from tinydet.evaluation.coco import CocoResult, evaluate_coco

@@ -1,9 +1,9 @@
-"""What evaluation compares: detections and ground truth of an image, as numpy arrays.
+"""Detections and ground truth of an image, as numpy arrays.
 
 Boxes are xyxy in pixels of the original image, 0-based and continuous: x runs from 0 to the width.
-An area is (x2 - x1) * (y2 - y1), without the "+ 1" of the VOC devkit, which counts inclusive pixels
-from 1. An annotation read as (xmin - 1, ymin - 1, xmax, ymax) has the same area here as there, so
-every IoU is the devkit's for detections written to its files as (x1 + 1, y1 + 1, x2, y2).
+An area is (x2 - x1) * (y2 - y1). The VOC devkit counts inclusive pixels from 1 and adds 1 to each
+side. An annotation read as (xmin - 1, ymin - 1, xmax, ymax) has the same area as in the devkit, so
+every IoU equals the devkit's for detections written to its files as (x1 + 1, y1 + 1, x2, y2).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 
 
 class ImageDetections(NamedTuple):
-    """Detections of one image; any (boxes, scores, labels) triple does as well.
+    """Detections of one image; any (boxes, scores, labels) tuple is accepted in its place.
 
     Attributes:
         boxes: (N, 4) xyxy pixels.
-        scores: (N,), higher is surer.
-        labels: (N,) integers, positions in the class list.
+        scores: (N,) confidences.
+        labels: (N,) integers, indices into the class list.
     """
 
     boxes: np.ndarray
@@ -35,13 +35,13 @@ class GroundTruth:
 
     Attributes:
         boxes: (N, 4) xyxy pixels.
-        labels: (N,) integers, positions in the class list.
-        difficult: (N,) bool, boxes that nobody has to find: no recall is lost by missing one, and
-            finding one is neither right nor wrong.
-        crowd: (N,) bool, difficult boxes around many objects: the COCO metric excuses whatever lies
-            inside. None is no such box.
-        areas: (N,) square pixels by which the COCO metric tells small from large; None is the area
-            of the box.
+        labels: (N,) integers, indices into the class list.
+        difficult: (N,) bool, boxes that need not be found: missing one costs no recall, and a
+            detection of one is ignored.
+        crowd: (N,) bool, difficult boxes around groups of objects: the COCO metric ignores all
+            detections inside. None for no crowds.
+        areas: (N,) square pixels, by which the COCO metric separates small from large objects; None
+            for the areas of the boxes.
     """
 
     boxes: np.ndarray
@@ -56,13 +56,13 @@ def check_inputs(
     ground_truth: Sequence[GroundTruth],
     num_classes: int,
 ) -> tuple[list[ImageDetections], list[GroundTruth]]:
-    """Return both as arrays of float64, int64 and bool, refusing what cannot be evaluated.
+    """Validate both and return them as arrays of float64, int64 and bool.
 
-    What the ground truth leaves out is filled in, and crowds are difficult.
+    The optional arrays of the ground truth are filled in, and crowds are marked as difficult.
 
     Raises:
-        ValueError: the lists differ in length, or an image has arrays of the wrong shape, a label
-            outside [0, num_classes) or a number that is not finite.
+        ValueError: the lists differ in length, or an image has an array of the wrong shape, a label
+            outside [0, num_classes) or a non-finite value.
     """
     if len(detections) != len(ground_truth):
         raise ValueError(

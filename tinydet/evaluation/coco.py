@@ -1,4 +1,4 @@
-"""COCO average precision by pycocotools, from the arrays the VOC metric takes, without files."""
+"""COCO average precision by pycocotools, on arrays instead of JSON files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tinydet.evaluation.boxes import GroundTruth, check_inputs
 
 @dataclass(frozen=True)
 class CocoResult:
-    """COCO's average precisions, as fractions; NaN where there is no ground truth to find.
+    """COCO's average precisions, as fractions; NaN without ground truth.
 
-    Sizes are areas in pixels of the original image: small below 32 x 32, large above 96 x 96. They
-    are the ground truth's `areas`, in COCO those of the objects' masks, else areas of boxes.
+    Sizes are areas in pixels of the original image: small below 32 x 32, large above 96 x 96. The
+    areas are the ground truth's `areas` (in COCO those of the masks), by default the boxes' areas.
 
     Attributes:
         ap: mean over IoU thresholds 0.5, 0.55, ... 0.95 and over classes with ground truth.
@@ -43,12 +43,12 @@ class CocoResult:
 
 
 class _Evaluation(COCOeval):
-    """COCOeval that treats a difficult box that is no crowd as the VOC devkit does.
+    """COCOeval that treats difficult boxes that are not crowds as the VOC devkit does.
 
-    pycocotools overwrites a box's "ignore" with its "iscrowd", and only a crowd region may take up
-    more than one detection. So a difficult box is given as a crowd; but the IoU with a crowd is
-    the overlap over the *detection's* area, under which a small detection inside a large difficult
-    box would always be excused. Here the IoU stays the usual one but for true crowds.
+    pycocotools overwrites a box's "ignore" with its "iscrowd", and only a crowd can match more than
+    one detection. Difficult boxes are therefore passed as crowds. But pycocotools divides the
+    overlap with a crowd by the *detection's* area, so that any small detection inside a large
+    difficult box would be ignored. This class keeps the usual IoU except for true crowds.
     """
 
     def computeIoU(self, image_id: int, category_id: int) -> Any:  # noqa: N802 (overrides)
@@ -68,23 +68,23 @@ def evaluate_coco(
 ) -> CocoResult:
     """Return COCO's average precisions (101 recalls, at most 100 detections an image and class).
 
-    Difficult boxes need not be found, and a detection whose best remaining match is a difficult box
-    counts neither for nor against, however many there are: see `_Evaluation`. Of a crowd, "IoU" is
-    the overlap over the detection's area. Matching is otherwise COCO's: a detection gets the best
-    box that is still *free*, where VOC calls it a duplicate.
+    Difficult boxes need not be found. Detections whose best remaining match is a difficult box are
+    ignored, however many there are: see `_Evaluation`. The "IoU" with a crowd is the overlap over
+    the detection's area. Otherwise matching is COCO's: a detection is assigned to the best box that
+    is still *free*, where VOC counts it as a duplicate.
 
     Args:
-        detections: one (boxes (N, 4), scores (N,), labels (N,)) an image, as in `boxes.py`.
-        ground_truth: one an image, in the same order.
+        detections: one (boxes (N, 4), scores (N,), labels (N,)) for each image, as in `boxes.py`.
+        ground_truth: one for each image, in the same order.
         num_classes: number of classes K.
 
     Raises:
         ValueError: an array has the wrong shape or content; the message names the image.
     """
-    evaluation = _matched(detections, ground_truth, num_classes)
+    evaluation = _match(detections, ground_truth, num_classes)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
-    # (T thresholds, R recalls, K, A areas, 1), -1 where there is nothing to find
+    # (T thresholds, R recalls, K, A areas, 1), -1 without ground truth
     precision = evaluation.eval["precision"][..., 0]
     return CocoResult(
         ap=_mean(precision[..., 0]),
@@ -99,19 +99,19 @@ def evaluate_coco(
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """The judged detections of one class, by descending score over all images.
+    """The matched detections of one class, by descending score over all images.
 
     Attributes:
-        images: (N,) number of each detection's image.
-        scores: (N,), of equal ones those of the first image first.
-        right: (T, N) bool, true positives at each IoU threshold.
-        ignored: (T, N) bool, neither right nor wrong.
-        boxes: (I,) boxes to find in each image.
+        images: (N,) index of each detection's image.
+        scores: (N,), equal scores in the order of the images.
+        true_positive: (T, N) bool, at each of T IoU thresholds.
+        ignored: (T, N) bool, neither true nor false positive.
+        boxes: (I,) number of ground-truth boxes in each of I images, difficult ones excluded.
     """
 
     images: np.ndarray
     scores: np.ndarray
-    right: np.ndarray
+    true_positive: np.ndarray
     ignored: np.ndarray
     boxes: np.ndarray
 
@@ -121,48 +121,47 @@ def match_coco(
     ground_truth: Sequence[GroundTruth],
     num_classes: int,
 ) -> list[ClassMatches]:
-    """Judge detections as `evaluate_coco` does, at its ten thresholds, for all sizes together.
+    """Match detections as `evaluate_coco` does, at its ten IoU thresholds, for all sizes together.
 
-    Arguments and errors as there; of each image at most 100 detections of a class are judged.
+    Same arguments and errors; at most 100 detections of each image and class are used.
     """
-    evaluation = _matched(detections, ground_truth, num_classes, all_sizes=False)
+    evaluation = _match(detections, ground_truth, num_classes, all_sizes=False)
     thresholds, num_images = len(evaluation.params.iouThrs), len(ground_truth)
     matches = []
     for label in range(num_classes):
         # None is an image with neither detections nor boxes of the class.
         images = evaluation.evalImgs[label * num_images : (label + 1) * num_images]
-        there = [image for image in images if image is not None]
+        present = [image for image in images if image is not None]
         boxes = np.zeros(num_images)
-        for image in there:
+        for image in present:
             boxes[image["image_id"]] = np.count_nonzero(image["gtIgnore"] == 0)
         none = np.zeros((thresholds, 0), bool)
-        ignored = np.concatenate([none, *(i["dtIgnore"] for i in there)], axis=1).astype(bool)
-        matched = np.concatenate([none, *(i["dtMatches"] for i in there)], axis=1) > 0
-        numbers = np.array([i["image_id"] for i in there], np.int64)
-        of_detection = np.repeat(numbers, [len(i["dtScores"]) for i in there])
-        scores = np.concatenate([np.zeros(0), *(i["dtScores"] for i in there)])
+        ignored = np.concatenate([none, *(i["dtIgnore"] for i in present)], axis=1).astype(bool)
+        matched = np.concatenate([none, *(i["dtMatches"] for i in present)], axis=1) > 0
+        indices = np.array([i["image_id"] for i in present], np.int64)
+        image_of = np.repeat(indices, [len(i["dtScores"]) for i in present])
+        scores = np.concatenate([np.zeros(0), *(i["dtScores"] for i in present)])
         order = np.argsort(-scores, kind="stable")
-        right = (matched & ~ignored)[:, order]
+        positive = (matched & ~ignored)[:, order]
         matches.append(
-            ClassMatches(of_detection[order], scores[order], right, ignored[:, order], boxes)
+            ClassMatches(image_of[order], scores[order], positive, ignored[:, order], boxes)
         )
     return matches
 
 
-def _matched(
+def _match(
     detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     ground_truth: Sequence[GroundTruth],
     num_classes: int,
     all_sizes: bool = True,
 ) -> COCOeval:
-    """Return pycocotools' evaluation with every image matched."""
+    """Return pycocotools' evaluation after matching every image."""
     found, truth = check_inputs(detections, ground_truth, num_classes)
-    rows: list[dict[str, Any]]  # one a box, in order
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"iscrowd": int(difficult), "crowd": int(crowd), "area": area}
         for image in truth
         for difficult, crowd, area in zip(
-            image.difficult.tolist(), image.crowd.tolist(), image.areas.tolist(), strict=True
+            image.difficult, np.asarray(image.crowd), np.asarray(image.areas).tolist(), strict=True
         )
     ]
     truth_set = _data_set([(t.boxes, t.labels) for t in truth], rows, num_classes)
@@ -186,16 +185,16 @@ def _mean(precision: np.ndarray) -> float:
 def _data_set(
     images: list[tuple[np.ndarray, np.ndarray]], rows: list[dict[str, Any]], num_classes: int
 ) -> COCO:
-    """Index boxes and labels of all images as pycocotools does; `rows` are their other fields.
+    """Return boxes and labels as an indexed pycocotools data set.
 
-    A row without "area" gets that of its box.
+    `rows` are the other fields of each annotation, in order; the default "area" is the box's.
     """
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for index, (boxes, labels) in enumerate(images):
         sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)  # xywh
         areas = sides[:, 2] * sides[:, 3]
         for box, area, label in zip(sides.tolist(), areas.tolist(), labels.tolist(), strict=True):
-            # Numbers start at 1: pycocotools marks "unmatched" with 0.
+            # IDs start at 1: for pycocotools 0 means "unmatched".
             number = len(annotations) + 1
             annotations.append(
                 {"id": number, "image_id": index, "category_id": label, "bbox": box, "area": area}

@@ -1,4 +1,4 @@
-"""Detections of a whole split in one file: arrays and names, nothing that can run code."""
+"""The detections of a split in one `.npz` file, read without unpickling anything."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tinydet.evaluation.boxes import ImageDetections
 
 @dataclass(frozen=True)
 class SavedDetections:
-    """What a detector found in a split.
+    """The detections of a split.
 
     Attributes:
         image_ids: names of the images.
         classes: class names in label order.
-        detections: one an image, in the same order: float32 boxes and scores, int64 labels.
+        detections: one for each image, in the same order: float32 boxes and scores, int64 labels.
     """
 
     image_ids: tuple[str, ...]
@@ -28,7 +28,7 @@ class SavedDetections:
     detections: list[ImageDetections]
 
     def same_as(self, other: SavedDetections) -> bool:
-        """Whether both hold the same detections of the same images, to the last bit."""
+        """Return whether both have bit-identical detections of the same images."""
         return (self.image_ids, self.classes) == (other.image_ids, other.classes) and all(
             np.array_equal(a, b)
             for one, two in zip(self.detections, other.detections, strict=True)
@@ -42,13 +42,13 @@ def save_detections(
     classes: Sequence[str],
     detections: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> None:
-    """Write detections, whole or not at all.
+    """Write detections atomically.
 
     Args:
         path: the file, ending in `.npz`.
         image_ids: names of the images.
         classes: class names in label order.
-        detections: one (boxes (N, 4), scores (N,), labels (N,)) an image.
+        detections: one (boxes (N, 4), scores (N,), labels (N,)) for each image.
     """
     found = [ImageDetections(*of_image) for of_image in detections]
     counts = [len(image.scores) for image in found]
@@ -65,10 +65,10 @@ def save_detections(
 
 
 def load_detections(path: Path) -> SavedDetections:
-    """Read a file of `save_detections`.
+    """Read a file written by `save_detections`.
 
     Raises:
-        ValueError: it is missing, damaged or no such file.
+        ValueError: the file is missing, damaged or of another kind.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -77,10 +77,9 @@ def load_detections(path: Path) -> SavedDetections:
         ends = np.cumsum(counts)[:-1]
         parts = (np.split(values, ends) for values in (boxes, scores, labels))
         found = [ImageDetections(*of_image) for of_image in zip(*parts, strict=True)]
-        if len(image_ids) != len(counts) or not counts.sum() == len(boxes) == len(scores):
-            raise ValueError("its parts do not fit together")
-        if len(labels) != len(boxes) or boxes.shape[1:] != (4,):
-            raise ValueError("its parts do not fit together")
+        lengths = {len(boxes), len(scores), len(labels), int(counts.sum())}
+        if len(image_ids) != len(counts) or len(lengths) > 1 or boxes.shape[1:] != (4,):
+            raise ValueError("its arrays do not match")
     except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: no detections can be read from it ({error})") from None
+        raise ValueError(f"{path}: cannot read detections ({error})") from None
     return SavedDetections(tuple(image_ids.tolist()), tuple(classes.tolist()), found)

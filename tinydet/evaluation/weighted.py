@@ -1,14 +1,14 @@
-"""Average precision where each image counts as often as its weight says.
+"""Average precision with a weight for each image, for bootstrapping over images.
 
-A bootstrap over images asks for the metric of thousands of test sets in which some images are there
-several times and others not at all. Which box a detection belongs to is a matter of its own image:
-all images are matched once, and a test set is then a vector of weights. The average precision
-is that of the metric itself with each image repeated (copies behind one another), for all classes
-that the test set has boxes of. A weight need not be whole: of 2.5 copies the last is half a one.
+A bootstrap evaluates thousands of test sets in which some images occur several times and others not
+at all. Detections are matched within their image, so matching is done once, and a test set is a
+vector of image weights. The result equals the metric on a test set in which each image is repeated
+(copies next to each other), averaged over the classes that have boxes in it. Weights need not be
+integers: with a weight of 2.5 the third copy counts half.
 
-The metrics take detections of equal scores in the order of the images and, in an image, in the
-order given. Where an image has several at one score, its copies are therefore counted one by one:
-right, wrong, right, wrong is less precise than right, right, wrong, wrong.
+The metrics order detections of equal score by image and, within an image, by input order. If an
+image has several detections of one score, its copies must therefore be counted one by one: the
+precision of TP, FP, TP, FP differs from that of TP, TP, FP, FP.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 
 from tinydet.evaluation.boxes import GroundTruth, check_inputs
 from tinydet.evaluation.coco import ClassMatches
-from tinydet.evaluation.voc import IGNORED, RIGHT, match
+from tinydet.evaluation.voc import IGNORED, TRUE_POSITIVE, match_voc
 
-_CHUNK = 32  # test sets at a time: what is computed of them stays in the processor's cache
+_CHUNK = 32  # test sets at a time, so that intermediate arrays fit in the CPU cache
 _RECALLS = np.linspace(0.0, 1.0, 101)  # pycocotools'
-# From true positives and precisions (R, P) and boxes (R, 1) to average precisions (R,).
+# (true positives (R, P), precisions (R, P), number of boxes (R, 1)) -> average precisions (R,).
 _Rule = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -33,9 +33,9 @@ def voc_matches(
     num_classes: int,
     iou: float = 0.5,
 ) -> list[ClassMatches]:
-    """Judge detections as `evaluate_voc` does, at one threshold; arguments and errors as there."""
+    """Match detections as `evaluate_voc` does; same arguments and errors."""
     found, truth = check_inputs(detections, ground_truth, num_classes)
-    outcome, _ = match(found, truth, iou)
+    outcome, _ = match_voc(found, truth, iou)
     scores = np.concatenate([np.zeros(0), *(image.scores for image in found)])
     labels = np.concatenate([np.zeros(0, np.int64), *(image.labels for image in found)])
     images = np.repeat(np.arange(len(found)), [len(image.labels) for image in found])
@@ -46,10 +46,14 @@ def voc_matches(
     for label in range(num_classes):
         rows = np.flatnonzero(labels == label)
         rows = rows[np.argsort(-scores[rows], kind="stable")]
-        judged = outcome[rows][None]
+        matched = outcome[rows][None]
         matches.append(
             ClassMatches(
-                images[rows], scores[rows], judged == RIGHT, judged == IGNORED, boxes[label]
+                images[rows],
+                scores[rows],
+                matched == TRUE_POSITIVE,
+                matched == IGNORED,
+                boxes[label],
             )
         )
     return matches
@@ -59,75 +63,78 @@ def weighted_area_ap(matches: Sequence[ClassMatches], weights: np.ndarray) -> np
     """Return the mean area under the precision-recall curves (VOC 2010), as `mean_area` is.
 
     Args:
-        matches: of `voc_matches`, a class each.
-        weights: (R, I), at least 0, how often each image is in each of R test sets.
+        matches: from `voc_matches`, one for each class.
+        weights: (R, I), non-negative, the number of copies of each image in each of R test sets.
 
     Returns:
-        (R,) float64; NaN for a test set without boxes to find.
+        (R,) float64; NaN for a test set without ground-truth boxes.
     """
-    return _over_classes(matches, weights, _area)
+    return _mean_over_classes(matches, weights, _area)
 
 
 def weighted_coco_ap(matches: Sequence[ClassMatches], weights: np.ndarray) -> np.ndarray:
     """Return COCO's mean of 101 precisions, over thresholds and classes, as `CocoResult.ap` is.
 
     Args:
-        matches: of `match_coco`, a class each.
-        weights: (R, I), at least 0, how often each image is in each of R test sets.
+        matches: from `match_coco`, one for each class.
+        weights: (R, I), non-negative, the number of copies of each image in each of R test sets.
 
     Returns:
-        (R,) float64; NaN for a test set without boxes to find.
+        (R,) float64; NaN for a test set without ground-truth boxes.
     """
-    return _over_classes(matches, weights, _at_recalls)
+    return _mean_over_classes(matches, weights, _at_recalls)
 
 
-def _over_classes(matches: Sequence[ClassMatches], weights: np.ndarray, rule: _Rule) -> np.ndarray:
+def _mean_over_classes(
+    matches: Sequence[ClassMatches], weights: np.ndarray, rule: _Rule
+) -> np.ndarray:
     total, known = np.zeros(len(weights)), np.zeros(len(weights))
     for start in range(0, len(weights), _CHUNK):
         rows = slice(start, start + _CHUNK)
         chunk = np.asarray(weights[rows], np.float64)
-        for of_class in matches:
-            num_boxes = chunk @ of_class.boxes  # (R,)
-            there = num_boxes > 0
-            num_boxes = np.where(there, num_boxes, 1.0)[:, None]
-            curves = [rule(*curve, num_boxes) for curve in _curves(of_class, chunk)]
-            total[rows] += np.where(there, np.mean(curves, axis=0), 0.0)
-            known[rows] += there
+        for class_matches in matches:
+            num_boxes = chunk @ class_matches.boxes  # (R,)
+            has_boxes = num_boxes > 0
+            num_boxes = np.where(has_boxes, num_boxes, 1.0)[:, None]
+            curves = [rule(*curve, num_boxes) for curve in _curves(class_matches, chunk)]
+            total[rows] += np.where(has_boxes, np.mean(curves, axis=0), 0.0)
+            known[rows] += has_boxes
     return np.divide(total, known, out=np.full(len(weights), np.nan), where=known > 0)
 
 
 def _curves(matches: ClassMatches, weights: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield for each threshold what there is at its P true positives, by descending score.
+    """Yield the precision-recall curve of each IoU threshold, at its P true positives.
 
     Yields:
-        (R, P) true positives so far, and the best precision from there on. Between two true
-        positives precision only falls, so no other place is asked for.
+        (R, P) number of true positives so far, and the highest precision from there on. Precision
+        only falls between two true positives, so other points are not needed.
     """
-    rows, of_detection = _copies(matches, weights)  # (N,), (R, N)
-    so_far = np.cumsum(of_detection, axis=1)
-    for right, ignored in zip(matches.right[:, rows], matches.ignored[:, rows], strict=True):
-        places = np.flatnonzero(right)
+    rows, weight = _copies(matches, weights)  # (N,), (R, N)
+    so_far = np.cumsum(weight, axis=1)
+    outcomes = zip(matches.true_positive[:, rows], matches.ignored[:, rows], strict=True)
+    for true_positive, ignored in outcomes:
+        places = np.flatnonzero(true_positive)
         counted = so_far[:, places]
         if ignored.any():
-            left_out = np.flatnonzero(ignored)
-            sums = np.cumsum(of_detection[:, left_out], axis=1)
+            skipped = np.flatnonzero(ignored)
+            sums = np.cumsum(weight[:, skipped], axis=1)
             sums = np.concatenate([np.zeros((len(weights), 1)), sums], axis=1)
-            counted = counted - sums[:, np.searchsorted(left_out, places)]
-        found = np.cumsum(of_detection[:, places], axis=1)
-        # Images of weight 0 at the very beginning: 0 of 0 are right.
+            counted = counted - sums[:, np.searchsorted(skipped, places)]
+        found = np.cumsum(weight[:, places], axis=1)
+        # 0 of 0 if the first images have weight 0.
         precision = np.divide(found, counted, out=np.zeros_like(found), where=counted > 0)
         yield found, np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
 
 
 def _copies(matches: ClassMatches, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order in which detections count, and how often each one does.
+    """Return the order in which detections are counted, and the weight of each.
 
     Returns:
-        (N',) positions in `matches`: each once, but detections of one image with one score once
-        for each of its copies, those of a copy together. (R, N') weights of them.
+        (N',) indices into `matches`: each once, except that detections of one image with equal
+        scores occur once for each copy of the image, copy by copy. (R, N') their weights.
     """
     images, scores = matches.images, matches.scores
-    same = (images[1:] == images[:-1]) & (scores[1:] == scores[:-1])  # as the one before
+    same = (images[1:] == images[:-1]) & (scores[1:] == scores[:-1])  # as the previous detection
     if not same.any():
         return np.arange(len(images)), weights[:, images]
     tied = np.append(same, False) | np.append(False, same)
@@ -146,8 +153,8 @@ def _area(found: np.ndarray, precision: np.ndarray, num_boxes: np.ndarray) -> np
 
 
 def _at_recalls(found: np.ndarray, precision: np.ndarray, num_boxes: np.ndarray) -> np.ndarray:
-    # A recall threshold takes the precision of the first true positive that reaches it. How many
-    # thresholds each one reaches, in the floating point that pycocotools compares them in:
+    # Each recall threshold takes the precision of the first true positive that reaches it. The
+    # number of thresholds reached is computed with the floating-point comparison of pycocotools.
     recall = found / num_boxes
     nearest = np.rint(recall * 100).astype(np.intp)
     reached = nearest + (_RECALLS[nearest] <= recall)

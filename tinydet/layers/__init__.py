@@ -1,7 +1,7 @@
-"""Small layers that timm and torch lack: activations and attention, ready for pretrained networks.
+"""Activations and attention layers that timm and torch lack, for use in pretrained networks.
 
-The activations start at or near one in common use and the attention, unless told otherwise, as the
-identity, so that a pretrained network still works at the first step of fine-tuning.
+The activations start equal or close to common ones, and the attention by default as the identity,
+so that a pretrained network still works at the first step of fine-tuning.
 """
 
 from tinydet.layers.acon import AconA, AconB, AconC, MetaAcon

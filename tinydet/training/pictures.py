@@ -14,8 +14,7 @@ from torch import Tensor
 from tinydet.data.image import read_image
 from tinydet.data.index import Index
 from tinydet.evaluation import Metrics
-from tinydet.evaluation.error_changes import ImageChange
-from tinydet.evaluation.errors import ImageErrors, image_errors
+from tinydet.evaluation.errors import ImageChange, ImageErrors, image_errors
 from tinydet.evaluation.tide_table import HEADS
 from tinydet.report.draw import draw_errors, encode_jpeg, resize_between, side_by_side
 from tinydet.report.fonts import class_names

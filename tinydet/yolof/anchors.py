@@ -17,15 +17,15 @@ def make_anchors(
 ) -> Tensor:
     """Return every anchor of a (height, width) feature map.
 
-    Centres are at (x * stride, y * stride), without the half-stride offset some detectors use: this
-    is how the reference YOLOF was trained.
+    Centers are at (x * stride, y * stride), without the half-stride offset of some detectors, as in
+    the reference YOLOF.
 
     Args:
         height: rows of the feature map.
         width: columns of the feature map.
-        stride: pixels of the network input between neighbouring cells.
+        stride: stride of the feature map in pixels of the network input.
         sides: side of each square anchor in pixels.
-        device: where to put them.
+        device: device of the anchors.
 
     Returns:
         (height * width * len(sides), 4) float32 xyxy pixels, ordered (y, x, side).

@@ -1,4 +1,4 @@
-"""From raw outputs to boxes to detections.
+"""Decodes raw outputs into boxes and detections.
 
 B images, A anchors, K classes, N detections of an image.
 """
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, nms
 
-# A box grows to at most 1000/16 times its anchor's side: exp() of an untrained output stays finite
-# (the bound used since Fast R-CNN).
+# Limits a box to 1000 / 16 times its anchor's side, so that exp() of untrained outputs stays finite
+# (the limit used since Fast R-CNN).
 _MAX_LOG_SIZE = math.log(1000 / 16)
 
 
 @dataclass
 class Detections:
-    """Detections of one image, best first.
+    """Detections of one image, by descending score.
 
     Attributes:
         boxes: (N, 4) float32 xyxy pixels.
@@ -34,15 +34,15 @@ class Detections:
 
 
 def decode_boxes(anchors: Tensor, deltas: Tensor, center_clamp: float) -> Tensor:
-    """Turn regression outputs into boxes (arXiv 2103.09460, section 4; dx, dy, dw, dh of R-CNN).
+    """Decode regression outputs into boxes (arXiv 2103.09460, section 4; R-CNN's dx, dy, dw, dh).
 
-    The centre moves by (dx * w, dy * h), at most `center_clamp` pixels either way; the sides are
-    multiplied by exp(dw), exp(dh), at most 62.5. Boxes are not clipped to the image.
+    The center moves by (dx * w, dy * h), limited to `center_clamp` pixels in each direction; the
+    sides are multiplied by exp(dw) and exp(dh), at most 62.5. Boxes are not clipped to the image.
 
     Args:
         anchors: (A, 4) xyxy pixels.
         deltas: (..., A, 4).
-        center_clamp: pixels.
+        center_clamp: largest move of the center in pixels.
 
     Returns:
         (..., A, 4) xyxy pixels, in the dtype of `deltas`.
@@ -60,44 +60,45 @@ def postprocess(
     boxes: Tensor,
     image_size: tuple[float, float],
     score_threshold: float,
-    candidates: int,
+    pre_nms_topk: int,
     nms_iou: float,
     max_detections: int,
 ) -> Detections:
-    """Select an image's detections: threshold, best candidates, clip, drop empty, per-class NMS.
+    """Select an image's detections: threshold, top k, clip, drop empty boxes, per-class NMS.
 
-    One image at a time: in a batch even a sigmoid's last digit depends on where in memory it lies
-    (the vectors of a CPU end somewhere). Of equal scores the first in `cls_logits` comes first.
+    Images are processed one at a time so that results do not depend on the batch: the last bit of a
+    sigmoid can depend on its position in a vectorized loop. Equal scores keep the order of
+    `cls_logits`.
 
     Args:
-        cls_logits: (A, K); an (anchor, class) pair is a candidate when its sigmoid is above
-            `score_threshold`, so one anchor may give several detections.
+        cls_logits: (A, K); each (anchor, class) pair is a candidate, so one anchor may yield
+            several detections.
         boxes: (A, 4) xyxy pixels of the network input.
         image_size: (H, W) of the image within the network input, to which boxes are clipped.
-        score_threshold: lowest score, exclusive.
-        candidates: pairs that go into NMS, the best over all classes.
-        nms_iou: IoU above which the lower-scored box of a class is dropped.
-        max_detections: kept.
+        score_threshold: lowest score (sigmoid of the logit), exclusive.
+        pre_nms_topk: maximum number of candidates passed to NMS, over all classes.
+        nms_iou: IoU above which the lower-scoring box of a class is suppressed.
+        max_detections: maximum number of detections.
     """
     num_classes = cls_logits.shape[1]
     scores = cls_logits.sigmoid().flatten()  # (A * K,)
     (pairs,) = (scores > score_threshold).nonzero(as_tuple=True)
     scores = scores[pairs]
-    if len(pairs) > candidates:
-        # Which of equal scores topk takes is not defined: it only says how low to go.
-        enough = scores >= scores.topk(candidates).values.min()
+    if len(pairs) > pre_nms_topk:
+        # The choice of topk among equal scores is undefined, so it only gives the threshold.
+        enough = scores >= scores.topk(pre_nms_topk).values.min()
         pairs, scores = pairs[enough], scores[enough]
     scores, order = scores.sort(descending=True, stable=True)
-    scores, pairs = scores[:candidates], pairs[order[:candidates]]
+    scores, pairs = scores[:pre_nms_topk], pairs[order[:pre_nms_topk]]
     labels = pairs % num_classes
     boxes = clip_boxes_to_image(boxes[pairs // num_classes], image_size)
     solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
-    # Classes lie side by side and do not meet. float32 would lose the last digits of coordinates to
-    # such offsets; float64 keeps them all, but for those within 0.001 pixels of the left border.
-    apart = boxes.double()
-    apart[:, 0::2] += labels[:, None] * math.ceil(image_size[1])
-    keep = nms(apart, scores.double(), nms_iou)[:max_detections]
+    # Boxes are offset by class so that classes do not overlap. With such offsets float32 would lose
+    # digits of the coordinates; float64 is exact except within 0.001 pixels of the left border.
+    shifted = boxes.double()
+    shifted[:, 0::2] += labels[:, None] * math.ceil(image_size[1])
+    keep = nms(shifted, scores.double(), nms_iou)[:max_detections]
     return Detections(boxes[keep], scores[keep], labels[keep])
 
 
@@ -106,12 +107,12 @@ def sizes_in_input(
     sizes: Sequence[tuple[int, int]] | None,
     scales: Sequence[tuple[float, float]] | None,
 ) -> list[tuple[float, float]]:
-    """Return how much of the network input each image takes, without its padding.
+    """Return the size of each image within the network input, without padding.
 
     Args:
         images: (B, 3, H, W).
-        sizes: (H, W) of each original image; None takes the input for the image.
-        scales: (sy, sx) of each image, network pixels an original pixel; None is 1.
+        sizes: (H, W) of each original image; None for the size of the input.
+        scales: (sy, sx) of each image, network pixels per original pixel; None for 1.
 
     Returns:
         (H, W) of each image in pixels of the network input.
@@ -131,19 +132,19 @@ def place_in_images(
     sizes: Sequence[tuple[int, int]] | None,
     scales: Sequence[tuple[float, float]] | None,
 ) -> list[Detections]:
-    """Turn pixels of the network input into pixels of the original images.
+    """Convert boxes from pixels of the network input to pixels of the original images.
 
     Args:
-        detections: of each image.
-        sizes: (H, W) of each original image; boxes are clipped to it. None clips nothing.
-        scales: (sy, sx) of each image, network pixels an original pixel; boxes are divided by it.
+        detections: the detections of each image.
+        sizes: (H, W) of each original image; boxes are clipped to it. None for no clipping.
+        scales: (sy, sx) of each image, network pixels per original pixel; boxes are divided by it.
 
     Returns:
-        The detections; without those that lie in the padding alone, if selection left any.
+        The detections, without any that lie entirely in the padding.
     """
     placed = []
     for i, found in enumerate(detections):
-        boxes, solid = found.boxes, slice(None)
+        boxes, scores, labels = found.boxes, found.scores, found.labels
         if scales is not None:
             sy, sx = scales[i]
             boxes = boxes / boxes.new_tensor([sx, sy, sx, sy])
@@ -151,5 +152,6 @@ def place_in_images(
             height, width = sizes[i]
             boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
             solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        placed.append(Detections(boxes[solid], found.scores[solid], found.labels[solid]))
+            boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
+        placed.append(Detections(boxes, scores, labels))
     return placed

@@ -1,4 +1,4 @@
-"""The whole detector: pixels in, losses or detections out.
+"""The detector: images in, losses or detections out.
 
 B images, A anchors, K classes.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinydet.backbones.factory import create_backbone
 from tinydet.backbones.frozen import keep_fixed
-from tinydet.backbones.ideas import apply_ideas
+from tinydet.backbones.modifications import apply_modifications
 from tinydet.config import Model
 from tinydet.yolof.anchors import make_anchors
 from tinydet.yolof.decode import (
@@ -31,17 +31,22 @@ from tinydet.yolof.matcher import uniform_match
 class Detector(nn.Module):
     """YOLOF (arXiv 2103.09460) on one feature map of a backbone.
 
-    Takes raw pixels: normalisation with the backbone's mean and deviation is part of the model.
+    The input are raw pixels; normalization with the backbone's mean and std is part of the model.
 
     Attributes:
-        backbone: (B, 3, H, W) to a list with one feature map.
+        backbone: maps (B, 3, H, W) to a list of one feature map.
         encoder: the dilated encoder.
-        head: to cls_logits and deltas.
+        head: maps encoder features to cls_logits and deltas.
         classes: class names in label order.
-        stride: pixels of the input between neighbouring cells of the feature map.
-        config: the model's part of the experiment.
-        fixed: names of the backbone's modules that stay in eval mode.
+        stride: stride of the feature map in pixels of the input.
+        config: the experiment's model configuration.
+        fixed: names of the backbone's frozen modules, which stay in eval mode.
+        mean: (1, 3, 1, 1), of pixels in 0..255.
+        std: (1, 3, 1, 1), of pixels in 0..255.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -55,7 +60,7 @@ class Detector(nn.Module):
         config: Model,
         fixed: Sequence[str] = (),
     ) -> None:
-        """Take the parts; `mean` and `std` are the backbone's, in units of 0..1."""
+        """Assemble the parts; `mean` and `std` are the backbone's, for pixels in 0..1."""
         super().__init__()
         self.backbone = backbone
         self.encoder = encoder
@@ -69,20 +74,20 @@ class Detector(nn.Module):
         keep_fixed(backbone, self.fixed)
 
     def train(self, mode: bool = True) -> Detector:
-        """Choose training or evaluation mode; what is fixed stays in evaluation mode."""
+        """Set training or eval mode; frozen modules stay in eval mode."""
         super().train(mode)
         keep_fixed(self.backbone, self.fixed)
         return self
 
     @property
     def anchor_sides(self) -> tuple[float, ...]:
-        """Sides of the square anchors of a cell in pixels."""
+        """Sides of the square anchors of each cell in pixels."""
         return tuple(scale * self.stride for scale in self.config.anchor_scales)
 
     def forward(
         self, images: Tensor, targets: Sequence[dict[str, Tensor]] | None = None
     ) -> tuple[Tensor, Tensor] | tuple[dict[str, Tensor], Tensor]:
-        """Return raw outputs, or the losses when there are targets.
+        """Return raw outputs, or the losses if targets are given.
 
         Args:
             images: (B, 3, H, W) RGB in 0..255, uint8 or float; H and W multiples of 32.
@@ -90,16 +95,16 @@ class Detector(nn.Module):
 
         Returns:
             cls_logits (B, A, K) and deltas (B, A, 4), float32; with targets, a dict of the scalars
-            `loss_cls` and `loss_box`, and the number of positives that they are divided by.
+            `loss_cls` and `loss_box`, and the number of positives by which they are normalized.
         """
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         (features,) = self.backbone(x)
         cls_logits, deltas = self.head(self.encoder(features))
         if targets is None:
             return cls_logits, deltas
-        # Outside autocast: in half precision neither IoUs nor sums over all anchors are exact.
+        # In full precision: IoUs and sums over all anchors are inaccurate in half precision.
         with torch.autocast(images.device.type, enabled=False):
-            return self.losses(cls_logits, deltas, tuple(images.shape[-2:]), targets)
+            return self.losses(cls_logits, deltas, _size(images), targets)
 
     def anchors(self, image_size: tuple[int, int]) -> Tensor:
         """Return the (A, 4) xyxy anchors for an input of (H, W) pixels."""
@@ -113,13 +118,13 @@ class Detector(nn.Module):
         image_size: tuple[int, int],
         targets: Sequence[dict[str, Tensor]],
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the losses of raw outputs; arguments and result as in `forward`, outside autocast.
+        """Return the losses of raw outputs, as `forward` does; call it outside autocast.
 
         Args:
             cls_logits: (B, A, K) float32.
             deltas: (B, A, 4) float32.
             image_size: (H, W) of the network input.
-            targets: for each image its boxes and labels.
+            targets: boxes and labels of each image, as in `forward`.
         """
         anchors = self.anchors(image_size)
         pred_boxes = decode_boxes(anchors, deltas, self.config.center_clamp)
@@ -147,12 +152,12 @@ class Detector(nn.Module):
         Args:
             images: (B, 3, H, W) RGB in 0..255; H and W multiples of 32.
             sizes: (H, W) of each original image; boxes are clipped to it, before NMS.
-            scales: (sy, sx) of each image, network pixels an original pixel; boxes are divided
+            scales: (sy, sx) of each image, network pixels per original pixel; boxes are divided
                 by it. Without `sizes` and `scales` boxes are in pixels of the network input.
         """
         cls_logits, deltas = self(images)
         limits = sizes_in_input(images, sizes, scales)
-        detections = self.select(cls_logits, deltas, tuple(images.shape[-2:]), limits)
+        detections = self.select(cls_logits, deltas, _size(images), limits)
         return place_in_images(detections, sizes, scales)
 
     def select(
@@ -169,7 +174,7 @@ class Detector(nn.Module):
             deltas: (B, A, 4).
             image_size: (H, W) of the network input.
             limits: (H, W) of each image within it, without padding, to which boxes are clipped
-                before any is dropped; None clips to the input.
+                before NMS; None for the whole input.
         """
         config, anchors = self.config, self.anchors(image_size)
         limits = limits or [image_size] * len(cls_logits)
@@ -187,12 +192,17 @@ class Detector(nn.Module):
         ]
 
 
+def _size(images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return height, width
+
+
 def build_detector(config: Model, classes: Sequence[str]) -> Detector:
     """Build the detector of an experiment, in training mode.
 
     Raises:
-        ConfigError: the backbone does not exist, has no such feature or stage or no place for an
-            idea, or its weights cannot be had.
+        ConfigError: the backbone does not exist, lacks the feature, the stage or a place for a
+            modification, or its weights are not available.
     """
     backbone = create_backbone(
         config.backbone, config.weights, config.feature, config.freeze_stages
@@ -208,7 +218,7 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         config.reg_convs,
     )
     return Detector(
-        apply_ideas(backbone.module, config, backbone.fixed),
+        apply_modifications(backbone.module, config, backbone.fixed),
         encoder,
         head,
         classes,

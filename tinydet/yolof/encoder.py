@@ -1,4 +1,4 @@
-"""YOLOF's dilated encoder: one feature map in, one out, with receptive fields of many sizes."""
+"""YOLOF's dilated encoder, which covers several receptive fields with one feature map."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DilatedBlock(nn.Module):
-    """Residual bottleneck: 1x1, dilated 3x3, 1x1, each with BN and ReLU, then the addition."""
+    """Residual bottleneck: 1x1, dilated 3x3 and 1x1 convs, each with BN and ReLU, and the sum."""
 
     def __init__(self, channels: int, mid_channels: int, dilation: int) -> None:
         super().__init__()
@@ -17,12 +17,12 @@ class DilatedBlock(nn.Module):
         self.conv3 = _conv_norm_relu(mid_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) in and out."""
+        """Map (B, channels, H, W) to the same shape."""
         return x + self.conv3(self.conv2(self.conv1(x)))
 
 
 class DilatedEncoder(nn.Module):
-    """Projector (1x1, 3x3, no activation), then one residual block for each dilation.
+    """Projector (1x1, 3x3, no activation) followed by one residual block for each dilation.
 
     Source: arXiv 2103.09460, section 4 and figure 5.
     """
@@ -41,15 +41,16 @@ class DilatedEncoder(nn.Module):
         self.output_norm = nn.BatchNorm2d(channels)
         self.blocks = nn.Sequential(*[DilatedBlock(channels, mid_channels, d) for d in dilations])
         for conv in (self.lateral_conv, self.output_conv):
-            # Xavier as Caffe2 has it: uniform with variance 1 / fan_in.
+            # Caffe2's Xavier initialization: uniform with variance 1 / fan_in.
             nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
         for module in self.blocks.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H, W)."""
+        """Map (B, in_channels, H, W) to (B, channels, H, W)."""
         x = self.lateral_norm(self.lateral_conv(x))
         x = self.output_norm(self.output_conv(x))
         return self.blocks(x)

@@ -1,6 +1,6 @@
 """YOLOF's decoder: a classification tower, a regression tower and an implicit objectness.
 
-B images, A anchors (H * W * anchors a cell), K classes.
+B images, A anchors (H * W * anchors per cell), K classes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-# e^x of either logit is capped here before the logarithm, as in the reference.
+# exp() of either logit is clamped to this before the logarithm, as in the reference.
 _MAX_EXP_LOGIT = math.log(1e8)
-# Share of positives a fresh head predicts (focal loss, arXiv 1708.02002, section 4.1).
+# Initial probability of a positive (focal loss, arXiv 1708.02002, section 4.1).
 _PRIOR = 0.01
 
 
 class Head(nn.Module):
-    """Two towers of 3x3 conv-BN-ReLU; objectness comes from the regression tower.
+    """Two towers of 3x3 conv-BN-ReLU; objectness is predicted from the regression tower.
 
     Source: arXiv 2103.09460, section 4. Objectness has no loss of its own: it is multiplied into
     the class probability and learns from the classification loss alone.
@@ -44,13 +44,14 @@ class Head(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        assert self.cls_score.bias is not None
         nn.init.constant_(self.cls_score.bias, -math.log((1 - _PRIOR) / _PRIOR))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, channels, H, W) to cls_logits (B, A, K) and deltas (B, A, 4)."""
         cls_features = self.cls_tower(x)
         reg_features = self.reg_tower(x)
-        # Channels are anchor-major, then class: anchor order (y, x, side) as in make_anchors.
+        # Channels are ordered by anchor, then class; anchors by (y, x, side) as in make_anchors.
         cls_logits = rearrange(
             self.cls_score(cls_features), "b (a k) h w -> b (h w a) k", k=self.num_classes
         )
@@ -63,14 +64,14 @@ class Head(nn.Module):
 def fuse_objectness(cls_logits: Tensor, obj_logits: Tensor) -> Tensor:
     """Return the logit whose sigmoid is sigmoid(cls) * sigmoid(obj).
 
-    c + o - log(1 + e^c + e^o), with e^c and e^o capped at 1e8: pass float32, float16 overflows.
+    c + o - log(1 + e^c + e^o), with e^c and e^o clamped to 1e8, which overflows in float16.
     """
     capped = cls_logits.clamp(max=_MAX_EXP_LOGIT).exp() + obj_logits.clamp(max=_MAX_EXP_LOGIT).exp()
     return cls_logits + obj_logits - torch.log1p(capped)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    """Leave half precision, in which neither logits nor pixels are exact; keep float64."""
+    """Convert half precision, too inaccurate for logits and pixels, to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -1,6 +1,6 @@
-"""YOLOF's training loss: focal loss on every anchor, GIoU loss on every match.
+"""YOLOF's losses: focal loss on every anchor, GIoU loss on every match.
 
-B images, A anchors, K classes, G boxes an image at most, M matches.
+B images, A anchors, K classes, G boxes per image at most, M matches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinydet.yolof.matcher import IGNORED, Matches
 
 
 def pad_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Stack targets of different lengths.
+    """Pad the targets of a batch to the same length.
 
     Returns:
         boxes (B, G, 4), labels (B, G) int64 and valid (B, G) bool, False for padding.
@@ -32,14 +32,14 @@ def pad_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor, T
 def yolof_losses(
     cls_logits: Tensor, pred_boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, matches: Matches
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return `loss_cls` and `loss_box`, and the mean number of positives a process.
+    """Return `loss_cls` and `loss_box`, and the mean number of positives per process.
 
-    Both losses are divided by that number: times it, those of several batches can be added.
+    Both losses are sums divided by that number; multiply by it to add up several batches.
 
     `loss_cls` is the focal loss (arXiv 1708.02002, alpha 0.25, gamma 2) over all (anchor, class)
-    pairs but those of ignored anchors. `loss_box` is the GIoU loss (arXiv 1902.09630) over all
-    positive matches; an anchor matched twice counts twice here, while its class is the last
-    match's, as in the reference. `num_positives` counts anchors, at least one an image.
+    pairs except those of ignored anchors. `loss_box` is the GIoU loss (arXiv 1902.09630) over all
+    positive matches. As in the reference, an anchor matched twice counts twice in `loss_box`, and
+    its class is that of the last match. `num_positives` counts anchors, at least one per image.
 
     Args:
         cls_logits: (B, A, K) float32.
@@ -63,7 +63,7 @@ def yolof_losses(
     focal = sigmoid_focal_loss(cls_logits, cls_targets.to(cls_logits.dtype))
     loss_cls = (focal * (matches.assigned != IGNORED)[..., None]).sum()
 
-    # Negative matches get weight 0 instead of being selected: shapes stay fixed and nothing waits.
+    # Negative matches get weight 0: with fixed shapes there is no synchronization with the device.
     pred = pred_boxes.gather(1, matches.anchor_idxs[..., None].expand(-1, -1, 4))  # (B, M, 4)
     giou = generalized_box_iou_loss(pred, gt_boxes[:, matches.gt_idxs])  # (B, M)
     loss_box = giou.where(matches.positive, 0).sum()

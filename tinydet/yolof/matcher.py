@@ -1,6 +1,6 @@
 """YOLOF's uniform matching: every box gets the same number of positives, whatever its size.
 
-B images, A anchors, G boxes an image at most (padded), k nearest taken, M = 2 * k * G matches.
+B images, A anchors, G boxes per image at most (padded), k nearest anchors, M = 2 * k * G matches.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ IGNORED = -2
 
 @dataclass
 class Matches:
-    """What each anchor learns.
+    """The assignment of anchors to ground-truth boxes.
 
     Attributes:
-        anchor_idxs: (B, M) int64, the matched anchors. An anchor may occur several times.
-        gt_idxs: (M,) int64, the box each match belongs to, the same for every image.
-        positive: (B, M) bool, matches that count: a real box (not padding) whose IoU with the
-            *anchor* is high enough.
+        anchor_idxs: (B, M) int64, the matched anchors; an anchor may occur several times.
+        gt_idxs: (M,) int64, the box of each match, the same for every image.
+        positive: (B, M) bool, matches with a real box (not padding) whose IoU with the *anchor* is
+            high enough.
         assigned: (B, A) int64, for each anchor the index of its box, BACKGROUND or IGNORED.
     """
 
@@ -46,20 +46,20 @@ def uniform_match(
 ) -> Matches:
     """Match each box to its `topk` nearest predictions and `topk` nearest anchors by L1 distance.
 
-    Distance is L1 over (cx, cy, w, h) in pixels; of equal distances the lower index is nearer.
-    Then, in order: everything is background; anchors whose *prediction* overlaps a box by more than
-    `neg_ignore` are ignored; matches overwrite, rank by rank, predictions before anchors, box by
-    box, and the last one written stays: ignored where the *anchor's* IoU with the box is below
-    `pos_ignore`, else the box. Source: arXiv 2103.09460, section 4, and its reference code.
+    The distance is L1 over (cx, cy, w, h) in pixels; of equal distances the lower index wins.
+    Anchors start as background; those whose *prediction* has an IoU above `neg_ignore` with a box
+    are ignored. Matches then overwrite this, rank by rank, predictions before anchors, box by box;
+    the last one wins. A match assigns its box, or "ignored" if the *anchor's* IoU with the box is
+    below `pos_ignore`. Source: arXiv 2103.09460, section 4, and its reference code.
 
     Args:
         anchors: (A, 4) xyxy pixels.
         pred_boxes: (B, A, 4) xyxy pixels.
-        gt_boxes: (B, G, 4) xyxy pixels, padded with anything.
+        gt_boxes: (B, G, 4) xyxy pixels, with any padding.
         gt_valid: (B, G) bool, False for padding.
-        topk: nearest of each kind; at most A are taken.
-        pos_ignore: lowest IoU of a matched anchor with its box.
-        neg_ignore: highest IoU with a box of a prediction that is background.
+        topk: number of nearest predictions and of nearest anchors, at most A.
+        pos_ignore: lowest IoU of a positive anchor with its box.
+        neg_ignore: highest IoU of a background prediction with a box.
     """
     num_images, num_anchors = pred_boxes.shape[:2]
     num_boxes = gt_boxes.shape[1]
@@ -74,7 +74,7 @@ def uniform_match(
     nearest_anchors = _nearest(
         box_convert(anchors, "xyxy", "cxcywh").expand(num_images, -1, -1), gt_cxcywh, topk
     )  # (B, topk, G)
-    # Rank-major, predictions first: the order in which the reference writes.
+    # By rank, predictions first: the order in which the reference writes.
     anchor_idxs = rearrange([nearest_preds, nearest_anchors], "kind b k g -> b (k kind g)")
     gt_idxs = repeat(
         torch.arange(num_boxes, device=anchors.device), "g -> (k kind g)", k=topk, kind=2
@@ -87,7 +87,7 @@ def uniform_match(
     match_iou = _paired_iou(anchors[anchor_idxs], gt_boxes[:, gt_idxs])  # (B, M)
     valid = gt_valid[:, gt_idxs]
     positive = valid & (match_iou >= pos_ignore)
-    # Last write wins, without depending on the order in which a device scatters.
+    # The last write wins, independent of the order in which the device scatters.
     write = torch.arange(len(gt_idxs), device=anchors.device).where(valid, -1)
     last = torch.full_like(assigned, -1).scatter_reduce(1, anchor_idxs, write, "amax")  # (B, A)
     written = gt_idxs[last].where(positive.gather(1, last.clamp(min=0)), IGNORED)
@@ -96,10 +96,10 @@ def uniform_match(
 
 
 def _nearest(candidates: Tensor, boxes: Tensor, topk: int) -> Tensor:
-    """Return the (B, topk, G) indices of the nearest of (B, A, 4) candidates to (B, G, 4) boxes."""
+    """Return the (B, topk, G) indices of the (B, A, 4) candidates nearest to (B, G, 4) boxes."""
     distance = torch.cdist(candidates, boxes, p=1)  # (B, A, G)
     ranks = []
-    # topk() leaves ties to the device; argmin takes the first.
+    # Ties: topk() is device-dependent, argmin returns the first.
     for _ in range(topk):
         ranks.append(distance.argmin(dim=1, keepdim=True))  # (B, 1, G)
         distance.scatter_(1, ranks[-1], torch.inf)

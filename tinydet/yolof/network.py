@@ -1,4 +1,4 @@
-"""What evaluation and demos need of a detector, whatever runs it."""
+"""The interface of a detector for evaluation and demos, independent of the runtime."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinydet.yolof.decode import Detections
 
 
 class Network(Protocol):
-    """Finds objects in network inputs: `yolof.detector.Detector`, `deployment.runtime.OnnxNetwork`.
+    """A network that detects objects, such as `Detector` or `deployment.runtime.OnnxNetwork`.
 
     Attributes:
         classes: class names in label order.

@@ -1,4 +1,4 @@
-"""What each module of a network was given and returned in one pass, and along which axis."""
+"""Inputs and outputs of each module of a network in one forward pass, and their channel axes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModuleCall:
         module: the module.
         inputs: its tensor arguments.
         output: the tensor it returned; None if it returned anything else.
-        ops: the operations run inside it, those of its children included.
+        ops: the operations run inside it and its children.
     """
 
     name: str
@@ -40,18 +40,17 @@ class ModuleCall:
     ops: list[Op]
 
 
-def observe_calls(
+def trace_modules(
     model: nn.Module, inputs: tuple[Any, ...]
 ) -> tuple[DataFlow, dict[nn.Module, list[ModuleCall]]]:
-    """Run a network once, in eval mode and without gradients, and note each module's calls.
+    """Run a network once, in eval mode and without gradients, and record the calls of each module.
 
     Args:
-        model: the network; it is in the same state afterwards.
+        model: the network; its state is unchanged.
         inputs: positional arguments.
 
     Returns:
-        The data flow, and the calls of each module that was called, in the order of the network's
-        modules.
+        The data flow, and the calls of each module that ran, in the order of `model.modules()`.
     """
     recorder = Recorder()
     found: dict[nn.Module, list[ModuleCall]] = {module: [] for module in model.modules()}
@@ -87,7 +86,7 @@ def observe_calls(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules in eval mode for a while."""
+    """Temporarily put all modules in eval mode."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -98,11 +97,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def channel_axis(flow: DataFlow, view: View) -> int | None:
-    """Return which axis of a tensor are its channels, or None if the data flow does not say.
+    """Return the channel axis of a tensor, or None if the data flow does not determine it.
 
-    Convolutions, batch and group norms make and take channels in axis 1, linear layers and layer
-    norms in the last; element by element operations keep them where they are, and a view
-    of a tensor moves them with their memory.
+    Convolutions, batch and group norms have their channels in axis 1, linear layers and layer norms
+    in the last axis. Elementwise operations keep the axis, and a view of a tensor moves it with its
+    memory.
     """
     return _from_producer(flow, view, 64) if view.shape else None
 
@@ -117,7 +116,7 @@ def _from_producer(flow: DataFlow, view: View, depth: int) -> int | None:
 
 
 def _axis_made(flow: DataFlow, op: Op, made: View, depth: int) -> int | None:
-    """Return the axis of the channels in what an operation returns."""
+    """Return the channel axis of an operation's output."""
     if op.name in _AXIS_1:
         return 1
     if op.name in _AXIS_LAST or _is_layer_norm(op):
@@ -136,7 +135,7 @@ def _keeps(op: Op, given: View, made: View, axis: int) -> bool:
 
 def _from_readers(flow: DataFlow, view: View) -> int | None:
     for op in flow.readers(view.value):
-        for read in op.inputs[:2]:  # The bias may come before the input, never the weight.
+        for read in op.inputs[:2]:  # The bias may precede the input, the weight never does.
             if read.value != view.value:
                 continue
             if op.name in _AXIS_1:
@@ -155,7 +154,7 @@ def _is_layer_norm(op: Op) -> bool:
 
 
 def _follow_view(made: View, axis: int | None, view: View) -> int | None:
-    """Return which axis of a view is an axis of another view of the same memory."""
+    """Return the axis of `view` that matches an axis of `made`, a view of the same memory."""
     if axis is None or axis >= len(made.shape):
         return None
     if (made.shape, made.stride) == (view.shape, view.stride):
@@ -164,7 +163,7 @@ def _follow_view(made: View, axis: int | None, view: View) -> int | None:
     axes = [i for i, a in enumerate(zip(view.shape, view.stride, strict=True)) if a == wanted]
     if len(axes) == 1:
         return axes[0]
-    # A part of the channels: all other axes are as they were.
+    # A slice of the channels: all other axes are unchanged.
     rest = [a for i, a in enumerate(zip(made.shape, made.stride, strict=True)) if i != axis]
     here = list(zip(view.shape, view.stride, strict=True))
     parts = [i for i in range(len(here)) if here[i][1] == wanted[1]]
