@@ -134,7 +134,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(
     experiment = replace(
         tiny_experiment,
         model=replace(tiny_experiment.model, backbone="test_resnet", feature="C4"),
-        optim=replace(tiny_experiment.optim, optimizer="sgd", lr=0.0, warmup_iters=0),
+        optim=replace(tiny_experiment.optim, optimizer="sgd", lr=1e-12, warmup_iters=0),
         train=replace(
             tiny_experiment.train, batch_size=batch_size, accumulate=accumulate, epochs=1
         ),
