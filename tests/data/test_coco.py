@@ -1,14 +1,12 @@
 """The index of COCO sets: by hand, and what the files may get wrong."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tinydet.config import ConfigError, Data
 from tinydet.data.coco import read_index, split_names
-from tinydet.data.dataset import DetectionDataset, fetch, is_missing, load_split
+from tinydet.data.dataset import DetectionDataset
 
 CAT, BUS, DOG = 2, 90, 7
 
@@ -276,45 +274,6 @@ def test_read_index__what_is_not_there(coco_tree, tmp_path):
     ):
         with pytest.raises(FileNotFoundError, match=says):
             read_index(folder, split)
-
-
-def test_load_split__missing_coco_names_what_to_fetch(tmp_path):
-    data = Data(root=str(tmp_path / "coco"), source="coco", train_split="train2017", classes=())
-    assert is_missing(data)
-    for attempt in (fetch, lambda d: load_split(d, "train2017")):
-        with pytest.raises(FileNotFoundError, match=r"coco: no such.*train2017\.zip.*val2017\.zip"):
-            attempt(data)
-
-
-def test_load_split__unknown_class_names_the_nearest(coco_tree):
-    _one(coco_tree)
-    data = Data(root=str(coco_tree.root), source="coco", train_split="train", test_split="test")
-    assert load_split(replace(data, classes=("cat", "dog")), "train").classes == ("cat", "dog")
-    with pytest.raises(
-        ConfigError, match=r"data\.classes: .*\(train\) does not have dogg: did you"
-    ):
-        load_split(replace(data, classes=("cat", "dogg")), "train")
-    with pytest.raises(
-        ConfigError, match=r"does not have aeroplane; bicycle;"
-    ):  # VOC's, the default
-        load_split(data, "train")
-
-
-def test_load_split__labels_are_those_of_the_training_split(coco_tree, caplog):
-    _one(coco_tree)
-    coco_tree.start("test")
-    coco_tree.categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cow"}]
-    coco_tree.image(5)
-    coco_tree.object(5, 1, (1, 1, 5, 5))
-    coco_tree.object(5, 2, (1, 1, 6, 6))
-    coco_tree.write()
-    root = str(coco_tree.root)
-    data = Data(root=root, source="coco", train_split="train", test_split="test", classes=())
-    index = load_split(data, "test")
-    assert index.classes == ("cat", "dog", "bus")
-    assert index.labels.tolist() == [1]
-    assert "2 classes are not in the annotation file's list" in caplog.text
-    assert "cow (1)" in caplog.text
 
 
 def test_read_index__categories_without_a_name(coco_tree):
