@@ -100,7 +100,7 @@ def _execute(path: Path) -> ModuleType:
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Let the files of a folder be imported by name within this block, and only there."""
-    names = {file.stem for file in _files(folder)}
+    names = {file.stem for file in _files(folder) if not _is_library(file.stem)}
     hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
@@ -111,6 +111,10 @@ def _importable(folder: Path) -> Iterator[None]:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)
+
+
+def _is_library(name: str) -> bool:
+    return name in sys.stdlib_module_names or hasattr(sys.modules.get(name), "__path__")
 
 
 def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
