@@ -1,4 +1,4 @@
-"""BCCD with ACON-C for its activations, in the minutes of bccd_lite0.py.
+"""BCCD with ACON-C activations, in the same training time as bccd_lite0.py.
 
 python tools/train.py experiments/bccd_lite0_acon.py --seed 0
 """

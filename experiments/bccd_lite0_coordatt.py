@@ -1,4 +1,4 @@
-"""BCCD with Coordinate Attention behind each block, in the minutes of bccd_lite0.py.
+"""BCCD with Coordinate Attention after each block, in the same training time as bccd_lite0.py.
 
 python tools/train.py experiments/bccd_lite0_coordatt.py --seed 0
 """

@@ -1,4 +1,4 @@
-"""BCCD with Diverse Branch Blocks on its 3x3 and 5x5 convs, in the minutes of bccd_lite0.py.
+"""BCCD with Diverse Branch Blocks on 3x3 and 5x5 convs, in the training time of bccd_lite0.py.
 
 python tools/train.py experiments/bccd_lite0_dbb.py --seed 0
 """

@@ -1,4 +1,4 @@
-"""BCCD with RepVGG's branches on its 3x3 and 5x5 convs, in the minutes of bccd_lite0.py.
+"""BCCD with RepVGG branches on 3x3 and 5x5 convs, in the training time of bccd_lite0.py.
 
 python tools/train.py experiments/bccd_lite0_repvgg.py --seed 0
 """

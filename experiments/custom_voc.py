@@ -2,8 +2,8 @@
 
 python tools/train.py experiments/custom_voc.py --set data.root=FOLDER
 
-The defaults are for a few hundred images of a few hundred pixels and a patient CPU or any GPU:
-C4 at stride 16 finds small objects, and a narrow encoder keeps a step short.
+The defaults suit a few hundred images of a few hundred pixels on a CPU or any GPU: C4 at stride 16
+finds small objects, and a narrow encoder keeps steps short.
 """
 
 from tinydet.config import Augment, Data, Experiment, Model, Optim, Train

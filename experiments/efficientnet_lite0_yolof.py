@@ -1,4 +1,4 @@
-"""YOLOF on EfficientNet-Lite0, PASCAL VOC 2007; its weights come as a package too.
+"""YOLOF on EfficientNet-Lite0, PASCAL VOC 2007; whose weights are also available as a package.
 
 python tools/train.py experiments/efficientnet_lite0_yolof.py
 """

@@ -1,4 +1,4 @@
-"""An idea of one's own: a new activation for the quickstart's ResNet-18.
+"""A custom layer: a new activation for the quickstart's ResNet-18.
 
 python tools/compare.py experiments/quickstart.py experiments/quickstart_leak.py
 """
@@ -13,9 +13,9 @@ from torch import nn
 
 
 class Leak(nn.Module):
-    """ReLU that lets a learned share of what is negative through, at first none."""
+    """ReLU with a learned slope for negative values, initially 0."""
 
-    def __init__(self, **_: bool) -> None:  # timm says whether to work in place
+    def __init__(self, **_: bool) -> None:  # timm passes `inplace`
         super().__init__()
         self.share = nn.Parameter(torch.zeros(()))
 
@@ -26,7 +26,7 @@ class Leak(nn.Module):
 
 @register_model
 def resnet18_leak(pretrained: bool = False, **kwargs: object) -> nn.Module:
-    """ResNet-18 with it for every activation."""
+    """ResNet-18 with `Leak` as its activation."""
     return timm.model_entrypoint("resnet18")(pretrained, act_layer=Leak, **kwargs)
 
 

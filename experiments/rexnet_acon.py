@@ -1,4 +1,4 @@
-"""The default detector, whose ReXNet has ACON-C (arXiv 2009.04759) for its activations.
+"""The default detector with ACON-C activations (arXiv 2009.04759) in its backbone.
 
 python tools/train.py experiments/rexnet_acon.py
 """

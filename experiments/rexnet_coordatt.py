@@ -1,4 +1,4 @@
-"""The default detector, whose ReXNet has Coordinate Attention (arXiv 2103.02907) for its SE layers.
+"""The default detector with Coordinate Attention (arXiv 2103.02907) in place of its SE layers.
 
 python tools/train.py experiments/rexnet_coordatt.py
 """

@@ -1,8 +1,8 @@
-"""The default detector, whose ReXNet trains with Diverse Branch Blocks on its 3x3 convs.
+"""The default detector, trained with Diverse Branch Blocks on the 3x3 convs of its backbone.
 
 python tools/train.py experiments/rexnet_dbb.py
 
-Folding (deploy/reparam.py) leaves ReXNet's own convs: the same cost as experiments/rexnet_yolof.py.
+Folding (deploy/reparam.py) restores plain convs, so it costs no more than rexnet_yolof.py.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""YOLOF on ReXNet-1.0, PASCAL VOC 2007 trainval to train, test to validate: the default everywhere.
+"""YOLOF on ReXNet-1.0, trained on PASCAL VOC 2007 trainval, evaluated on test: all defaults.
 
 python tools/train.py experiments/rexnet_yolof.py
 """

@@ -2,18 +2,19 @@
 
 python tools/train.py experiments/yolof_cspdarknet53_dc5_coco.py
 
-Eight residual blocks, batch norms that learn and are synced, stretched squares of many sizes. The
-values are those of the authors' code (github.com/chensnathan/YOLOF; their other code, in cvpods,
-matches 8 and not 4). Beside what yolof_r50_c5_coco.py lists it differs there in:
+It has eight residual blocks, trainable and synchronized batch norms, and stretched square images of
+many sizes. The values are those of the authors' code (github.com/chensnathan/YOLOF; their other
+code, in cvpods, matches 8 instead of 4). In addition to yolof_r50_c5_coco.py, the authors' code
+differs in:
 
-- the backbone: Mish where timm has LeakyReLU, weights trained so, norms with an eps of 1e-4 and a
-  momentum of 0.03 (timm: 1e-5 and 0.1), and in the fixed stages their statistics go on;
+- the backbone: Mish where timm has LeakyReLU, and weights trained with it; norms with an eps of
+  1e-4 and a momentum of 0.03 (timm: 1e-5 and 0.1), whose statistics frozen stages update too;
 - LeakyReLU (0.1) in encoder and head, here ReLU;
-- each side of an image is cropped or padded by up to 30 % before it is stretched, not so here;
+- each side of an image is cropped or padded by up to 30 % before stretching, here not;
 - the size factor, 0.8 to 1.2, is drawn for each image, here for each batch in steps of 32 pixels;
 - saturation and value are multiplied or divided by up to 1.5, here multiplied by 0.5 to 1.5;
-- a mosaic's tiles meet anywhere but in the outer 20 %, here 25 %, and show their images at the size
-  that they have by themselves, here at half of it to all of it;
+- mosaic tiles meet anywhere but in the outer 20 %, here 25 %, and show images at their full size,
+  here at half to full size;
 - evaluation at 608 pixels, here as trained: tools/test.py ... --set data.image_size=608.
 
 "9x": --set train.epochs=108 optim.milestones=0.92593,0.97531

@@ -2,11 +2,11 @@
 
 python tools/train.py experiments/yolof_r50_c5_coco.py
 
-The values are those of the authors' code (github.com/chensnathan/YOLOF). What differs there:
-weights (Caffe's ResNet-50, which strides in the 1x1 convs, on BGR pixels), weight decay of biases,
-22500 steps of 64 images (here 12 epochs, 22179 of them); images without objects are left out;
-boxes are kept however little of them a shift leaves; what it leaves free is black, and padding the
-mean colour (here all is grey).
+The values are those of the authors' code (github.com/chensnathan/YOLOF), which differs in: weights
+(Caffe's ResNet-50, which strides in the 1x1 convs, on BGR pixels); weight decay of biases; 22500
+steps of 64 images (here 12 epochs, 22179 steps); images without objects are left out; boxes are
+kept however little of them is left after a shift; the area freed by a shift is black, and padding
+has the mean colour (here both are grey).
 """
 
 from tinydet.config import Data, Experiment, Model, Optim, Train

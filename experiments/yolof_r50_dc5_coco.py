@@ -2,8 +2,8 @@
 
 python tools/train.py experiments/yolof_r50_dc5_coco.py
 
-Sides of the anchors stay 32 to 512 pixels and 16 is added, so do the encoder's receptive fields.
-What differs from the authors' code is what differs in yolof_r50_c5_coco.py.
+Anchors have sides of 32 to 512 pixels as with C5, and 16; the encoder's receptive fields stay too.
+The differences from the authors' code are those of yolof_r50_c5_coco.py.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """YOLOF on the backbone of YOLOv5s (version 6), PASCAL VOC 2007.
 
-There are no ImageNet weights of it; --set model.weights=yolov5s.pt reads an official checkpoint.
+It has no ImageNet weights; --set model.weights=yolov5s.pt reads an official checkpoint.
 
 python tools/train.py experiments/yolov5_yolof.py
 """

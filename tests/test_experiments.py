@@ -20,11 +20,10 @@ from torchvision.transforms.v2.functional import resize
 
 from tinydet.backbones.factory import create_backbone
 from tinydet.config import Augment, Data
-from tinydet.data.dataset import load_split
+from tinydet.data.dataset import DetectionDataset, load_split
 from tinydet.data.image import read_image
 from tinydet.data.loader import make_train_loader
 from tinydet.data.shapes import render_shapes
-from tinydet.data.voc import DetectionDataset
 from tinydet.deployment.decoding import largest_differences, scores_and_boxes
 from tinydet.deployment.images import random_images
 from tinydet.deployment.onnx import check_against_torch, export_detector

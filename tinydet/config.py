@@ -1,4 +1,4 @@
-"""What an experiment is: frozen dataclasses with a unit and a default that trains for every field.
+"""What an experiment is: groups of fields, each with a type, bounds, a default and a description.
 
 An experiment file builds `experiment = Experiment(...)`; `tinydet.experiment_file` loads it.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tinydet.checked import Checked, ConfigError, option
+
+__all__ = ["VOC_CLASSES", "Augment", "ConfigError", "Data", "Experiment", "Model", "Optim", "Train"]
+
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
@@ -15,273 +19,367 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """A field, value or experiment file is wrong; the message says which and what to do."""
-
-
 @dataclass(frozen=True)
-class Model:
+class Model(Checked, path="model"):
     """The detector: YOLOF (arXiv 2103.09460) on one feature map of a timm backbone.
 
-    Attributes:
-        backbone: a timm model name that works with `features_only=True` and images of any size.
-        weights: "imagenet" (the installed weight package for this backbone, else timm's hub),
-            "random", or the path of a state-dict file or of a detector's checkpoint (.pth, .pt,
-            .safetensors).
-        freeze_norms: the backbone's batch norms keep their statistics, weights and biases, as in
-            the reference recipe on COCO.
-        freeze_stages: what runs before the backbone's n-th feature map (as timm counts its maps)
-            keeps its weights, norms and their statistics, and no gradient is computed there; 0
-            trains all. A ResNet's 1 is the stem and 2 its first stage too, as in the reference
-            recipe on COCO: detectron2 numbers them alike (`FREEZE_AT`), MMDetection from the stem
-            on (`frozen_stages=1`). Ideas have to name places behind them.
-        activation: an activation function of `tinydet.layers` in place of the backbone's own.
-        activation_where: the activations that change, by patterns of their names, such as
-            "blocks.4 blocks.5"; empty is all.
-        attention: an attention layer of `tinydet.layers` added to the backbone.
-        attention_place: "se" (in place of each squeeze-and-excitation or other channel attention),
-            "block" (after each block) or "stage" (after each stage).
-        attention_where: the places that change, by patterns of their names; empty is all.
-        expand: training-time branches that the backbone's convs grow once its weights are loaded,
-            "none" or a block of `tinydet.reparam.expand`; folding takes them away again.
-        expand_where: the convs that grow, by kernel size, kind and name, such as "3x3 depthwise" or
-            "blocks.4" (see `tinydet.reparam.expand`); empty is every conv the block can grow on.
-        feature: "C5" (stride 32), "DC5" (the last stage dilated to stride 16) or "C4" (stride 16;
-            cheap, far better on small objects: the last stage is not even built).
-        encoder_channels: channels of the dilated encoder and of the head.
-        encoder_mid_channels: channels inside the encoder's residual blocks.
-        dilations: one residual block for each entry, with that dilation.
-        cls_convs: convs in the head's classification tower.
-        reg_convs: convs in the head's regression tower.
-        anchor_scales: square anchors have sides of `scale * stride` pixels.
-        match_topk: nearest predictions and nearest anchors taken as positives for each box.
-        match_pos_ignore: a match whose anchor's IoU with its box is below this is ignored.
-        match_neg_ignore: an unmatched prediction whose IoU with any box is above this is ignored.
-        center_clamp: a prediction's centre moves at most this many pixels from its anchor's.
-        score_threshold: detections with a lower score are dropped.
-        nms_iou: IoU above which the lower-scored detection of the same class is dropped.
-        candidates: detections kept before non-maximum suppression, the best over all classes.
-        max_detections: detections kept for an image.
+    `freeze_stages` counts feature maps as timm does: a ResNet's 1 is the stem, and 2 includes its
+    first stage, as in the reference recipe on COCO. detectron2's `FREEZE_AT` counts alike;
+    MMDetection's `frozen_stages=1` is 2 here. New activations, attention layers and branches
+    have to be placed behind the frozen stages.
     """
 
-    backbone: str = "rexnet_100"
-    weights: str = "imagenet"
-    freeze_norms: bool = False
-    freeze_stages: int = 0
-    activation: Literal["none", "acon-a", "acon-b", "acon-c", "meta-acon"] = "none"
-    activation_where: str = ""
-    attention: Literal["none", "coord"] = "none"
-    attention_place: Literal["se", "block", "stage"] = "block"
-    attention_where: str = ""
-    expand: Literal["none", "repvgg", "acnet", "dbb", "mobileone", "large-kernel"] = "none"
-    expand_where: str = ""
-    feature: Literal["C5", "DC5", "C4"] = "C5"
-    encoder_channels: int = 512
-    encoder_mid_channels: int = 128
-    dilations: tuple[int, ...] = (2, 4, 6, 8)
-    cls_convs: int = 2
-    reg_convs: int = 4
-    anchor_scales: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
-    match_topk: int = 4
-    match_pos_ignore: float = 0.15
-    match_neg_ignore: float = 0.7
-    center_clamp: float = 32.0
-    score_threshold: float = 0.05
-    nms_iou: float = 0.6
-    candidates: int = 1000
-    max_detections: int = 100
+    backbone: str = option(
+        "rexnet_100", "timm model that supports `features_only=True` and images of any size"
+    )
+    weights: str = option(
+        "imagenet",
+        '"imagenet" (the installed weight package of the backbone, else timm\'s hub), "random", or '
+        "the path of a state-dict file or a detector's checkpoint (.pth, .pt, .safetensors)",
+    )
+    freeze_norms: bool = option(
+        False, "freeze statistics, weights and biases of the backbone's batch norms"
+    )
+    freeze_stages: int = option(
+        0,
+        "freeze everything before the backbone's n-th feature map, norm statistics included; no "
+        "gradient is computed there; 0 trains all",
+        at_least=0,
+        at_most=5,
+    )
+    activation: Literal["none", "acon-a", "acon-b", "acon-c", "meta-acon"] = option(
+        "none", "activation function of `tinydet.layers` that replaces the backbone's own"
+    )
+    activation_where: str = option(
+        "", 'patterns of the activations to replace, such as "blocks.4 blocks.5"; empty is all'
+    )
+    attention: Literal["none", "coord"] = option(
+        "none", "attention layer of `tinydet.layers` added to the backbone"
+    )
+    attention_place: Literal["se", "block", "stage"] = option(
+        "block",
+        '"se" (replaces each squeeze-and-excitation or other channel attention), "block" (after '
+        'each block) or "stage" (after each stage)',
+    )
+    attention_where: str = option("", "patterns of the places to change; empty is all")
+    expand: Literal["none", "repvgg", "acnet", "dbb", "mobileone", "large-kernel"] = option(
+        "none",
+        "block of `tinydet.reparam.expand`, whose branches are added to the backbone's convs for "
+        "training, after its weights are loaded; folding removes them",
+    )
+    expand_where: str = option(
+        "",
+        'convs to expand, by kernel size, kind and name, such as "3x3 depthwise" or "blocks.4"; '
+        "empty is every conv that the block supports",
+    )
+    feature: Literal["C5", "DC5", "C4"] = option(
+        "C5",
+        '"C5" (stride 32), "DC5" (last stage dilated to stride 16) or "C4" (stride 16, without the '
+        "last stage: cheap, and far better on small objects)",
+    )
+    encoder_channels: int = option(
+        512, "channels of the dilated encoder and of the head", at_least=1
+    )
+    encoder_mid_channels: int = option(
+        128, "channels inside the encoder's residual blocks", at_least=1
+    )
+    dilations: tuple[int, ...] = option(
+        (2, 4, 6, 8), "dilation of each of the encoder's residual blocks", at_least=1
+    )
+    cls_convs: int = option(2, "convs in the head's classification tower", at_least=0)
+    reg_convs: int = option(4, "convs in the head's regression tower", at_least=0)
+    anchor_scales: tuple[float, ...] = option(
+        (1.0, 2.0, 4.0, 8.0, 16.0), "square anchors have sides of scale * stride pixels", above=0
+    )
+    match_topk: int = option(
+        4, "nearest predictions and nearest anchors taken as positives for each box", at_least=1
+    )
+    match_pos_ignore: float = option(
+        0.15,
+        "a match is ignored if the IoU of its anchor and its box is lower",
+        at_least=0,
+        at_most=1,
+    )
+    match_neg_ignore: float = option(
+        0.7,
+        "an unmatched prediction is ignored if its IoU with any box is higher",
+        at_least=0,
+        at_most=1,
+    )
+    center_clamp: float = option(
+        32.0, "furthest distance in pixels of a prediction's centre from its anchor's", at_least=0
+    )
+    score_threshold: float = option(
+        0.05, "detections with a lower score are dropped", at_least=0, at_most=1
+    )
+    nms_iou: float = option(
+        0.6,
+        "IoU above which the lower-scored detection of the same class is dropped",
+        at_least=0,
+        at_most=1,
+    )
+    candidates: int = option(
+        1000, "best detections of all classes kept before non-maximum suppression", at_least=1
+    )
+    max_detections: int = option(100, "detections kept in an image", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.anchor_scales:
+            self.refuse("anchor_scales", "must have at least one item")
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Checked, path="data.augment"):
     """Random changes of a training image.
 
-    An image is resized, flipped, placed (shifted, cropped, padded) and recoloured; with `mosaic`
-    four such images share a canvas. The canvas is warped by `rotate`, `shear`, `translate` and
-    `zoom`, and with `mixup` blended with another made the same way. A box that is cut at an edge
-    on the way is dropped once less than 20 % of its area, or of a side less than a pixel, is left.
-
-    Attributes:
-        color_jitter: brightness, contrast and saturation vary by up to this fraction; 0 is off.
-        hue: the hue varies by up to this fraction of the colour circle, at most 0.5.
-        scale: the image is resized by a factor drawn from this range (in log space), then cropped
-            or padded to size; (1, 1) is off.
-        hflip: probability of a left-right flip.
-        vflip: probability of an upside-down flip.
-        shift: probability of YOLOF's random shift.
-        max_shift: furthest shift in pixels, along each axis.
-        multiscale: each batch's image size is drawn from this range of factors and rounded to
-            whole strides of 32; (1, 1) is off.
-        hsv: the hue varies by up to the first fraction of the colour circle, saturation and value
-            by up to the other two fractions of themselves; YOLO's are (0.015, 0.7, 0.4).
-        mosaic: probability of four images side by side, at half to full size each, in place of one.
-        mixup: probability that a picture is blended with another, in shares of 0.4 to 0.6, objects
-            and all.
-        rotate: largest rotation in degrees, either way. Boxes are those around the turned corners,
-            and so looser the larger the angle.
-        shear: largest shear in degrees, along each axis.
-        translate: largest translation, as a fraction of the picture's sides.
-        zoom: the picture is scaled about its middle by a factor drawn from this range (in log
-            space), after all else has been placed; (1, 1) is off.
-        plain_epochs: this many epochs at the end are without mosaic, mixup, warp and hsv, so that
-            training ends on pictures such as are evaluated.
+    An image is resized, flipped, pasted onto a canvas (shifted, cropped, padded) and recoloured;
+    with `mosaic`, four such images share a canvas. Then `rotate`, `shear`, `translate` and `zoom`
+    transform the canvas, and `mixup` blends it with another one. A box cut at an edge is dropped if
+    less than 20 % of its area, or less than a pixel of a side, is left.
     """
 
-    color_jitter: float = 0.0
-    hue: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    hflip: float = 0.5
-    vflip: float = 0.0
-    shift: float = 0.5
-    max_shift: int = 32
-    multiscale: tuple[float, float] = (1.0, 1.0)
-    hsv: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    mosaic: float = 0.0
-    mixup: float = 0.0
-    rotate: float = 0.0
-    shear: float = 0.0
-    translate: float = 0.0
-    zoom: tuple[float, float] = (1.0, 1.0)
-    plain_epochs: int = 0
+    color_jitter: float = option(
+        0.0, "largest relative change of brightness, contrast and saturation; 0 is off", at_least=0
+    )
+    hue: float = option(
+        0.0,
+        "largest change of the hue, as a fraction of the colour circle",
+        at_least=0,
+        at_most=0.5,
+    )
+    scale: tuple[float, float] = option(
+        (1.0, 1.0),
+        "range of the factor, drawn in log space, by which an image is resized before it is "
+        "cropped or padded; 1,1 is off",
+        above=0,
+    )
+    hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
+    vflip: float = option(0.0, "probability of an upside-down flip", at_least=0, at_most=1)
+    shift: float = option(0.5, "probability of YOLOF's random shift", at_least=0, at_most=1)
+    max_shift: int = option(32, "largest shift along each axis in pixels", at_least=0)
+    multiscale: tuple[float, float] = option(
+        (1.0, 1.0),
+        "range of the factor that is drawn for each batch's image size, which is rounded to a "
+        "multiple of 32; 1,1 is off",
+        above=0,
+    )
+    hsv: tuple[float, float, float] = option(
+        (0.0, 0.0, 0.0),
+        "largest change of the hue (fraction of the colour circle), and largest relative change of "
+        "saturation and value; YOLO's are 0.015,0.7,0.4",
+        at_least=0,
+        at_most=1,
+    )
+    mosaic: float = option(
+        0.0,
+        "probability of a mosaic of four images, each at half to full size",
+        at_least=0,
+        at_most=1,
+    )
+    mixup: float = option(
+        0.0,
+        "probability of blending two pictures, with weights of 0.4 to 0.6, and all their objects",
+        at_least=0,
+        at_most=1,
+    )
+    rotate: float = option(
+        0.0,
+        "largest rotation in degrees; boxes enclose their rotated corners, and so get looser",
+        at_least=0,
+        at_most=180,
+    )
+    shear: float = option(0.0, "largest shear along each axis in degrees", at_least=0, at_most=60)
+    translate: float = option(
+        0.0, "largest translation, as a fraction of the picture's sides", at_least=0, at_most=1
+    )
+    zoom: tuple[float, float] = option(
+        (1.0, 1.0),
+        "range of the factor, drawn in log space, by which the finished picture is scaled about "
+        "its centre; 1,1 is off",
+        above=0,
+    )
+    plain_epochs: int = option(
+        0,
+        "epochs at the end without mosaic, mixup, hsv, rotate, shear, translate and zoom, so that "
+        "training ends on pictures like those evaluated",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("scale", "multiscale", "zoom"):
+            low, high = getattr(self, name)
+            if low > high:
+                self.refuse(name, "the smaller factor comes first")
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Checked, path="data"):
     """A data set's folder and how it is read.
 
     The layout is VOC's (`Annotations/ ImageSets/Main/ JPEGImages/`), or with `source="coco"` that
     of COCO (`annotations/instances_<split>.json` and the images in `<split>/`).
-
-    Attributes:
-        root: the folder.
-        source: where the data comes from when the folder is not there: "voc07" offers the
-            download, "shapes" renders the synthetic set, "folder" and "coco" are errors.
-        train_split: name of the split trained on, as in `ImageSets/Main/<split>.txt`; COCO's are
-            "train2017" and "val2017".
-        test_split: name of the split evaluated on.
-        classes: class names in label order; empty reads them from the annotations, sorted (COCO's:
-            in the order of the category ids).
-        image_size: longer side of the network's input in pixels.
-        keep_ratio: keep the aspect ratio and pad to whole strides; False stretches to a square.
-        short_side: with `keep_ratio`, the shorter side is at most this many pixels; 0 is no bound.
-            800 beside an `image_size` of 1333 is the usual rule on COCO.
-        augment: random changes of training images.
-        workers: loader processes; -1 chooses from the machine's cores.
-        reduced_jpeg: JPEG files much larger than training ever needs them (8/3 of it and more) are
-            decoded at a half, quarter or eighth of their size, which is several times faster.
-            Evaluation always decodes whole images.
-        cache_mb: megabytes (2**20 bytes) of memory, of each training process and shared by its
-            loader processes, for decoded training images; 0 is off.
     """
 
-    root: str = "datasets/VOCdevkit/VOC2007"
-    source: Literal["voc07", "shapes", "folder", "coco"] = "voc07"
-    train_split: str = "trainval"
-    test_split: str = "test"
-    classes: tuple[str, ...] = VOC_CLASSES
-    image_size: int = 512
-    keep_ratio: bool = True
-    short_side: int = 0
-    augment: Augment = field(default_factory=Augment)
-    workers: int = -1
-    reduced_jpeg: bool = True
-    cache_mb: int = 0
+    root: str = option("datasets/VOCdevkit/VOC2007", "the data set's folder")
+    source: Literal["voc07", "shapes", "folder", "coco"] = option(
+        "voc07",
+        'what to do if the folder is missing: "voc07" offers the download, "shapes" renders the '
+        'synthetic set, "folder" and "coco" are errors; "coco" is COCO\'s layout',
+    )
+    train_split: str = option(
+        "trainval",
+        "training split, as in `ImageSets/Main/<split>.txt`; COCO's are train2017 and val2017",
+    )
+    test_split: str = option("test", "split for evaluation")
+    classes: tuple[str, ...] = option(
+        VOC_CLASSES,
+        "class names in label order; empty takes those of the annotations, sorted (COCO: in the "
+        "order of the category ids)",
+    )
+    image_size: int = option(512, "longer side of the network's input in pixels", at_least=32)
+    keep_ratio: bool = option(
+        True, "keep the aspect ratio and pad to a multiple of 32; false stretches to a square"
+    )
+    short_side: int = option(
+        0,
+        "with `keep_ratio`, largest length of the shorter side in pixels; 0 is no limit; usual on "
+        "COCO: 800, with an `image_size` of 1333",
+        at_least=0,
+    )
+    augment: Augment = field(
+        default_factory=Augment, metadata={"description": "random changes of training images"}
+    )
+    workers: int = option(
+        -1, "loader processes; -1 chooses by the number of CPU cores", at_least=-1
+    )
+    reduced_jpeg: bool = option(
+        True,
+        "decode large JPEG files (from 8/3 of the size that training needs) at 1/2, 1/4 or 1/8, "
+        "several times faster; evaluation always decodes at full size",
+    )
+    cache_mb: int = option(
+        0,
+        "memory for decoded training images, in MB (2**20 bytes) for each training process, shared "
+        "by its loader processes; 0 is off",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)
-class Optim:
-    """The optimiser and its schedule; rates and iterations are for `base_batch` images a step.
+class Optim(Checked, path="optim"):
+    """The optimizer and its schedule.
 
-    Attributes:
-        optimizer: "sgd" (momentum) or "adamw".
-        lr: peak learning rate.
-        backbone_lr_factor: the backbone's learning rate is `lr` times this.
-        momentum: SGD's momentum, or AdamW's first beta.
-        weight_decay: of weights with two dimensions or more. Norms, biases and other vectors do not
-            decay; in YOLOF's original code biases do.
-        schedule: "step" (times `gamma` at `milestones`) or "cosine" (to zero at the end).
-        milestones: fractions of the run at which the step schedule drops.
-        gamma: factor of each drop.
-        warmup_iters: iterations of linear warm-up from `warmup_factor * lr`.
-        warmup_factor: fraction of the rate at the first iteration.
-        clip_norm: largest norm of the gradient; 0 is off.
-        base_batch: the total batch that `lr` and `warmup_iters` are stated for.
-        scale_with_batch: scale `lr` by total batch / `base_batch`, `warmup_iters` by its inverse.
+    Learning rate and warm-up are for `base_batch` images a step. Weights with two or more
+    dimensions decay; norms, biases and other vectors do not (in YOLOF's original code biases do).
     """
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.03
-    backbone_lr_factor: float = 1 / 3
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = (8 / 12, 11 / 12)
-    gamma: float = 0.1
-    warmup_iters: int = 1500
-    warmup_factor: float = 0.00066667
-    clip_norm: float = 0.0
-    base_batch: int = 16
-    scale_with_batch: bool = True
+    optimizer: Literal["sgd", "adamw"] = option("sgd", '"sgd" (with momentum) or "adamw"')
+    lr: float = option(0.03, "peak learning rate", above=0)
+    backbone_lr_factor: float = option(
+        1 / 3, "the backbone's learning rate is `lr` times this", at_least=0
+    )
+    momentum: float = option(
+        0.9, "SGD's momentum, or AdamW's first beta", at_least=0, at_most=0.9999
+    )
+    weight_decay: float = option(
+        1e-4, "weight decay of weights with two or more dimensions", at_least=0
+    )
+    schedule: Literal["step", "cosine"] = option(
+        "step", '"step" (times `gamma` at each of `milestones`) or "cosine" (to zero at the end)'
+    )
+    milestones: tuple[float, ...] = option(
+        (8 / 12, 11 / 12),
+        "fractions of the run after which the step schedule lowers the rate",
+        at_least=0,
+        at_most=1,
+    )
+    gamma: float = option(0.1, "factor at each milestone", at_least=0, at_most=1)
+    warmup_iters: int = option(
+        1500, "iterations of linear warm-up, from `warmup_factor * lr`", at_least=0
+    )
+    warmup_factor: float = option(
+        0.00066667, "fraction of the learning rate at the first iteration", at_least=0, at_most=1
+    )
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0 is off", at_least=0)
+    base_batch: int = option(
+        16, "total batch size for which `lr` and `warmup_iters` are given", at_least=1
+    )
+    scale_with_batch: bool = option(
+        True, "scale `lr` by total batch / `base_batch`, and `warmup_iters` by its inverse"
+    )
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Checked, path="train"):
     """The training run.
 
-    Attributes:
-        epochs: passes over the training split.
-        batch_size: images a step and process.
-        accumulate: batches whose gradients are summed for one optimiser step.
-        dtype: of the forward pass (autocast); "auto" times the choices on a CPU, and is float16
-            with loss scaling on a GPU. On a CPU depthwise convs stay in float32: their bfloat16
-            backward pass is several times slower.
-        memory_format: "auto" times both on a CPU, and is channels_last on a GPU.
-        compile: generate code for the network with torch.compile: about a minute at the start, then
-            faster steps. Needs a C++ compiler.
-        sync_norms: batch norms use the statistics of all processes' images; for GPUs alone.
-        ema_decay: decay of the averaged weights, the ones evaluated and shipped; 0 is off.
-        eval_every: epochs between evaluations; the last epoch is always evaluated.
-        save_minutes: minutes between writes of last.pt within an epoch, beside the one at its end;
-            0 writes after every step.
-        keep_every: epochs between checkpoints that stay, `epoch_0010.pt` and so on; 0 keeps none.
-        max_bad_steps: the run stops after this many steps in a row whose loss or gradient is NaN or
-            infinite; each such step is skipped.
-        eval_batch_size: images a step of evaluation.
-        seed: seeds weights, order of images and augmentation.
-        device: "auto" is the first GPU, else the CPU.
+    `dtype="auto"` and `memory_format="auto"` time the choices on a CPU; on a GPU they are float16
+    with loss scaling, and channels_last. On a CPU depthwise convs stay in float32: their bfloat16
+    backward pass is several times slower.
     """
 
-    epochs: int = 12
-    batch_size: int = 16
-    accumulate: int = 1
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
-    compile: bool = False
-    sync_norms: bool = False
-    ema_decay: float = 0.0
-    eval_every: int = 1
-    save_minutes: float = 5.0
-    keep_every: int = 0
-    max_bad_steps: int = 5
-    eval_batch_size: int = 16
-    seed: int = 0
-    device: str = "auto"
+    epochs: int = option(12, "passes over the training split", at_least=1)
+    batch_size: int = option(16, "images per step and process", at_least=1)
+    accumulate: int = option(
+        1, "batches whose gradients are summed for one optimizer step", at_least=1
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of the forward pass (autocast)"
+    )
+    memory_format: Literal["auto", "channels_last", "contiguous"] = option(
+        "auto", "memory format of images and weights"
+    )
+    compile: bool = option(
+        False,
+        "torch.compile the network: about a minute at the start, then faster steps; needs a C++ "
+        "compiler",
+    )
+    sync_norms: bool = option(
+        False, "synchronize the statistics of batch norms between processes; GPUs only"
+    )
+    ema_decay: float = option(
+        0.0,
+        "decay of the moving average of the weights, which is evaluated and exported; 0 is off",
+        at_least=0,
+        at_most=0.999999,
+    )
+    eval_every: int = option(
+        1, "epochs between evaluations; the last epoch is always evaluated", at_least=1
+    )
+    save_minutes: float = option(
+        5.0,
+        "minutes between writes of last.pt within an epoch, in addition to its end; 0 writes after "
+        "every step",
+        at_least=0,
+    )
+    keep_every: int = option(
+        0, "epochs between checkpoints that are kept (epoch_0010.pt, ...); 0 keeps none", at_least=0
+    )
+    max_bad_steps: int = option(
+        5,
+        "stop after this many consecutive steps with a non-finite loss or gradient, each of which "
+        "is skipped",
+        at_least=1,
+    )
+    eval_batch_size: int = option(16, "images per step of evaluation", at_least=1)
+    seed: int = option(0, "seed of initial weights, image order and augmentation")
+    device: str = option("auto", '"cpu", "cuda", "cuda:N", or "auto": the first GPU, else the CPU')
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """Everything that decides the outcome of a run.
+class Experiment(Checked):
+    """Everything that decides the outcome of a run."""
 
-    Attributes:
-        name: names the folder `runs/<name>/`; empty takes the experiment file's name.
-        model: the detector.
-        data: the data set and its augmentation.
-        optim: the optimiser and its schedule.
-        train: length, batch, precision, evaluation.
-    """
-
-    name: str = ""
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    optim: Optim = field(default_factory=Optim)
-    train: Train = field(default_factory=Train)
+    name: str = option("", "name of the folder runs/<name>/; empty takes the file's name")
+    model: Model = field(default_factory=Model, metadata={"description": "the detector"})
+    data: Data = field(
+        default_factory=Data, metadata={"description": "the data set and its augmentation"}
+    )
+    optim: Optim = field(
+        default_factory=Optim, metadata={"description": "the optimizer and its schedule"}
+    )
+    train: Train = field(
+        default_factory=Train, metadata={"description": "length, batch size, precision, evaluation"}
+    )

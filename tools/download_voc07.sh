@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Download PASCAL VOC 2007 into datasets/VOCdevkit/VOC2007 (--root DIR: into DIR/VOCdevkit/VOC2007).
-# An interrupted download continues where it stopped; archives put into the folder by hand are used.
+# Download PASCAL VOC 2007 into datasets/VOCdevkit/VOC2007 (with --root DIR: DIR/VOCdevkit/VOC2007).
+# Archives that are already in that folder, downloaded by hand for instance, are used.
 set -euo pipefail
 
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

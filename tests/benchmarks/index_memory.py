@@ -76,7 +76,7 @@ def make_set(root: Path, images: int, objects: int) -> None:
         image_ids=[str(n) for n in ids],
         image_files=[f"{SPLIT}/{n:012d}.jpg" for n in ids],
         sizes=np.tile(np.array([480, 640], dtype=np.int32), (images, 1)),
-        turned=np.zeros(images, dtype=bool),
+        exif_rotated=np.zeros(images, dtype=bool),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes=boxes.astype(np.float32),
         labels=rng.integers(0, 80, objects),
@@ -94,9 +94,8 @@ def measure(folder: Path, batches: int, workers: int) -> None:
     import torch
 
     from tinydet.config import Data
-    from tinydet.data.dataset import load_split
+    from tinydet.data.dataset import DetectionDataset, load_split
     from tinydet.data.loader import make_train_loader
-    from tinydet.data.voc import DetectionDataset
 
     torch.set_num_threads(1)
     data = Data(

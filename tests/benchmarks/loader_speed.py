@@ -66,9 +66,8 @@ def main(args: argparse.Namespace) -> None:
 
 def _batches(experiment: Path, overrides: list[str]) -> Iterator[int]:
     """Yield the number of batches in an epoch, then the size of one batch after another."""
-    from tinydet.data.dataset import load_split
+    from tinydet.data.dataset import DetectionDataset, load_split
     from tinydet.data.loader import make_train_loader
-    from tinydet.data.voc import DetectionDataset
     from tinydet.experiment_file import load_experiment
 
     loaded = load_experiment(experiment, overrides)

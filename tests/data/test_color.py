@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as F
 
 from tinydet.config import Augment
-from tinydet.data.color import adjust_color, adjust_hsv, recolored
+from tinydet.data.color import adjust_color, adjust_hsv, recolor
 
 OFF = Augment()
 
@@ -21,18 +21,18 @@ def random_image(seed, height=8, width=8):
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    turn=st.floats(-0.5, 0.5),
+    hue_shift=st.floats(-0.5, 0.5),
     saturation=st.floats(0, 2),
     value=st.floats(0, 2),
 )
-def test_adjust_hsv__is_what_colorsys_computes(seed, turn, saturation, value):
+def test_adjust_hsv__is_what_colorsys_computes(seed, hue_shift, saturation, value):
     image = random_image(seed)
-    out = adjust_hsv(image, turn, saturation, value)
+    out = adjust_hsv(image, hue_shift, saturation, value)
     assert out.shape == image.shape
     assert out.dtype == torch.uint8
     for pixel, changed in zip(image.flatten(1).T.tolist(), out.flatten(1).T.tolist(), strict=True):
         h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in pixel))
-        h = (h + round(256 * turn) / 256) % 1
+        h = (h + round(256 * hue_shift) / 256) % 1
         expected = colorsys.hsv_to_rgb(h, min(1, s * saturation), min(1, v * value))
         # 256 levels of hue are six of a channel apart, of saturation one, times the value.
         error = max(abs(255 * e - c) for e, c in zip(expected, changed, strict=True))
@@ -97,15 +97,15 @@ def test_adjust_hsv__grey_has_no_hue():
     assert torch.equal(adjust_hsv(grey, 0.3, 2.0, 1.0), grey)
 
 
-def test_recolored__hsv_of_yolo_is_mild_and_off_is_off():
+def test_recolor__hsv_of_yolo_is_mild_and_off_is_off():
     image = random_image(0)
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
-    assert recolored(image, OFF, generator) is image
+    assert recolor(image, OFF, generator) is image
     assert torch.equal(generator.get_state(), state)
     augment = dataclasses.replace(OFF, hsv=(0.0, 0.0, 0.5))
     brightest = {
-        int(recolored(torch.full((3, 2, 2), 100, dtype=torch.uint8), augment, generator).max())
+        int(recolor(torch.full((3, 2, 2), 100, dtype=torch.uint8), augment, generator).max())
         for _ in range(300)
     }
     assert min(brightest) == pytest.approx(50, abs=3)

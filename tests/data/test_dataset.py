@@ -1,8 +1,9 @@
 import logging
+from dataclasses import replace
 
 import pytest
 
-from tinydet.config import Data
+from tinydet.config import ConfigError, Data
 from tinydet.data.dataset import fetch, is_missing, load_split
 from tinydet.data.shapes import render_shapes
 
@@ -80,3 +81,46 @@ def test_load_split__says_what_was_wrong(tree, caplog):
     (record,) = caplog.records
     assert "trainval" in record.getMessage()
     assert "1 box has no area: dropped (a: dog 3,3,3,3)" in record.getMessage()
+
+
+def test_load_split__missing_coco_names_what_to_fetch(tmp_path):
+    data = Data(root=str(tmp_path / "coco"), source="coco", train_split="train2017", classes=())
+    assert is_missing(data)
+    for attempt in (fetch, lambda d: load_split(d, "train2017")):
+        with pytest.raises(FileNotFoundError, match=r"coco: no such.*train2017\.zip.*val2017\.zip"):
+            attempt(data)
+
+
+def test_load_split__unknown_class_names_the_nearest(coco_tree):
+    coco_tree.image(1)
+    coco_tree.object(1, 2, (1, 1, 5, 5))
+    coco_tree.write()
+    data = Data(root=str(coco_tree.root), source="coco", train_split="train", test_split="test")
+    assert load_split(replace(data, classes=("cat", "dog")), "train").classes == ("cat", "dog")
+    with pytest.raises(
+        ConfigError, match=r"data\.classes: .*\(train\) does not have dogg: did you"
+    ):
+        load_split(replace(data, classes=("cat", "dogg")), "train")
+    with pytest.raises(
+        ConfigError, match=r"does not have aeroplane; bicycle;"
+    ):  # VOC's, the default
+        load_split(data, "train")
+
+
+def test_load_split__labels_are_those_of_the_training_split(coco_tree, caplog):
+    coco_tree.image(1)
+    coco_tree.object(1, 2, (1, 1, 5, 5))
+    coco_tree.write()
+    coco_tree.start("test")
+    coco_tree.categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cow"}]
+    coco_tree.image(5)
+    coco_tree.object(5, 1, (1, 1, 5, 5))
+    coco_tree.object(5, 2, (1, 1, 6, 6))
+    coco_tree.write()
+    root = str(coco_tree.root)
+    data = Data(root=root, source="coco", train_split="train", test_split="test", classes=())
+    index = load_split(data, "test")
+    assert index.classes == ("cat", "dog", "bus")
+    assert index.labels.tolist() == [1]
+    assert "2 classes are not in the annotation file's list" in caplog.text
+    assert "cow (1)" in caplog.text

@@ -47,11 +47,11 @@ def test_read_image__orientation_only_when_asked(tmp_path, orientation):
     exif[0x0112] = orientation
     gradient().save(path, exif=exif, quality=95)
     stored = np.asarray(Image.open(path)).transpose(2, 0, 1)
-    turned = np.asarray(ImageOps.exif_transpose(Image.open(path))).transpose(2, 0, 1)
+    rotated = np.asarray(ImageOps.exif_transpose(Image.open(path))).transpose(2, 0, 1)
     np.testing.assert_array_equal(read_image(path).numpy(), stored)
-    np.testing.assert_array_equal(read_image(path, orientation=True).numpy(), turned)
+    np.testing.assert_array_equal(read_image(path, orientation=True).numpy(), rotated)
     assert probe_image(path).orientation == orientation
-    assert probe_image(path).turned_size == turned.shape[1:]
+    assert probe_image(path).rotated_size == rotated.shape[1:]
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
@@ -132,7 +132,7 @@ def test_find_images__files_folders_and_patterns(tmp_path):
     ("name", "says"),
     [
         ("gone.jpg", r"gone\.jpg: no such image file"),
-        ("*.webp", "no file has a name like that"),
+        ("*.webp", "no file matches this pattern"),
         ("empty", "empty: no images in this folder"),
     ],
 )

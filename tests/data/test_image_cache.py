@@ -67,7 +67,7 @@ def _write(cache, number):
     cache.put(4 + number, image(40, 50, seed=4 + number))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_image_cache__processes_see_each_others_images(method):
     cache = ImageCache(np.array([(40, 50)] * 7), 1)
     context = multiprocessing.get_context(method)

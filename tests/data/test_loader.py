@@ -9,6 +9,7 @@ import torch
 
 from tinydet.config import Augment, Data
 from tinydet.data.canvas import PAD_VALUE
+from tinydet.data.dataset import DetectionDataset
 from tinydet.data.loader import (
     WorkerDiedError,
     choose_workers,
@@ -19,8 +20,8 @@ from tinydet.data.loader import (
 )
 from tinydet.data.sample import Sample
 from tinydet.data.sampler import SampleKey
-from tinydet.data.training_images import TrainingImages
-from tinydet.data.voc import DetectionDataset, read_index
+from tinydet.data.sources import TrainingImages
+from tinydet.data.voc import read_index
 
 DATA = Data(image_size=64, workers=0, augment=Augment(0.3, 0.1, (0.5, 1.5), multiscale=(0.5, 1.5)))
 
@@ -294,7 +295,7 @@ def test_make_train_loader__unreadable_image_is_replaced_and_reported_once(datas
 def test_make_train_loader__nothing_readable_is_an_error(dataset):
     for i in range(11):
         dataset.index.image_path(i).unlink()
-    with pytest.raises(ValueError, match="not one of its images"):
+    with pytest.raises(ValueError, match="none of its images"):
         next(iter(make_train_loader(dataset, DATA, batch_size=2)))
 
 
@@ -370,4 +371,4 @@ def test_choose_workers():
 def test_make_train_loader__a_run_of_plain_epochs_alone_is_told(dataset, epochs, told, caplog):
     data = replace(DATA, augment=Augment(mosaic=1.0, plain_epochs=3))
     make_train_loader(dataset, data, batch_size=2, epochs=epochs)
-    assert ("all 3 epochs are without mosaic" in caplog.text) == told
+    assert ("no epoch of 3 has mosaic" in caplog.text) == told

@@ -19,7 +19,7 @@ def train(sizes, batch_size, epoch=0, **kwargs):
     return batches
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     upright=st.lists(st.booleans(), min_size=1, max_size=40),
     batch_size=st.integers(1, 9),
@@ -47,7 +47,7 @@ def test_train_batches__every_process_gets_its_share(upright, batch_size, world_
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     upright=st.lists(st.booleans(), min_size=1, max_size=60),
     batch_size=st.integers(1, 17),

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinydet.data.shape_drawing import SHAPES, shape_mask
-from tinydet.data.shapes import annotate, draw_scene, render_shapes
+from tinydet.data.shapes import SHAPES, annotate, draw_scene, render_shapes, shape_mask
 from tinydet.data.voc import read_index
 
 

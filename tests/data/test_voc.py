@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinydet.data.voc import DetectionDataset, read_index
+from tinydet.data.dataset import DetectionDataset
+from tinydet.data.voc import read_index
 
 
 def test_read_index__coordinates_are_one_based_and_inclusive(tree):
@@ -172,7 +173,7 @@ def test_read_index__cached_until_something_changes(tree, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("tinydet.data.builder.parse_annotation", refuse)
         again = read_index(root, "train")
-        for name in ("sizes", "turned", "offsets", "boxes", "labels", "difficult"):
+        for name in ("sizes", "exif_rotated", "offsets", "boxes", "labels", "difficult"):
             np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
             assert getattr(again, name).dtype == getattr(first, name).dtype
         assert again.image_ids == first.image_ids
@@ -239,7 +240,7 @@ def test_read_index__bccd(bccd):
         assert (index.boxes <= [640, 480, 640, 480]).all()
 
 
-def test_voc_dataset__sample_and_transform(tree):
+def test_detection_dataset__sample_and_transform(tree):
     tree.add("a", [("cat", (11, 6, 30, 20), True)])
     index = read_index(tree.split("a"), "train")
     sample = DetectionDataset(index)[0]

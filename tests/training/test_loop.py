@@ -134,7 +134,15 @@ def test_accumulated_gradients_are_those_of_one_large_batch(
     experiment = replace(
         tiny_experiment,
         model=replace(tiny_experiment.model, backbone="test_resnet", feature="C4"),
-        optim=replace(tiny_experiment.optim, optimizer="sgd", lr=0.0, warmup_iters=0),
+        # The learning rate is 0 from the first step on.
+        optim=replace(
+            tiny_experiment.optim,
+            optimizer="sgd",
+            schedule="step",
+            milestones=(0.0,),
+            gamma=0.0,
+            warmup_iters=0,
+        ),
         train=replace(
             tiny_experiment.train, batch_size=batch_size, accumulate=accumulate, epochs=1
         ),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinydet.data.training_images import TrainingImages
+from tinydet.data.sources import TrainingImages
 from tinydet.training.profile import profile_training, time_steps
 
 

@@ -136,7 +136,7 @@ def _changed(experiment, path):
     elif isinstance(value, str):
         value = f"{value}x"
     else:
-        value += 1
+        value = value + 1 if isinstance(value, int) else value / 2 or 0.5
     return f"{path}={value}"
 
 

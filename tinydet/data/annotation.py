@@ -1,4 +1,4 @@
-"""One VOC annotation file: the XML as plain values, nothing judged yet."""
+"""VOC annotation files as plain, unchecked values, and the forms of their names and flags."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import json
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
@@ -14,7 +15,7 @@ import defusedxml.ElementTree
 from defusedxml import DefusedXmlException
 
 _DECLARED = re.compile(rb"""<\?xml[^>]*?\sencoding\s*=\s*["']([\w.:-]+)["']""")
-# Files that claim one of these often hold characters that only its extension has.
+# Files that declare one of these often hold characters that only its extension has.
 _EXTENSIONS = {
     "gb2312": "gb18030",
     "gbk": "gb18030",
@@ -24,6 +25,11 @@ _EXTENSIONS = {
 }
 
 
+_YES = {"true", "yes", "y", "t", "on"}
+_NO = {"", "false", "no", "n", "f", "off", "none", "null", "unspecified"}
+_INVISIBLE = str.maketrans("", "", "\ufeff\u200b")  # byte order mark, zero-width space
+
+
 @dataclass
 class RawObject:
     """An object as the file states it.
@@ -31,7 +37,7 @@ class RawObject:
     Attributes:
         name: class name.
         box: (xmin, ymin, xmax, ymax), 1-based inclusive pixels; None if one is missing.
-        difficult: mark of being hard to recognise, for `tinydet.data.fields.mark`.
+        difficult: mark of being hard to recognise, for `parse_flag`.
     """
 
     name: str
@@ -41,7 +47,7 @@ class RawObject:
 
 @dataclass
 class RawAnnotation:
-    """An annotation file as it stands.
+    """An annotation file as written.
 
     Attributes:
         size: stated (height, width), or None where the file states none.
@@ -53,7 +59,7 @@ class RawAnnotation:
 
 
 def parse_annotation(path: Path) -> RawAnnotation:
-    """Read a VOC annotation file, in any encoding that Python knows; the case of tags is all one.
+    """Read a VOC annotation file in any encoding that Python knows; the case of tags is ignored.
 
     Raises:
         ValueError: the file is not XML, is not a VOC annotation, or declares entities (which could
@@ -74,8 +80,33 @@ def parse_annotation(path: Path) -> RawAnnotation:
     )
 
 
+def class_name(text: str) -> str:
+    """Return a class name in the form used for comparison; "" if it has no visible character.
+
+    That is Unicode's composed form (NFC), with words separated by single spaces.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).translate(_INVISIBLE).split())
+
+
+def parse_flag(value: object) -> bool | None:
+    """Return the value of a yes-or-no field, given as number, boolean or word; None if unclear.
+
+    Numbers above 0 mean yes; a missing (None) or empty field means no.
+    """
+    if value in (None, 0, 1):  # fast path: files have millions of them
+        return value == 1
+    text = str(value).strip().lower()
+    if text in _YES or text in _NO:
+        return text in _YES
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number > 0 if number >= 0 else None
+
+
 def _parse(data: bytes) -> Element:
-    """Parse XML; expat does so in few encodings, in all others text that Python has decoded."""
+    """Parse XML; text in an encoding that expat does not support is decoded by Python first."""
     try:
         return defusedxml.ElementTree.fromstring(data)
     except DefusedXmlException:
@@ -93,16 +124,16 @@ def _parse(data: bytes) -> Element:
 
 
 def _encodings(data: bytes) -> list[str]:
-    """Return what a file may be encoded in: as declared, and as its first bytes look."""
-    looks = json.detect_encoding(data)  # UTF-8, UTF-16 or UTF-32
+    """Return possible encodings of a file: as declared, and guessed from its first bytes."""
+    guess = json.detect_encoding(data)  # UTF-8, UTF-16 or UTF-32
     declared = _DECLARED.match(data)
     if declared is None:
-        return [looks]
+        return [guess]
     try:
         name = codecs.lookup(declared[1].decode()).name.replace("-", "_")
     except LookupError:
-        return [looks]
-    return [name, _EXTENSIONS.get(name, name), looks]
+        return [guess]
+    return [name, _EXTENSIONS.get(name, name), guess]
 
 
 def _children(element: Element) -> dict[str, Element]:
@@ -129,9 +160,9 @@ def _parse_object(element: Element) -> RawObject:
     box = None
     if "bndbox" in children:
         frame = _children(children["bndbox"])
-        values = [_number(frame, key) for key in ("xmin", "ymin", "xmax", "ymax")]
-        if None not in values:
-            box = tuple(values)
+        xmin, ymin, xmax, ymax = (_number(frame, k) for k in ("xmin", "ymin", "xmax", "ymax"))
+        if xmin is not None and ymin is not None and xmax is not None and ymax is not None:
+            box = (xmin, ymin, xmax, ymax)
     return RawObject(
         name=_text(children, "name"),
         box=box,

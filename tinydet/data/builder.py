@@ -1,4 +1,4 @@
-"""Checks images and their VOC annotations one by one, and builds the index of what is usable."""
+"""Checks images and their VOC annotations, and builds the index of what is usable."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinydet.data.annotation import RawObject, parse_annotation
-from tinydet.data.fields import class_name, mark
+from tinydet.data.annotation import RawObject, class_name, parse_annotation, parse_flag
 from tinydet.data.image import ImageInfo, probe_image
 from tinydet.data.index import Index
 from tinydet.data.problems import Problems
@@ -21,7 +20,7 @@ class _Image:
     name: str
     file: str
     size: tuple[int, int]
-    turned: bool
+    exif_rotated: bool
     boxes: list[tuple[float, float, float, float]]
     names: list[str]
     difficult: list[bool]
@@ -30,7 +29,7 @@ class _Image:
 def check_image(
     name: str, path: Path, stated: tuple[int, int] | None, problems: Problems
 ) -> tuple[tuple[int, int], bool] | None:
-    """Check an image file, and count what is odd about it in `problems`.
+    """Check an image file, and count its problems.
 
     Args:
         name: what `problems` calls the image.
@@ -40,7 +39,7 @@ def check_image(
 
     Returns:
         The (height, width) that the boxes refer to, and whether the EXIF orientation has to be
-        applied; None if the file is no whole image.
+        applied; None if the image cannot be read.
     """
     try:
         info = probe_image(path)
@@ -49,28 +48,28 @@ def check_image(
         return None
     if info.mode != "RGB":
         problems.add("not_rgb", name, info.mode)
-    turned = _decide_orientation(name, info, stated, problems)
-    size = info.turned_size if turned else info.size
+    exif_rotated = _decide_orientation(name, info, stated, problems)
+    size = info.rotated_size if exif_rotated else info.size
     if stated is not None and stated != size:
         what = f"{stated[1]}x{stated[0]}, is {size[1]}x{size[0]}"
         problems.add("wrong_size", name, what)
-    return size, turned
+    return size, exif_rotated
 
 
 def _decide_orientation(
     name: str, info: ImageInfo, stated: tuple[int, int] | None, problems: Problems
 ) -> bool:
-    """Whether boxes refer to the turned image: only if just that has the stated size."""
+    """Whether boxes refer to the rotated image: only if its size alone is the stated one."""
     if info.orientation == 1:
         return False
-    turned = info.size != info.turned_size and stated == info.turned_size
-    rule = "exif_applied" if turned else "exif_ignored"
+    exif_rotated = info.size != info.rotated_size and stated == info.rotated_size
+    rule = "exif_applied" if exif_rotated else "exif_ignored"
     problems.add(rule, name, f"orientation {info.orientation}")
-    return turned
+    return exif_rotated
 
 
 class IndexBuilder:
-    """Gathers checked images and counts problems on the way.
+    """Collects checked images and counts problems.
 
     Args:
         classes: class names in label order; empty takes the names found, sorted.
@@ -83,7 +82,7 @@ class IndexBuilder:
         self.images: list[_Image] = []
 
     def add_image(self, name: str, annotation_file: Path | None, image_file: Path) -> None:
-        """Check one image and its annotation, and keep what is usable."""
+        """Check one image and its annotation, and add what is usable."""
         if annotation_file is None:
             self.problems.add("missing_annotation", name)
             return
@@ -95,9 +94,9 @@ class IndexBuilder:
         checked = check_image(name, image_file, annotation.size, self.problems)
         if checked is None:
             return
-        size, turned = checked
+        size, exif_rotated = checked
         file = f"JPEGImages/{image_file.name}"
-        image = _Image(name, file, size, turned, boxes=[], names=[], difficult=[])
+        image = _Image(name, file, size, exif_rotated, boxes=[], names=[], difficult=[])
         for item in annotation.objects:
             item.name = class_name(item.name)
             box = self._check_object(name, item, size)
@@ -108,7 +107,7 @@ class IndexBuilder:
         self.images.append(image)
 
     def _difficult(self, name: str, item: RawObject) -> bool:
-        difficult = mark(item.difficult)
+        difficult = parse_flag(item.difficult)
         if difficult is None:
             self.problems.add("unclear_mark", name, f"{item.name}, difficult is {item.difficult!r}")
         return bool(difficult)
@@ -125,7 +124,7 @@ class IndexBuilder:
             return None
         xmin, ymin, xmax, ymax = item.box
         what = f"{item.name} {xmin:g},{ymin:g},{xmax:g},{ymax:g}"
-        # Judged as written: a box of one pixel, 1-based inclusive, is in practice a stray click.
+        # In 1-based inclusive pixels this is a box of one pixel: in practice a stray click.
         if xmax <= xmin or ymax <= ymin:
             self.problems.add("zero_area", name, what)
             return None
@@ -158,7 +157,7 @@ class IndexBuilder:
             image_ids=[image.name for image in self.images],
             image_files=[image.file for image in self.images],
             sizes=np.array([i.size for i in self.images], dtype=np.int32).reshape(-1, 2),
-            turned=np.array([image.turned for image in self.images], dtype=bool),
+            exif_rotated=np.array([image.exif_rotated for image in self.images], dtype=bool),
             offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
             labels=np.array([number[name] for name in names], dtype=np.int64),

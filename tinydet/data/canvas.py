@@ -1,23 +1,26 @@
-"""Images and their boxes together: resized, flipped, and put on a canvas of a given size.
+"""Geometric changes of an image together with its boxes: resize, flip, paste, random affine.
 
-Geometry works on uint8 with anti-aliasing. Pixels stay in the decoder's order to the end, channels
-last in memory, as in a batch: changing it would cost more than all else. A box that is cut at the
-canvas's edge is clipped, and dropped when less than `MIN_VISIBLE` of its area or less than
-`MIN_SIDE` pixels of a side is left.
+Pixels are uint8 and stay in the decoder's memory layout (channels last) up to the batch: converting
+it would cost more than everything else here. A box that crosses the canvas's edge is clipped, and
+dropped if less than `MIN_VISIBLE` of its area or less than `MIN_SIDE` pixels of a side is left.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from tinydet.config import Augment
-from tinydet.data.color import recolored
+from tinydet.data.color import recolor
 from tinydet.data.sample import Sample
-from tinydet.data.seeding import integer
+from tinydet.data.seeding import integer, uniform
 
 # Grey near ImageNet's mean colour (123.7, 116.3, 103.5): close to zero after normalisation.
 PAD_VALUE = 114
@@ -25,7 +28,7 @@ MIN_VISIBLE = 0.2
 MIN_SIDE = 1.0
 
 
-def resized(sample: Sample, height: int, width: int) -> Sample:
+def resize(sample: Sample, height: int, width: int) -> Sample:
     """Return the sample resized to exactly height x width."""
     old_height, old_width = sample.image.shape[-2:]
     if (old_height, old_width) == (height, width):
@@ -33,16 +36,16 @@ def resized(sample: Sample, height: int, width: int) -> Sample:
     # A batch of one: torch resizes (1, 3, H, W) in the decoder's pixel order three times as fast
     # as (3, H, W).
     image = F.resize_image(sample.image[None], [height, width], antialias=True)[0]
-    # First times, then by: what lies on the edge stays there to the last bit.
+    # Multiply before dividing, so that boxes at the edge stay exact.
     new, old = [width, height] * 2, [old_width, old_height] * 2
     boxes = sample.boxes * torch.tensor(new) / torch.tensor(old)
-    # Of what was there: an image that was decoded at reduced scale has a scale already.
+    # Relative to the current scale: an image decoded at reduced size already has one.
     scale = (sample.scale[0] * height / old_height, sample.scale[1] * width / old_width)
     return replace(sample, image=image, boxes=boxes, scale=scale)
 
 
-def flipped(sample: Sample, horizontal: bool, vertical: bool) -> Sample:
-    """Return the sample with left and right exchanged, or top and bottom, or both."""
+def flip(sample: Sample, horizontal: bool, vertical: bool) -> Sample:
+    """Return the sample flipped horizontally, vertically or both."""
     height, width = sample.image.shape[-2:]
     x1, y1, x2, y2 = sample.boxes.unbind(1)
     if horizontal:
@@ -53,10 +56,10 @@ def flipped(sample: Sample, horizontal: bool, vertical: bool) -> Sample:
     return replace(sample, image=sample.image.flip(axes), boxes=torch.stack([x1, y1, x2, y2], 1))
 
 
-def placement(
+def random_position(
     sample: Sample, height: int, width: int, generator: torch.Generator
 ) -> tuple[int, int]:
-    """Draw where the image's upper left corner goes on a canvas of height x width.
+    """Draw the (top, left) at which to paste the image on a canvas of height x width.
 
     A smaller image stays inside the canvas; a larger one covers it.
     """
@@ -66,7 +69,7 @@ def placement(
     return top, left
 
 
-def placed(
+def paste(
     sample: Sample,
     top: int,
     left: int,
@@ -75,19 +78,19 @@ def placed(
     augment: Augment,
     generator: torch.Generator,
 ) -> Sample:
-    """Return what a canvas of height x width shows of an image placed at (top, left), recoloured.
+    """Return a grey canvas of height x width with the recoloured image pasted at (top, left).
 
-    The rest of the canvas is grey, and boxes of which little is left are dropped.
+    What reaches over the edge is cut off, and boxes of which too little is left are dropped.
     """
     image_height, image_width = sample.image.shape[-2:]
-    # However far a narrow image is shifted, a line of it stays visible.
+    # A line of a narrow image stays visible, however far it is shifted.
     top = min(max(top, 1 - image_height), height - 1)
     left = min(max(left, 1 - image_width), width - 1)
     y1, x1 = max(0, -top), max(0, -left)
     y2, x2 = min(image_height, height - top), min(image_width, width - left)
     # Colours change after the crop, where there are fewest pixels, and before the padding, which
     # stays grey.
-    image = recolored(sample.image[:, y1:y2, x1:x2], augment, generator)
+    image = recolor(sample.image[:, y1:y2, x1:x2], augment, generator)
     whole = sample.boxes + torch.tensor([left, top, left, top])
     y1, x1, y2, x2 = y1 + top, x1 + left, y2 + top, x2 + left  # on the canvas from here on
     if (y2 - y1, x2 - x1) != (height, width):
@@ -98,13 +101,52 @@ def placed(
     return keep_visible(replace(sample, image=image), whole.clamp(*edges), whole)
 
 
+def random_affine(sample: Sample, augment: Augment, generator: torch.Generator) -> Sample:
+    """Return the sample rotated, scaled, translated and sheared at random, on a canvas of its size.
+
+    A box becomes the axis-aligned box around its four transformed corners. After a rotation that is
+    larger than the object needs, so large angles cost localization accuracy. Pixels from outside
+    the picture are grey.
+    """
+    if not (augment.rotate or augment.shear or augment.translate or augment.zoom != (1.0, 1.0)):
+        return sample
+    height, width = sample.image.shape[-2:]
+    low, high = augment.zoom
+    affine: dict[str, Any] = {
+        "angle": uniform(generator, -augment.rotate, augment.rotate),
+        "translate": [
+            side * uniform(generator, -augment.translate, augment.translate)
+            for side in (width, height)
+        ],
+        # In log space, so that halving and doubling are equally likely.
+        "scale": math.exp(uniform(generator, math.log(low), math.log(high))),
+        "shear": [uniform(generator, -augment.shear, augment.shear) for _ in range(2)],
+    }
+    # Shifted so that grey is zero, which the edge blends with: `fill` would leave a dark line.
+    offset = F.affine(
+        sample.image.float() - PAD_VALUE, **affine, interpolation=InterpolationMode.BILINEAR
+    )
+    image = offset.add_(PAD_VALUE).round_().byte()
+    # Not clamped here, to find out how much of each box is left.
+    boxes = BoundingBoxes(
+        sample.boxes,
+        format=BoundingBoxFormat.XYXY,
+        canvas_size=(height, width),
+        clamping_mode=None,
+    )
+    whole = F.affine(boxes, **affine).as_subclass(Tensor)
+    edges = torch.tensor([width, height, width, height], dtype=whole.dtype)
+    clipped = whole.clamp(min=torch.zeros(4, dtype=whole.dtype), max=edges)
+    return keep_visible(replace(sample, image=image), clipped, whole)
+
+
 def keep_visible(sample: Sample, boxes: Tensor, whole: Tensor) -> Sample:
-    """Return the sample with its boxes clipped, those dropped of which too little is left.
+    """Return the sample with clipped boxes, without those of which too little is left.
 
     Args:
-        sample: its boxes do not matter; labels and difficult flags are one for each of them.
+        sample: with labels and difficult flags of all boxes; its own boxes are not used.
         boxes: (N, 4) xyxy, clipped to the canvas.
-        whole: (N, 4) xyxy, the same boxes before they were clipped.
+        whole: (N, 4) xyxy, the same boxes before clipping.
     """
     sides = boxes[:, 2:] - boxes[:, :2]
     whole_sides = whole[:, 2:] - whole[:, :2]

@@ -17,23 +17,15 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from unicodedata import normalize
 
 import numpy as np
 from pycocotools.coco import COCO
 
+from tinydet.data.annotation import class_name, parse_flag
 from tinydet.data.builder import check_image
-from tinydet.data.fields import class_name, mark
-from tinydet.data.index import (
-    CocoTruth,
-    Index,
-    cache_file,
-    check_content,
-    fingerprint,
-    load_index,
-    save_index,
-)
+from tinydet.data.index import CocoTruth, Index, cached_index, no_such_split
 from tinydet.data.problems import Problems
 from tinydet.text import read_text
 
@@ -44,21 +36,20 @@ WHAT_TO_FETCH = (
     "annotations_trainval2017.zip of http://images.cocodataset.org, unpacked in data.root"
 )
 _LAYOUT = "a folder in COCO layout holds annotations/instances_<split>.json and <split>/"
-# COCO's coordinates are rounded to hundredths: this far over the image's edge is no mistake.
+# COCO's coordinates are rounded to hundredths: a box may be this far outside its image.
 _ROUNDING = 0.02
 _LARGEST = 1e15
-_SMALLEST = 0.001  # side in pixels below which float32 may see no box at all
+_SMALLEST = 0.001  # side in pixels below which a box may be empty in float32
 
 
 def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Index:
     """Read and check the annotations of a split; the result is cached until a file changes.
 
-    What the files get wrong is handled by the rules of `tinydet.data.problems` and counted in the
-    index's `problems`. Images are in the order of their ids, those without objects among them.
-    Crowds and objects marked `ignore` are difficult, which keeps them out of training; the index's
-    `coco` holds what the COCO metric needs to equal the figures that pycocotools computes from the
-    file itself. (What is dropped is not evaluated on either: figures differ where `problems` tells
-    of dropped boxes. And pycocotools does not read `ignore`.)
+    Problems of the files are handled by the rules of `tinydet.data.problems` and counted in the
+    index's `problems`. Images are in the order of their ids, including those without objects.
+    Crowds and objects marked `ignore` are difficult, and so left out of training. With the index's
+    `coco`, the COCO metric equals that of pycocotools on the file itself, unless boxes were dropped
+    (they are not evaluated either) or marked `ignore` (which pycocotools does not read).
 
     Args:
         root: folder in COCO layout.
@@ -74,15 +65,13 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
     root, classes = Path(root), tuple(classes)
     annotation_file = _check_layout(root, split)
     files = _files_below(root / split)
-    mark = fingerprint([annotation_file, *(root / split / file for file in files)])
-    cached = cache_file(root, split, classes)
-    index = load_index(cached, mark, root, split)
-    if index is None:
+
+    def build() -> Index:
         logger.info("reading %s", annotation_file)
-        index = _Reader(root, split, _read_json(annotation_file), files, classes).index()
-        save_index(index, cached, mark)
-    check_content(index, annotation_file)
-    return index
+        return _Reader(root, split, _read_json(annotation_file), files, classes).index()
+
+    paths = [annotation_file, *(root / split / file for file in files)]
+    return cached_index(root, split, classes, paths, build)
 
 
 def split_names(root: str | Path) -> list[str]:
@@ -101,14 +90,7 @@ def _check_layout(root: Path, split: str) -> Path:
         raise FileNotFoundError(f"{root}: has no annotations; {hint}")
     file = root / "annotations" / f"instances_{split}.json"
     if not file.is_file():
-        there = split_names(root)
-        near = difflib.get_close_matches(split, there, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        more = "" if there else f"; {WHAT_TO_FETCH}"
-        raise FileNotFoundError(
-            f"{file}: no such split{hint} (there are: {', '.join(there) or 'none'}); choose with "
-            f"data.train_split and data.test_split{more}"
-        )
+        raise no_such_split(file, split, split_names(root), WHAT_TO_FETCH)
     if not (root / split).is_dir():
         raise FileNotFoundError(
             f"{root / split}: no such folder; it holds the images of {file.name}; {WHAT_TO_FETCH}"
@@ -126,7 +108,7 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _read_json(file: Path) -> COCO:
-    """Read an annotation file, without the objects' outlines: they are nine tenths of it.
+    """Read an annotation file without the objects' outlines, nine tenths of its size.
 
     Raises:
         ValueError: the file is not text or not JSON, or not a detection set of COCO's format.
@@ -176,7 +158,7 @@ class _Reader:
         self.classes = classes or tuple(dict.fromkeys(filter(None, self.names.values())))
         self.label_of = {class_name(name): label for label, name in enumerate(self.classes)}
         self.problems = Problems()
-        # Numbers one after another, not an object each: COCO has 860 000.
+        # Flat arrays of numbers: COCO has 860,000 objects.
         self.boxes, self.clipped, self.areas = array("d"), array("f"), array("d")
         self.labels, self.crowd, self.difficult = array("q"), bytearray(), bytearray()
 
@@ -193,7 +175,7 @@ class _Reader:
         for number in self.coco.imgToAnns.keys() - self.coco.imgs.keys():
             for item in self.coco.imgToAnns[number]:
                 self.problems.add("unknown_image", f"object {item['id']}", f"image {number!r}")
-        ids, files, sizes, turned, offsets = [], [], [], [], [0]
+        ids, files, sizes, exif_rotated, offsets = [], [], [], [], [0]
         for file, row in self._image_rows():
             stated = _stated_size(row)
             checked = check_image(file, self.root / self.split / file, stated, self.problems)
@@ -204,7 +186,7 @@ class _Reader:
             ids.append(str(row["id"]))
             files.append(f"{self.split}/{file}")
             sizes.append(checked[0])
-            turned.append(checked[1])
+            exif_rotated.append(checked[1])
             offsets.append(len(self.labels))
         crowd = np.array(self.crowd, dtype=bool)
         return Index(
@@ -214,7 +196,7 @@ class _Reader:
             image_ids=ids,
             image_files=files,
             sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
-            turned=np.array(turned, dtype=bool),
+            exif_rotated=np.array(exif_rotated, dtype=bool),
             offsets=np.array(offsets, dtype=np.int64),
             boxes=np.array(self.clipped, dtype=np.float32).reshape(-1, 4),
             labels=np.array(self.labels, dtype=np.int64),
@@ -230,13 +212,13 @@ class _Reader:
     def _image_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the file's images and their image files, each once, by ascending id."""
         seen_ids, seen_files = set(), set()
-        # COCOeval goes by ascending id too, which decides between equal scores.
+        # COCOeval's order too, which decides between equal scores.
         for row in sorted(self.coco.dataset["images"], key=lambda row: row["id"]):
             name = row.get("file_name")
             if not isinstance(name, str) or not name:
                 self.problems.add("no_file_name", f"image {row['id']}")
                 continue
-            # Only files that the folder lists: a name with ".." in it must not lead elsewhere.
+            # Only files of the folder: a name with ".." must not lead outside.
             file = self._file(name)
             if row["id"] in seen_ids or (file or name) in seen_files:
                 self.problems.add("duplicate_id", name, f"image {row['id']}")
@@ -248,7 +230,7 @@ class _Reader:
             seen_files.add(file or name)
 
     def _file(self, name: str) -> str | None:
-        """Return the file below the split's folder that a name, perhaps with a path, means."""
+        """Return the file below the split's folder for a name, perhaps with a path."""
         if name in self.files:
             return self.files[name]
         parts = _plain(name).split("/")
@@ -257,7 +239,7 @@ class _Reader:
         return self.files.get("/".join(parts))
 
     def _beside(self, name: str) -> str:
-        """Return words for a file which is called like that but for folder and suffix."""
+        """Return a hint at a file with the same name but for its folder and suffix."""
         other = self._by_stem.get(Path(_plain(name)).stem)
         return f"there is {self.split}/{other}" if other else ""
 
@@ -305,7 +287,7 @@ class _Reader:
         self.difficult.append(crowd or ignored)
 
     def _mark(self, file: str, item: dict[str, Any], key: str) -> bool:
-        value = mark(item.get(key))
+        value = parse_flag(item.get(key))
         if value is None:
             self.problems.add("unclear_mark", file, f"{key} is {item[key]!r}")
         return bool(value)
@@ -317,7 +299,7 @@ def _name(category: dict[str, Any]) -> str:
 
 
 def _plain(path: str) -> str:
-    """Return a path in the form that paths are compared in: NFC, slashes, suffix in lower case."""
+    """Return a path in the form used for comparison: NFC, slashes, suffix in lower case."""
     path = normalize("NFC", path).replace("\\", "/").removeprefix("./")
     stem, suffix = os.path.splitext(path)
     return stem + suffix.lower()
@@ -328,6 +310,6 @@ def _stated_size(row: dict[str, Any]) -> tuple[int, int] | None:
     return (int(height), int(width)) if _is_number(height) and _is_number(width) else None
 
 
-def _is_number(value: Any) -> bool:
-    # Neither NaN, which compares as false, nor too large for a float.
+def _is_number(value: Any) -> TypeGuard[float]:
+    # Not NaN, which compares as false, and not too large for a float.
     return isinstance(value, (int, float)) and abs(value) < _LARGEST

@@ -1,36 +1,93 @@
-"""From an experiment's `data` to an index: makes the data present, then reads it."""
+"""The samples of a split as a Dataset, and from an experiment's `data` to the split's index."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from tinydet.config import ConfigError, Data
 from tinydet.data import coco, voc
+from tinydet.data.image import read_image
 from tinydet.data.index import Index
+from tinydet.data.sample import Sample
+from tinydet.data.seeding import seeded_generator
 
 logger = logging.getLogger(__name__)
 
 
+class DetectionDataset(Dataset[Sample]):
+    """The images of an index as samples; one that cannot be decoded raises ValueError.
+
+    Args:
+        index: what `read_index` returned.
+        transform: called with the sample and a generator seeded by the sample's number; the
+            loaders of `tinydet.data.loader` call it with the epoch's generator instead.
+    """
+
+    def __init__(
+        self, index: Index, transform: Callable[[Sample, torch.Generator], Sample] | None = None
+    ) -> None:
+        self.index = index
+        self.classes = index.classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Sample:
+        sample = self.read(i)
+        return self.transform(sample, seeded_generator(i)) if self.transform else sample
+
+    def read(self, i: int) -> Sample:
+        """Return sample `i` in its original size, without the transform."""
+        path, exif_rotated = self.index.image_path(i), bool(self.index.exif_rotated[i])
+        return self.sample(i, read_image(path, exif_rotated))
+
+    def sample(self, i: int, image: Tensor, reduction: int = 1) -> Sample:
+        """Return sample `i` for its decoded image.
+
+        Args:
+            i: number of the image.
+            image: (3, H, W) uint8 RGB as `read_image` returned it.
+            reduction: factor by which the image was reduced in decoding; boxes are divided by it.
+        """
+        boxes, labels, difficult = self.index.objects(i)
+        return Sample(
+            image=image,
+            # Copies, as the index is shared.
+            boxes=torch.tensor(boxes) / reduction,
+            labels=torch.tensor(labels),
+            difficult=torch.tensor(difficult),
+            image_id=self.index.image_ids[i],
+            size=self.index.size(i),
+            scale=(1 / reduction, 1 / reduction),
+        )
+
+
 def is_missing(data: Data) -> bool:
-    """Whether the data's folder is not there, is empty, or is half of VOC 2007's download."""
+    """Whether the data's folder is missing, empty, or has only half of VOC 2007."""
     root = Path(data.root)
     if not root.is_dir() or not any(root.iterdir()):
         return True
     if data.source != "voc07":
         return False
-    # Only VOC's own splits: a misspelt name is no reason to download.
+    # Only VOC's own splits: a misspelt name must not cause a download.
     wanted = {data.train_split, data.test_split} & {"train", "val", "trainval", "test"}
     return not wanted <= set(voc.split_names(root))
 
 
 def fetch(data: Data) -> None:
-    """Make missing data present: download VOC 2007, or render the synthetic set.
+    """Download VOC 2007, or render the synthetic set.
 
     Raises:
-        FileNotFoundError: the source is "folder" or "coco": nothing is fetched for these.
-        tinydet.data.download.DownloadError: the download failed; the message says what to do.
-        ValueError: `data.root` is not where the download unpacks to.
+        FileNotFoundError: the source is "folder" or "coco", for which there is no download.
+        DownloadError: the download failed; the message says what to do.
+        ValueError: `data.root` is not a folder that the download unpacks to.
     """
     root = Path(data.root)
     if data.source == "shapes":
@@ -52,11 +109,10 @@ def fetch(data: Data) -> None:
 
 
 def load_split(data: Data, split: str) -> Index:
-    """Read one split; the synthetic set is rendered first where it is missing.
+    """Read one split; the synthetic set is rendered first if it is missing.
 
-    What the index's checks found is logged as warnings, one line a rule. Without `data.classes`
-    the class names are those of the training split, whatever split is read: labels of all splits
-    have to mean the same.
+    Problems of the data are logged as warnings, one line per rule. Without `data.classes` the class
+    names are those of the training split for every split, so that labels mean the same.
 
     Args:
         data: the experiment's data.
@@ -77,11 +133,11 @@ def load_split(data: Data, split: str) -> Index:
         classes = read_index(data.root, data.train_split).classes
     index = read_index(data.root, split, classes)
     absent = index.problems.examples.get("absent_class")
-    # A split that is only evaluated on may well lack a class.
+    # A split for evaluation may well lack a class.
     if absent and split == data.train_split:
         raise ConfigError(
-            f"data.classes: the annotations of {data.root} ({split}) know no {'; no '.join(absent)}"
-            " (empty is all classes of the file)"
+            f"data.classes: {data.root} ({split}) does not have {'; '.join(absent)} "
+            "(leave it empty for all classes of the file)"
         )
     for line in index.problems.summary():
         logger.warning("%s (%s): %s", data.root, split, line)
@@ -91,7 +147,7 @@ def load_split(data: Data, split: str) -> Index:
 def _missing(data: Data) -> str:
     if data.source == "voc07":
         return (
-            f"{data.root}: PASCAL VOC 2007 is not there, or not whole; run: "
+            f"{data.root}: PASCAL VOC 2007 is missing or incomplete; run: "
             "bash tools/download_voc07.sh"
         )
     if data.source == "coco":

@@ -1,4 +1,4 @@
-"""Image files: what the header says, and decoding to uint8 RGB."""
+"""Image files: their headers, and decoding to uint8 RGB."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffTags import TAGS_V2
 from torch import Tensor
 
-from tinydet.data.pixels import is_deep, rgb_pixels
 from tinydet.memory import machine_memory
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 # Of files with several images, as GIF has, the first one is read.
 _OTHER_SUFFIXES = (".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".avif")
 IMAGE_SUFFIXES = JPEG_SUFFIXES + _OTHER_SUFFIXES
-DRAWN = "_detections"  # ends the name of a file in which what was found is drawn
+DRAWN = "_detections"  # ends the names of images with drawn detections
 _EXIF_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _BYTES_PER_PIXEL = 8  # pillow's pixels and our copy of them
+_TIFF = {tag.name: number for number, tag in TAGS_V2.items()}
+_DARKEST = 16  # of 255: an image within the lowest sixteenth of the range looks black
 
 
 @dataclass
 class ImageInfo:
-    """What an image file's header states.
+    """The header of an image file.
 
     Attributes:
         size: (height, width) of the stored pixels.
@@ -43,17 +46,17 @@ class ImageInfo:
     orientation: int
 
     @property
-    def turned_size(self) -> tuple[int, int]:
+    def rotated_size(self) -> tuple[int, int]:
         """(height, width) after the EXIF orientation is applied."""
-        return self.size[::-1] if self.orientation in _TURNED else self.size
+        return self.size[::-1] if self.orientation in _TRANSPOSED else self.size
 
 
 def probe_image(path: Path) -> ImageInfo:
-    """Read an image file's header, and make sure the file is whole.
+    """Read an image file's header, and check that the file is complete.
 
-    Reading every pixel of every file would take minutes on a large set. A file that ends with its
-    format's end marker is taken as whole; any other is decoded to find out, and so are images of
-    more than 8 bits, whose pixels decide whether `read_image` refuses them.
+    Decoding every file of a large set would take minutes. A file that ends with its format's end
+    marker is taken as complete; others are decoded, and so are images of more than 8 bits, which
+    `read_image` may refuse for their values.
 
     Raises:
         ValueError: not an image, truncated, too large for the memory, or refused for its values.
@@ -76,10 +79,9 @@ def probe_image(path: Path) -> ImageInfo:
 
 @contextmanager
 def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
-    """Open an image, without warnings of odd EXIF blocks and the like.
+    """Open an image without pillow's warnings, of odd EXIF blocks for instance.
 
-    Pillow warns of images of more than 89 megapixels and refuses twice that; here it is half of the
-    machine's memory that they may take.
+    Pillow's limit of 179 megapixels is replaced by half of the machine's memory.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,13 +110,13 @@ def _ends_well(path: Path, file_format: str) -> bool:
 
 
 def find_images(names: Sequence[Path]) -> list[Path]:
-    """Return the image files that names mean, each once: files, folders and patterns like a/*.jpg.
+    """Return the image files of names, each once: files, folders and patterns like a/*.jpg.
 
     Args:
-        names: a folder means the images right in it, without those that drawings were saved as.
+        names: a folder means the images directly in it, except images with drawn detections.
 
     Raises:
-        ValueError: a name means none.
+        ValueError: a name matches no image.
     """
     found: dict[Path, None] = {}
     for name in names:
@@ -127,7 +129,7 @@ def find_images(names: Sequence[Path]) -> list[Path]:
         else:
             files = [Path(file) for file in sorted(glob.glob(str(name), recursive=True))]
             files = [file for file in files if file.is_file()]
-            problem = "no file has a name like that"
+            problem = "no file matches this pattern"
         if not files:
             raise ValueError(f"{name}: {problem}")
         found.update(dict.fromkeys(files))
@@ -149,11 +151,11 @@ def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Ten
     With pillow: torchvision's decoders are deprecated since 0.29, and read fewer formats.
 
     Args:
-        path: JPEG, PNG or anything else pillow reads; see `rgb_pixels` for how colours other than
-            RGB, and depths other than 8 bits, are converted.
-        orientation: turn the image as its EXIF orientation says.
+        path: JPEG, PNG or anything else pillow reads; see `rgb_pixels` for the conversion of
+            other colours than RGB and other depths than 8 bits.
+        orientation: apply the EXIF orientation.
         reduction: 2, 4 or 8 decodes a JPEG file at that fraction of its size (libjpeg computes
-            fewer points of each block's inverse DCT); files of other formats are decoded whole.
+            a smaller inverse DCT of each block); other formats are decoded at full size.
 
     Returns:
         (3, H, W) uint8 RGB. A reduced image's sides are rounded up: pixel x of it covers
@@ -161,7 +163,7 @@ def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Ten
         beyond its edge.
 
     Raises:
-        ValueError: the file cannot be decoded, or not be shown truthfully in 8 bits.
+        ValueError: the file cannot be decoded, or its values cannot be converted to 8 bits.
         FileNotFoundError: there is no such file.
     """
     data = path.read_bytes()
@@ -174,9 +176,81 @@ def read_image(path: Path, orientation: bool = False, reduction: int = 1) -> Ten
             if orientation:
                 ImageOps.exif_transpose(image, in_place=True)
             pixels = rgb_pixels(image, data, deep)
-    except UnidentifiedImageError:  # Its message has the address of the buffer read from.
+    except UnidentifiedImageError:  # its message has an address of memory
         raise ValueError(f"{path}: cannot be decoded (not an image of a known format)") from None
     # Pillow's readers raise many types on broken files (SyntaxError and struct.error among them).
     except Exception as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has more than 8 bits per sample."""
+    tiles = getattr(image, "tile", ())  # of files only
+    raw_modes = [tile[3][0] if isinstance(tile[3], tuple) else tile[3] for tile in tiles]
+    return image.mode[0] in "IF" or any("16" in str(mode) for mode in raw_modes)
+
+
+def rgb_pixels(image: Image.Image, data: bytes, deep: bool) -> np.ndarray:
+    """Return the pixels as an array (H, W, 3) uint8.
+
+    Pillow drops alpha and converts colours. It clips grey of more than 8 bits, which is scaled here
+    instead: integers by the range that the file states (a TIFF's BitsPerSample and SampleFormat, a
+    PNG's sBIT) or else that of their type, negative ones to black; floats from the range 0 to 1.
+
+    Args:
+        image: opened by pillow.
+        data: the file.
+        deep: result of `is_deep`.
+
+    Raises:
+        ValueError: floats outside 0 to 1, or more than 8 bits with values so small that the result
+            would be nearly black.
+    """
+    inverted = False
+    if image.mode[0] in "IF":
+        tags = getattr(image, "tag_v2", {})
+        inverted = tags.get(_TIFF["PhotometricInterpretation"]) == 0
+        values = np.asarray(image)
+        image = Image.fromarray(
+            _from_floats(values) if image.mode == "F" else _from_integers(values, image, tags, data)
+        )
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if deep and pixels.max() <= _DARKEST:
+        raise ValueError(
+            "it has more than 8 bits and uses only the lowest: it would be nearly black; "
+            "scale its values to the range of their type"
+        )
+    return 255 - pixels if inverted else pixels
+
+
+def _from_floats(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise ValueError(f"its values go from {low:g} to {high:g}; floats have to be from 0 to 1")
+    return np.rint(values * 255).astype(np.uint8)
+
+
+def _from_integers(values: np.ndarray, image: Image.Image, tags: dict, data: bytes) -> np.ndarray:
+    bits = 31 if image.mode == "I" else 16
+    if image.format == "TIFF":
+        (bits, *_), (kind, *_) = tags[_TIFF["BitsPerSample"]], tags.get(_TIFF["SampleFormat"], (1,))
+        bits -= kind == 2  # the sign
+        if bits == 32:
+            values = values.view(np.uint32)  # pillow has no such mode
+    elif image.format == "PNG":
+        bits = _bits_of_png(data, int(values.max()))
+    elif image.format == "PPM":
+        bits = 16
+    return (np.maximum(values, 0) >> (bits - 8)).astype(np.uint8)
+
+
+def _bits_of_png(data: bytes, largest: int) -> int:
+    """Return the significant bits of the stored values.
+
+    By the standard, samples with fewer significant bits are scaled to 16; but many programs state
+    12 bits and store 0 to 4095.
+    """
+    found = data.find(b"sBIT", 0, data.find(b"IDAT"))
+    bits = data[found + 4] if found > 0 else 16
+    return bits if 8 < bits < 16 and largest < 2**bits else 16

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,16 @@ from tinydet.data.problems import Problems
 
 logger = logging.getLogger(__name__)
 
-# Raise it with any change of the rules or of the file's layout: other versions are rebuilt.
-_VERSION = 3
+# Increase it when rules or the layout of the file change: other versions are rebuilt.
+_VERSION = 4
+_ARRAYS = {
+    "sizes": np.int32,
+    "exif_rotated": np.bool_,
+    "offsets": np.int64,
+    "boxes": np.float32,
+    "labels": np.int64,
+    "difficult": np.bool_,
+}
 
 
 class Objects(NamedTuple):
@@ -38,12 +47,12 @@ class Objects(NamedTuple):
 
 
 class CocoTruth(NamedTuple):
-    """What COCO's evaluation wants to know of each object, as its annotation file states it.
+    """What COCO's evaluation needs of each object, as stated in the annotation file.
 
     Attributes:
         boxes: (M, 4) float64 xyxy pixels, not clipped to the image.
-        areas: (M,) float64 square pixels of the object's mask; of its box where none is stated.
-        crowd: (M,) bool; the box is around many objects, and is nothing to train on.
+        areas: (M,) float64 area of the object's mask in pixels; of its box if none is stated.
+        crowd: (M,) bool; the box encloses many objects, and is left out of training.
     """
 
     boxes: np.ndarray
@@ -62,13 +71,13 @@ class Index:
         image_ids: names of the images.
         image_files: paths of the image files below `root`.
         sizes: (I, 2) int32 height and width of each image as `read_image` returns it.
-        turned: (I,) bool; the image's EXIF orientation has to be applied.
+        exif_rotated: (I,) bool; whether the image's EXIF orientation has to be applied.
         offsets: (I + 1,) int64; image i has the objects `offsets[i]:offsets[i + 1]`.
         boxes: (M, 4) float32 xyxy, 0-based pixels of the original image, x in [0, W].
         labels: (M,) int64 class indices.
         difficult: (M,) bool.
         problems: what was dropped, repaired or assumed.
-        coco: more about the objects, where the data set is in COCO's format.
+        coco: more about the objects, if the data set has COCO's layout.
     """
 
     root: Path
@@ -77,7 +86,7 @@ class Index:
     image_ids: list[str]
     image_files: list[str]
     sizes: np.ndarray
-    turned: np.ndarray
+    exif_rotated: np.ndarray
     offsets: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
@@ -94,7 +103,7 @@ class Index:
         return Objects(self.boxes[part], self.labels[part], self.difficult[part])
 
     def coco_truth(self, i: int) -> CocoTruth | None:
-        """Return what COCO's evaluation wants to know of the objects of image `i`."""
+        """Return what COCO's evaluation needs of the objects of image `i`."""
         if self.coco is None:
             return None
         part = slice(self.offsets[i], self.offsets[i + 1])
@@ -122,7 +131,7 @@ def cache_file(root: Path, split: str, classes: tuple[str, ...]) -> Path:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Return a hash that changes when any of the files does: name, length, time of last change."""
+    """Return a hash of names, sizes and modification times of files."""
     digest = hashlib.sha256(f"version {_VERSION}\n".encode())
     for path in paths:
         try:
@@ -135,7 +144,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def save_index(index: Index, path: Path, mark: str) -> None:
-    """Write the index to a cache file under the fingerprint `mark`; failing to is only logged."""
+    """Write the index to a cache file with the fingerprint `mark`; a failure is only logged."""
     header = {
         "fingerprint": mark,
         "classes": index.classes,
@@ -180,8 +189,48 @@ def load_index(path: Path, mark: str, root: Path, split: str) -> Index | None:
     return index if _consistent(index) else None
 
 
-def check_content(index: Index, split_file: Path) -> None:
-    """Refuse a split that there is nothing to learn or to find in.
+def cached_index(
+    root: Path,
+    split: str,
+    classes: tuple[str, ...],
+    files: Sequence[Path],
+    build: Callable[[], Index],
+) -> Index:
+    """Return a split's index from the cache, or build and cache it if a file has changed.
+
+    Args:
+        root: the data set's folder.
+        split: name of the split.
+        classes: class names in label order, or none.
+        files: everything that the index depends on, first the file that lists the split.
+        build: makes the index.
+
+    Raises:
+        ValueError: no image is left, or none of the class names occurs.
+    """
+    cached, mark = cache_file(root, split, classes), fingerprint(files)
+    index = load_index(cached, mark, root, split)
+    if index is None:
+        index = build()
+        save_index(index, cached, mark)
+    _check_content(index, files[0])
+    return index
+
+
+def no_such_split(
+    file: Path, split: str, existing: Sequence[str], layout: str
+) -> FileNotFoundError:
+    """Return the error for a missing split file: it lists the splits and the nearest names."""
+    near = difflib.get_close_matches(split, existing, 3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return FileNotFoundError(
+        f"{file}: no such split{hint} (there are: {_short(existing) or 'none'}); choose with "
+        "data.train_split and data.test_split" + ("" if existing else f"; {layout}")
+    )
+
+
+def _check_content(index: Index, split_file: Path) -> None:
+    """Refuse a split without any object.
 
     Raises:
         ValueError: no image is left, or none of the class names occurs.
@@ -208,22 +257,12 @@ def _short(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
-_ARRAYS = {
-    "sizes": np.int32,
-    "turned": np.bool_,
-    "offsets": np.int64,
-    "boxes": np.float32,
-    "labels": np.int64,
-    "difficult": np.bool_,
-}
-
-
 def _consistent(index: Index) -> bool:
-    """Whether the parts of an index fit together: a cache file may have been damaged."""
+    """Whether the arrays of an index match: a cache file may be damaged."""
     n, m = len(index.image_ids), len(index.boxes)
     shapes = {
         "sizes": (n, 2),
-        "turned": (n,),
+        "exif_rotated": (n,),
         "offsets": (n + 1,),
         "boxes": (m, 4),
         "labels": (m,),

@@ -1,4 +1,4 @@
-"""Loaders of batches whose content depends on seed and epoch only, not on the loader processes."""
+"""Loaders of batches that depend on seed and epoch only, not on the number of loader processes."""
 
 from __future__ import annotations
 
@@ -9,46 +9,45 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tinydet.config import Data
 from tinydet.data.canvas import PAD_VALUE
+from tinydet.data.dataset import DetectionDataset
 from tinydet.data.sample import Batch, Sample
 from tinydet.data.sampler import TestBatches, TrainBatches
 from tinydet.data.sources import TestSource, TrainSource
 from tinydet.data.transforms import network_size, padded_size, test_transform
-from tinydet.data.voc import DetectionDataset
 from tinydet.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
 
 class DetectionLoader(DataLoader):
-    """A DataLoader of `Batch` that reports each image it had to replace, once."""
+    """A DataLoader of `Batch` that logs each image it had to replace once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reported: set[str] = set()
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose order and augmentation the next iteration has.
+        """Choose the epoch of the next iteration, which decides on order and augmentation.
 
         Args:
             epoch: number from 0.
-            start: batches of the epoch to leave out; they are not even read. `len` stays the
-                whole epoch's.
+            start: number of batches to skip, without reading them; `len` still counts them.
         """
-        self.batch_sampler.set_epoch(epoch, start)
+        cast(TrainBatches, self.batch_sampler).set_epoch(epoch, start)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             for image_id in batch.unreadable:
                 if image_id not in self._reported:
                     self._reported.add(image_id)
-                    logger.warning("image %s cannot be decoded any more: replaced", image_id)
+                    logger.warning("image %s cannot be decoded: replaced", image_id)
             yield batch
 
 
@@ -58,7 +57,7 @@ class WorkerDiedError(ValueError):
 
 @contextmanager
 def dead_workers_named() -> Iterator[None]:
-    """Turn the error that torch raises, anywhere in the main process, for a dead loader process.
+    """Give torch's error for a dead loader process, raised anywhere within, a clear message.
 
     Raises:
         WorkerDiedError: one of the processes of a loader used within has died.
@@ -72,8 +71,8 @@ def dead_workers_named() -> Iterator[None]:
         signalled = re.search(r"killed by signal: ([\w ]+)", str(error))
         how = f"was killed ({signalled[1]})" if signalled else "died"
         raise WorkerDiedError(
-            f"loader process {found[1]} {how}: most likely memory ran out; take fewer loader "
-            "processes (--set data.workers=N, 0 loads in the main process) or smaller images"
+            f"loader process {found[1]} {how}: it probably ran out of memory; use fewer loader "
+            "processes (--set data.workers=N; 0 loads in the main process) or smaller images"
         ) from error
 
 
@@ -91,16 +90,16 @@ def make_train_loader(
     """Return the loader of shuffled, augmented training batches; call `set_epoch` every epoch.
 
     Args:
-        dataset: what is trained on; its own transform, where it has one, takes the place of
-            `train_transform(data)`, and is called with whole images.
-        data: image size, augmentation, number of workers, memory for decoded images.
+        dataset: the training set; its transform, if it has one, replaces `train_transform(data)`
+            and is called with images of full size.
+        data: image size, augmentation, number of workers, cache of decoded images.
         batch_size: images in a batch of this process.
         seed: seeds order and augmentation.
-        epochs: epochs of the whole run, the last of which are `data.augment.plain_epochs`; None
-            has none of these.
+        epochs: epochs of the whole run, the last `data.augment.plain_epochs` of which are plain;
+            None has no plain epochs.
         rank: this process among `world_size`.
-        world_size: processes training together; each gets as many images as the others.
-        device: where the model trains; decides on pinned memory and on the number of workers.
+        world_size: number of training processes, which get equally many images.
+        device: of the model; decides on pinned memory and on the number of workers.
 
     Raises:
         ValueError: the data set is empty, or batch_size is not positive.
@@ -117,7 +116,7 @@ def make_train_loader(
     )
     if epochs is not None and 0 < epochs <= data.augment.plain_epochs:
         logger.warning(
-            "data.augment.plain_epochs=%d: all %d epochs are without mosaic, mixup, warp and hsv",
+            "data.augment.plain_epochs=%d: no epoch of %d has mosaic, mixup, random affine or hsv",
             *(data.augment.plain_epochs, epochs),
         )
     source = TrainSource(dataset, data, seed, epochs)
@@ -135,17 +134,17 @@ def make_test_loader(
 ) -> DetectionLoader:
     """Return the loader of all images, resized, each exactly once over all processes.
 
-    A batch holds images of one padded shape only, so no image gets more padding than it needs:
-    results do not depend on the batch size, and fewer pixels are computed. An image that cannot be
-    decoded is a grey one: its objects count as missed.
+    All images of a batch have the same padded shape, so no image gets more padding than it needs:
+    results do not depend on the batch size, and fewer pixels are computed. A grey image replaces
+    one that cannot be decoded, so its objects count as missed.
 
     Args:
-        dataset: what is evaluated.
+        dataset: the evaluation set.
         data: image size and number of workers.
-        batch_size: most images in a batch.
+        batch_size: largest number of images in a batch.
         rank: this process among `world_size`.
-        world_size: processes evaluating together; process r reads images r, r + world_size, ...
-        device: where the model runs; decides on pinned memory and on the number of workers.
+        world_size: number of processes; process r reads images r, r + world_size, ...
+        device: of the model; decides on pinned memory and on the number of workers.
 
     Raises:
         ValueError: batch_size is not positive.
@@ -162,26 +161,26 @@ def make_test_loader(
 
 
 def choose_workers(workers: int, device: torch.device | str, world_size: int = 1) -> int:
-    """Return the number of loader processes; -1 chooses from the cores this process may use.
+    """Return the number of loader processes; -1 chooses by the cores available to this process.
 
-    Several processes that train together share the cores, as if all were on one machine.
+    Several training processes share the cores, as if they were all on one machine.
     """
     if workers >= 0:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, (cores or 1) // world_size)
     if torch.device(device).type == "cpu":
-        # The model needs the cores itself. Where it has to wait for data all the same, two of its
-        # cores prepare them at once.
+        # The model needs the cores itself; while it waits for data, two of them prepare it.
         return min(2, cores)
     return min(8, max(1, cores - 1))
 
 
 def collate(samples: Sequence[Sample], keep_difficult: bool) -> Batch:
-    """Pad samples at the right and bottom to one shape, and put them into a batch.
+    """Return samples as a batch, padded at the right and bottom to one shape.
 
     Args:
-        samples: of any sizes; the batch has the largest height and width, in whole strides.
+        samples: of any sizes; the batch has the largest height and width, rounded up to whole
+            strides.
         keep_difficult: keep difficult objects in the targets.
     """
     height, width = padded_size(
@@ -241,23 +240,23 @@ def _loader(
         persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=partial(_start_worker, model_on_cpu),
-        # Its own: each iteration draws a number, which must not shift what the model draws.
+        # Its own: each iteration draws a number, which must not change those of the model.
         generator=torch.Generator(),
-        # Forked processes share the index. Python 3.14 would start each afresh: a copy of its own,
-        # and half a minute on a busy machine.
+        # Forked processes share the index. Python 3.14 starts new ones by default: each has its
+        # own copy, and takes up to half a minute on a busy machine.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
 
-def _start_worker(yields: bool, worker: int) -> None:
+def _start_worker(low_priority: bool, worker: int) -> None:
     del worker
-    # Each worker is one process of many: threads of its own would only compete.
+    # Threads of a worker would compete with the other workers.
     torch.set_num_threads(1)
-    # A thread of the model that is made to wait holds up all the others at the end of each layer.
-    # The loader takes what they leave; where that is too little the model waits and leaves more.
-    if yields and hasattr(os, "nice"):
+    # A delayed thread of the model delays all others at the end of each layer, so the loader uses
+    # what time they leave; if that is too little, the model waits for data and leaves more.
+    if low_priority and hasattr(os, "nice"):
         os.nice(19)
-    # Ctrl-C and `timeout` signal a whole group of processes. The main process, which still needs
-    # batches to finish its step, ends its workers itself.
+    # Ctrl-C and `timeout` signal a whole process group. The main process still needs batches to
+    # finish its step, and ends its workers itself.
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -1,12 +1,12 @@
-"""What was wrong with a data set and what was done about it: counted by rule, a few named."""
+"""Problems of a data set and how they were handled: counts by rule, with examples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-# Rule -> (singular, plural) of what one report line says after the count. The order is the order
-# of the report: what loses whole images first, mere notes last.
+# Rule -> (singular, plural) of the report line after the count, in the order of the report: first
+# what loses whole images, mere notes last.
 RULES = {
     "missing_image": (
         "image file is missing: image left out",
@@ -45,8 +45,8 @@ RULES = {
         "objects have no class name: dropped",
     ),
     "same_name": (
-        "category has the name of another: both are one class",
-        "categories have the names of others: they are one class with them",
+        "category has the name of another one: merged into one class",
+        "categories have the names of other ones: merged into one class",
     ),
     "absent_class": (
         "class is not in the annotation file's list of categories: it has no object",
@@ -60,24 +60,24 @@ RULES = {
     "zero_area": ("box has no area: dropped", "boxes have no area: dropped"),
     "outside": ("box lies outside its image: dropped", "boxes lie outside their images: dropped"),
     "clipped": (
-        "box reaches over its image's edge: clipped",
-        "boxes reach over their images' edges: clipped",
+        "box extends beyond its image: clipped",
+        "boxes extend beyond their images: clipped",
     ),
     "unclear_mark": (
-        "object is marked with neither yes nor no: taken for no",
-        "objects are marked with neither yes nor no: taken for no",
+        "object has a mark that is neither yes nor no: taken as no",
+        "objects have a mark that is neither yes nor no: taken as no",
     ),
     "wrong_size": (
         "annotation states a wrong image size: the image file's is used",
         "annotations state a wrong image size: the image file's is used",
     ),
     "exif_applied": (
-        "image is turned as its EXIF says, since its annotation has the turned size",
-        "images are turned as their EXIF says, since their annotations have the turned size",
+        "image has an EXIF orientation that matches its annotation's size: rotated",
+        "images have an EXIF orientation that matches their annotations' sizes: rotated",
     ),
     "exif_ignored": (
-        "image has an EXIF orientation that its annotation does not call for: not turned",
-        "images have an EXIF orientation that their annotations do not call for: not turned",
+        "image has an EXIF orientation that its annotation's size does not match: not rotated",
+        "images have an EXIF orientation that their annotations' sizes do not match: not rotated",
     ),
     "not_rgb": (
         "image is not stored as RGB: converted",
@@ -103,7 +103,7 @@ class Problems:
     unknown_classes: dict[str, int] = field(default_factory=dict)
 
     def add(self, rule: str, name: str, what: str = "") -> None:
-        """Count one occurrence of `rule` in the image called `name`; `what` says what exactly."""
+        """Count one occurrence of `rule` in the image `name`; `what` has the details."""
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r}")
         self.counts[rule] = self.counts.get(rule, 0) + 1
@@ -133,7 +133,7 @@ class Problems:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values; `Problems(**value)` makes the same object again."""
+        """Return everything as JSON values, from which `Problems(**values)` restores the object."""
         return {
             "counts": dict(self.counts),
             "examples": {rule: list(found) for rule, found in self.examples.items()},

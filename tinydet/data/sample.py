@@ -1,4 +1,4 @@
-"""What flows from the data to the detector: one Sample an image, one Batch a step.
+"""What the data hands to the detector: one Sample per image, one Batch per step.
 
 Letters in shape comments: B images, N boxes of one image, H and W in pixels.
 """
@@ -20,11 +20,11 @@ class Sample:
         image: (3, H, W) uint8 RGB.
         boxes: (N, 4) float32 xyxy, 0-based pixels of `image`, x in [0, W] and y in [0, H].
         labels: (N,) int64 class indices.
-        difficult: (N,) bool; kept out of training targets, ignored by the VOC evaluation.
+        difficult: (N,) bool; left out of training targets, ignored by the VOC evaluation.
         image_id: name of the image in its split.
         size: (H, W) of the original image.
         scale: (sy, sx), network pixels per original pixel.
-        unreadable: ids of images that could not be decoded and for which this sample stands in.
+        unreadable: ids of images that could not be decoded, which this sample replaces.
     """
 
     image: Tensor
@@ -44,7 +44,7 @@ class Batch:
     Attributes:
         images: (B, 3, H, W) uint8 RGB; H and W are multiples of 32, padding is on the right and
             at the bottom.
-        targets: one dict an image with "boxes" (N, 4) float32 xyxy pixels of `images`, "labels"
+        targets: one dict per image with "boxes" (N, 4) float32 xyxy pixels of `images`, "labels"
             (N,) int64 and "difficult" (N,) bool. Training batches hold no difficult objects.
         image_ids: names of the images.
         sizes: (H, W) of the original images.
@@ -62,8 +62,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    # A tensor is sent between processes as an open file, at some 0.4 ms each: worth it for the
-    # images, but three a target cost more than all of the loader's work. Arrays go by value.
+    # A tensor is sent between processes as an open file, in about 0.4 ms. That pays for images,
+    # but three per target would cost more than the loader's other work. Arrays are sent by value.
     def __getstate__(self) -> dict[str, Any]:
         targets = [{k: v.numpy() for k, v in target.items()} for target in self.targets]
         return self.__dict__ | {"targets": targets}

@@ -1,4 +1,4 @@
-"""Which images make up which batch: decided in the main process, from seed and epoch alone."""
+"""Which images form which batch: decided in the main process, by seed and epoch only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SampleKey(NamedTuple):
     Attributes:
         index: number of the image.
         epoch: epoch, part of the seed of its augmentation.
-        image_size: longer side of the network's input, where it is drawn for the batch.
+        image_size: longer side of the network's input if it is drawn for each batch, else None.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     epoch: int
     image_size: int | None
 
@@ -30,13 +30,13 @@ class SampleKey(NamedTuple):
 class TrainBatches(Sampler[list[SampleKey]]):
     """Shuffled batches of one epoch, as many on every process.
 
-    An epoch has whole batches only. What does not fill one is left out, other images in every
-    epoch: over any number of epochs each image is seen equally often, give or take one.
+    An epoch has full batches only. The images left over are different ones in every epoch: over any
+    number of epochs, the counts of any two images differ by at most one.
 
-    Upright images are batched with upright ones and wide with wide: a batch of both would be padded
-    to a square, a quarter of it empty. What is left of the two kinds fills exactly one batch.
+    Portrait and landscape images are in separate batches: together they would be padded to a
+    square, a quarter of it empty. The remainders of both kinds fill exactly one batch.
 
-    Several processes share each batch: two with 8 images each see the batches of one with 16.
+    Several processes share each batch: 2 processes x 8 images see the batches of 1 x 16.
 
     Args:
         sizes: (I, 2) heights and widths of all images.
@@ -45,8 +45,8 @@ class TrainBatches(Sampler[list[SampleKey]]):
         image_size: longer side of the network's input in pixels.
         multiscale: range of factors on `image_size`, drawn for each batch; (1, 1) is off.
         rank: this process.
-        world_size: number of processes. Fewer images than a batch of all processes make one batch;
-            where they do not divide evenly among the processes, some are used twice.
+        world_size: number of processes. Fewer images than a batch of all processes form one batch;
+            some are used twice if the processes cannot share them evenly.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose batches, from number `start` on, the next iteration gives."""
+        """Let the next iteration give the batches of an epoch from number `start` on."""
         self.epoch = epoch
         self.start = start
 
@@ -83,7 +83,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         return max(1, len(self.upright) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        # All at once: a later set_epoch must not change what has begun.
+        # All at once, so that a later set_epoch does not affect a running iteration.
         batches = []
         for number, batch in enumerate(self._batches()):
             image_size = self._draw_size(number)
@@ -107,11 +107,11 @@ class TrainBatches(Sampler[list[SampleKey]]):
         return [batch[self.rank :: self.world_size] for batch in batches]
 
     def _images(self, generator: torch.Generator) -> list[int]:
-        """Return the epoch's images in random order: as many as its batches hold."""
+        """Return the images of the epoch's batches in random order."""
         number, total = len(self.upright), self.batch_size * self.world_size
         order = torch.randperm(number, generator=generator).tolist()
         held = number - number % total or -(-number // self.world_size) * self.world_size
-        # The images left out, or used twice, are the next ones in an order that stays the same.
+        # The images left out, or used twice, are the next ones of a fixed order.
         changed = abs(number - held)
         rotation = torch.randperm(number, generator=seeded_generator("rotation", self.seed))
         first = self.epoch * changed
@@ -122,7 +122,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         return [index for index in order if index not in left_out]
 
     def _draw_size(self, number: int) -> int | None:
-        """Draw a batch's image size; without the rank, so that processes take equally long."""
+        """Draw a batch's image size: the same on all ranks, which then take equally long."""
         low, high = self.multiscale
         if low == high == 1.0:
             return None
@@ -151,7 +151,7 @@ class TestBatches(Sampler[list[int]]):
         world_size: number of processes.
     """
 
-    __test__ = False  # pytest would take it for a test class
+    __test__ = False  # it is no test class
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class TestBatches(Sampler[list[int]]):
         ]
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Do nothing: every epoch is the same."""
+        """Do nothing, as all epochs are equal."""
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what is drawn for, never on which process draws."""
+"""Random numbers that depend on their purpose, not on the process that draws them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 def seeded_generator(*key: int | str) -> torch.Generator:
     """Return a generator seeded by the whole key, e.g. (seed, epoch, image index).
 
-    The key is hashed: sums like seed + epoch would make runs of neighbouring seeds share numbers.
+    The key is hashed: with sums like seed + epoch, runs of neighbouring seeds would share numbers.
     """
     return torch.Generator().manual_seed(_hashed(key))
 
 
 def seed_globally(device: torch.device, *key: int | str) -> None:
-    """Seed what layers draw from on the CPU and on `device` (dropout, say) by the whole key.
+    """Seed the global generators of the CPU and of `device` (used by dropout) by the whole key.
 
-    Done before every step, it leaves nothing of these generators to be stored in a checkpoint.
+    Called before every step, so checkpoints need no state of these generators.
     """
     seed = _hashed(key)
-    # Not torch.manual_seed, which seeks every kind of accelerator: a hundred times slower.
+    # torch.manual_seed looks for every kind of accelerator, and is a hundred times slower.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -1,12 +1,12 @@
 """Resizing and augmentation of samples.
 
-All numbers come from the generator that is passed in: torchvision's random transform classes draw
+All random numbers come from the generator that is passed in: torchvision's random transforms draw
 from the global one, which would make results depend on the number of loader processes. Boxes are
-not its tv_tensors either, whose dispatch costs a small image more than all work on its pixels.
+no tv_tensors, whose dispatch would take longer than all work on the pixels of a small image.
 
 Each image is resized once: size, random scale and multi-scale are one factor. Then it is flipped
-and placed on a canvas of the network's size, or with three others on a mosaic; the whole canvas may
-be warped, and mixed with another made the same way.
+and pasted on a canvas of the network's size, or on a mosaic with three others; `random_affine`
+transforms the whole canvas, and `mixup` blends it with another one made alike.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from tinydet.config import Augment, Data
-from tinydet.data.affine import warped
-from tinydet.data.canvas import flipped, placed, placement, resized
-from tinydet.data.mixup import mixed
-from tinydet.data.mosaic import TILE_SCALE, draw_tiles, joined
+from tinydet.data.canvas import flip, paste, random_affine, random_position, resize
+from tinydet.data.mixing import TILE_SCALE, draw_tiles, mixup, mosaic
 from tinydet.data.sample import Sample
 from tinydet.data.seeding import integer, uniform
 
@@ -35,7 +33,7 @@ def train_transform(data: Data) -> TrainTransform:
 
 
 def plain(augment: Augment) -> Augment:
-    """Return what is left of the augmentation in the last `plain_epochs`."""
+    """Return the augmentation of the last `plain_epochs`."""
     off = Augment()
     return replace(
         augment,
@@ -50,11 +48,11 @@ def plain(augment: Augment) -> Augment:
 
 
 def test_transform(data: Data) -> TestTransform:
-    """Return the resizing of evaluated images that `data` asks for; it draws nothing."""
+    """Return the resizing of evaluated images that `data` asks for."""
     return TestTransform(data.image_size, data.keep_ratio, data.short_side)
 
 
-test_transform.__test__ = False  # pytest would take it for a test
+test_transform.__test__ = False  # type: ignore[attr-defined]  # it is no test
 
 
 def network_size(
@@ -81,10 +79,10 @@ class TestTransform:
     Attributes:
         image_size: longer side of the result, or both sides, in pixels.
         keep_ratio: keep the aspect ratio; False stretches to a square.
-        short_side: bound of the shorter side in pixels where the ratio is kept; 0 is none.
+        short_side: largest shorter side in pixels if the ratio is kept; 0 is no limit.
     """
 
-    __test__ = False  # pytest would take it for a test class
+    __test__ = False  # it is no test class
 
     image_size: int
     keep_ratio: bool
@@ -94,7 +92,7 @@ class TestTransform:
         """Return the resized sample; `generator` is not used."""
         del generator
         height, width = network_size(sample.size, self.image_size, self.keep_ratio, self.short_side)
-        return resized(sample, height, width)
+        return resize(sample, height, width)
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class TrainTransform:
         image_size: longer side of the result, or both sides, in pixels.
         keep_ratio: keep the aspect ratio; False stretches to a square.
         augment: the random changes.
-        short_side: bound of the shorter side in pixels where the ratio is kept; 0 is none.
+        short_side: largest shorter side in pixels if the ratio is kept; 0 is no limit.
     """
 
     image_size: int
@@ -124,16 +122,16 @@ class TrainTransform:
 
         Args:
             sample: an image as it was decoded.
-            generator: every random number is drawn from it.
-            image_size: stands in for the transform's own, for multi-scale training.
-            another: draws one more sample, from the same generator; without it there are no
-                mosaics and no mixing.
+            generator: source of all random numbers.
+            image_size: replaces the transform's own, for multi-scale training.
+            another: draws one more sample with the same generator; without it there is no mosaic
+                and no mixup.
         """
         sides = self._network_size(sample, image_size)
         picture = self._picture(sample, sides, generator, image_size, another)
         if another is not None and _chance(generator, self.augment.mixup):
             other = self._picture(another(), sides, generator, image_size, another)
-            picture = mixed(picture, other, generator)
+            picture = mixup(picture, other, generator)
         return picture
 
     def largest_size(self, size: tuple[int, int], image_size: int) -> tuple[int, int]:
@@ -141,7 +139,7 @@ class TrainTransform:
 
         Args:
             size: (height, width) of the original image.
-            image_size: the largest that this is called with.
+            image_size: the largest with which the transform is called.
         """
         height, width = network_size(
             size, image_size, self.keep_ratio, self.short_side * image_size / self.image_size
@@ -151,7 +149,7 @@ class TrainTransform:
 
     def _network_size(self, sample: Sample, image_size: int | None) -> tuple[int, int]:
         long_side = image_size or self.image_size
-        # A batch's own size scales both bounds.
+        # The size of a batch scales both limits.
         short_side = self.short_side * long_side / self.image_size
         return network_size(sample.size, long_side, self.keep_ratio, short_side)
 
@@ -163,7 +161,7 @@ class TrainTransform:
         image_size: int | None,
         another: Callable[[], Sample] | None,
     ) -> Sample:
-        """Return one image or a mosaic on a canvas with these sides (height, width), warped."""
+        """Return one image or a mosaic on a canvas with these sides (height, width)."""
         # A canvas of a single line of pixels cannot be divided.
         if another is not None and min(sides) > 1 and _chance(generator, self.augment.mosaic):
             tiles = draw_tiles(*sides, generator)
@@ -171,10 +169,10 @@ class TrainTransform:
                 self._tile(part, (tile.height, tile.width), generator, image_size)
                 for part, tile in zip((sample, another(), another(), another()), tiles, strict=True)
             ]
-            picture = joined(parts, tiles)
+            picture = mosaic(parts, tiles)
         else:
             picture = self._single(sample, sides, generator, image_size)
-        return warped(picture, self.augment, generator)
+        return random_affine(picture, self.augment, generator)
 
     def _single(
         self,
@@ -184,12 +182,12 @@ class TrainTransform:
         image_size: int | None,
     ) -> Sample:
         sample = self._rescaled(sample, generator, image_size)
-        top, left = placement(sample, *sides, generator)
+        top, left = random_position(sample, *sides, generator)
         if uniform(generator, 0.0, 1.0) < self.augment.shift:
             furthest = self.augment.max_shift
             top += integer(generator, -furthest, furthest)
             left += integer(generator, -furthest, furthest)
-        return placed(sample, top, left, *sides, self.augment, generator)
+        return paste(sample, top, left, *sides, self.augment, generator)
 
     def _tile(
         self,
@@ -199,8 +197,8 @@ class TrainTransform:
         image_size: int | None,
     ) -> Sample:
         sample = self._rescaled(sample, generator, image_size, uniform(generator, *TILE_SCALE))
-        top, left = placement(sample, *sides, generator)
-        return placed(sample, top, left, *sides, self.augment, generator)
+        top, left = random_position(sample, *sides, generator)
+        return paste(sample, top, left, *sides, self.augment, generator)
 
     def _rescaled(
         self,
@@ -209,17 +207,17 @@ class TrainTransform:
         image_size: int | None,
         reduction: float = 1.0,
     ) -> Sample:
-        """Return the image resized, by a random factor too, and perhaps flipped."""
+        """Return the image resized, with a random factor, and randomly flipped."""
         height, width = self._network_size(sample, image_size)
         # Drawn in log space, so that halving and doubling are equally likely.
         low, high = self.augment.scale
         factor = math.exp(uniform(generator, math.log(low), math.log(high))) * reduction
-        sample = resized(sample, max(1, round(height * factor)), max(1, round(width * factor)))
+        sample = resize(sample, max(1, round(height * factor)), max(1, round(width * factor)))
         horizontal = uniform(generator, 0.0, 1.0) < self.augment.hflip
         vertical = uniform(generator, 0.0, 1.0) < self.augment.vflip
-        return flipped(sample, horizontal, vertical) if horizontal or vertical else sample
+        return flip(sample, horizontal, vertical) if horizontal or vertical else sample
 
 
 def _chance(generator: torch.Generator, probability: float) -> bool:
-    """Draw whether something happens; what is switched off leaves the generator as it is."""
+    """Draw whether something happens; a probability of 0 draws nothing."""
     return probability > 0 and uniform(generator, 0.0, 1.0) < probability

@@ -1,4 +1,4 @@
-"""A split of a folder in VOC layout: the checked index of its annotations, and a Dataset over it.
+"""A split of a folder in VOC layout: the checked index of its annotations.
 
 The layout is `ImageSets/Main/<split>.txt` with a name a line, `Annotations/<name>.xml` and
 `JPEGImages/<name>.jpg` (or .jpeg, .png, ...).
@@ -7,97 +7,35 @@ The layout is `ImageSets/Main/<split>.txt` with a name a line, `Annotations/<nam
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from tinydet.data.builder import IndexBuilder
-from tinydet.data.image import IMAGE_SUFFIXES, read_image
-from tinydet.data.index import (
-    Index,
-    cache_file,
-    check_content,
-    fingerprint,
-    load_index,
-    save_index,
-)
-from tinydet.data.sample import Sample
-from tinydet.data.seeding import seeded_generator
+from tinydet.data.image import IMAGE_SUFFIXES
+from tinydet.data.index import Index, cached_index, no_such_split
 from tinydet.text import read_text
 
 logger = logging.getLogger(__name__)
 
 _LAYOUT = "a folder in VOC layout holds Annotations/, ImageSets/Main/ and JPEGImages/"
 _FLAG = re.compile(r"\s+(-1|0|1)$")
-# Of split files that are not UTF-8: what systems and consoles of our time write by default.
+# Of split files that are not UTF-8: common defaults of systems and consoles.
 _OTHER_ENCODINGS = (
     *("cp1252", "cp1250", "cp1251", "cp850", "cp866"),
     *("gb18030", "cp932", "cp949", "cp950"),
 )
 
 
-class DetectionDataset(Dataset[Sample]):
-    """The samples of an index; an image that cannot be decoded raises ValueError.
-
-    Args:
-        index: what `read_index` returned.
-        transform: called with the sample and a generator seeded by the sample's number; the
-            loaders of `tinydet.data.loader` call it with the epoch's generator instead.
-    """
-
-    def __init__(
-        self, index: Index, transform: Callable[[Sample, torch.Generator], Sample] | None = None
-    ) -> None:
-        self.index = index
-        self.classes = index.classes
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> Sample:
-        sample = self.read(i)
-        return self.transform(sample, seeded_generator(i)) if self.transform else sample
-
-    def read(self, i: int) -> Sample:
-        """Return sample `i` in its original size, without the transform."""
-        return self.sample(i, read_image(self.index.image_path(i), bool(self.index.turned[i])))
-
-    def sample(self, i: int, image: Tensor, reduction: int = 1) -> Sample:
-        """Return sample `i` with its image, decoded already.
-
-        Args:
-            i: number of the image.
-            image: (3, H, W) uint8 RGB as `read_image` returned it.
-            reduction: of which the image was decoded at; boxes are divided by exactly that.
-        """
-        boxes, labels, difficult = self.index.objects(i)
-        return Sample(
-            image=image,
-            # Copies: the index is shared by everyone who reads it.
-            boxes=torch.tensor(boxes) / reduction,
-            labels=torch.tensor(labels),
-            difficult=torch.tensor(difficult),
-            image_id=self.index.image_ids[i],
-            size=self.index.size(i),
-            scale=(1 / reduction, 1 / reduction),
-        )
-
-
 def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Index:
     """Read and check all annotations of a split; the result is cached until a file changes.
 
     Annotations are 1-based and inclusive: the pixels xmin to xmax become x in [xmin - 1, xmax].
-    What the files get wrong is handled by the rules of `tinydet.data.problems` and counted in the
+    Problems of the files are handled by the rules of `tinydet.data.problems` and counted in the
     index's `problems`.
 
     Args:
@@ -107,22 +45,20 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
 
     Raises:
         FileNotFoundError: the folder, one of its three parts or the split is missing.
-        ValueError: the split's file is no text, no image is left, or no class name occurs.
+        ValueError: the split's file is no text, no image is left, or none of the classes occurs.
     """
     root, classes = Path(root), tuple(classes)
     split_file = _check_layout(root, split)
     images = _files(root / "JPEGImages", IMAGE_SUFFIXES)
     annotations = _files(root / "Annotations", (".xml",))
     names, repeated = _split_names(split_file, images)
-    # Only files that the folders list: a name with ".." in it must not lead elsewhere.
+    # Only files of these folders: a name with ".." must not lead outside.
     image_files = [_file(name, images) for name in names]
     annotation_files = [_file(name, annotations) for name in names]
 
     found = [path for path in (*annotation_files, *image_files) if path is not None]
-    mark = fingerprint([split_file, *found])
-    cached = cache_file(root, split, classes)
-    index = load_index(cached, mark, root, split)
-    if index is None:
+
+    def build() -> Index:
         logger.info("reading %d annotations of %s (%s)", len(names), root, split)
         builder = IndexBuilder(classes)
         for name in repeated:
@@ -135,10 +71,9 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
                 builder.problems.add("missing_image", name, others.get(name, ""))
             else:
                 builder.add_image(name, annotation_file, image_file)
-        index = builder.index(root, split)
-        save_index(index, cached, mark)
-    check_content(index, split_file)
-    return index
+        return builder.index(root, split)
+
+    return cached_index(root, split, classes, [split_file, *found], build)
 
 
 def split_names(root: str | Path) -> list[str]:
@@ -158,21 +93,14 @@ def _check_layout(root: Path, split: str) -> Path:
         raise FileNotFoundError(f"{root}: has no {', '.join(missing)}{hint}")
     split_file = root / "ImageSets" / "Main" / f"{split}.txt"
     if not split_file.is_file():
-        there = split_names(root)
-        near = difflib.get_close_matches(split, there, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
-        raise FileNotFoundError(
-            f"{split_file}: no such split{hint} (there are: {listed or 'none'}); choose with "
-            "data.train_split and data.test_split"
-        )
+        raise no_such_split(split_file, split, split_names(root), _LAYOUT)
     return split_file
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return the files with one of the suffixes by their names without it, as they are and in NFC.
+    """Return the files with one of the suffixes by their names without it, as written and in NFC.
 
-    Of files of one name it is the one whose suffix comes first.
+    Of files with equal names, the one whose suffix is listed first is used.
     """
     rank = {suffix: i for i, suffix in enumerate(suffixes)}
     found: dict[str, str] = {}
@@ -191,7 +119,7 @@ def _file(name: str, files: dict[str, Path]) -> Path | None:
 
 
 def _other_files(folder: Path) -> dict[str, str]:
-    """Return what to say of the files that are not read, by their names without the suffix."""
+    """Return hints at files that are not read, by their names without the suffix."""
     return {
         os.path.splitext(file)[0]: f"there is {file}, which is not read"
         for file in sorted(os.listdir(folder))
@@ -201,9 +129,9 @@ def _other_files(folder: Path) -> dict[str, str]:
 def _split_names(path: Path, images: dict[str, Path]) -> tuple[list[str], list[str]]:
     """Return the names in a split file, each once, and those listed more than once.
 
-    Lines are a name, or as in VOC's files of one class a name and a flag -1, 0 or 1. An image with
-    the flag -1 has no object of that class; as part of the split it counts all the same. Names may
-    come with the image's suffix, and with the path of its folder.
+    A line is a name, or as in VOC's files of one class a name and a flag -1, 0 or 1. The flag -1
+    means that the image has no object of that class; it is part of the split all the same. Names
+    may have the image's suffix and the path of its folder.
     """
     lines = [line.strip() for line in _split_lines(path, images)]
     names = [_image_name(line, images) or _bare(line) for line in lines if line]
@@ -212,7 +140,7 @@ def _split_names(path: Path, images: dict[str, Path]) -> tuple[list[str], list[s
 
 
 def _split_lines(path: Path, images: dict[str, Path]) -> list[str]:
-    """Return a split file's lines: as UTF-8, or in another encoding if only so its names exist."""
+    """Return a split file's lines: as UTF-8, or in an encoding in which its names exist."""
     for encoding in (None, *_OTHER_ENCODINGS):
         with contextlib.suppress(ValueError):
             text = path.read_bytes().decode(encoding) if encoding else read_text(path)
@@ -223,8 +151,8 @@ def _split_lines(path: Path, images: dict[str, Path]) -> list[str]:
 
 
 def _image_name(line: str, images: dict[str, Path]) -> str | None:
-    """Return the name of the image that a line means, None if there is no such image."""
-    # As it stands first: a file name may hold blanks, and end in a number.
+    """Return the name of the image of a line, None if there is no such image."""
+    # As written first: a file name may have blanks, and end in a number.
     for text in (line, _FLAG.sub("", line)):
         for name in (text, _in_folder(text)):
             file = _file(name, images) or _file(_bare(name), images)
@@ -234,7 +162,7 @@ def _image_name(line: str, images: dict[str, Path]) -> str | None:
 
 
 def _in_folder(path: str) -> str:
-    """Return a path without its folder if that is JPEGImages, or the current one."""
+    """Return a path without its folder if that is JPEGImages or "."."""
     folder, _, name = path.replace("\\", "/").rpartition("/")
     parts = [part for part in folder.split("/") if part != "."]
     is_ours = folder == "." or (parts[-1:] == ["JPEGImages"] and ".." not in parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinydet.config import VOC_CLASSES, Experiment
-from tinydet.data.shape_drawing import SHAPES
+from tinydet.data.shapes import SHAPES
 from tinydet.deployment.reparameterize import fold_detector
 from tinydet.training.checkpoint import build_unloaded
 from tinydet.yolof.detector import Detector

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tinydet.config import Data, Experiment
-from tinydet.data.dataset import is_missing, load_split
+from tinydet.data.dataset import DetectionDataset, is_missing, load_split
 from tinydet.data.loader import make_test_loader
-from tinydet.data.voc import DetectionDataset
 
 
 @dataclass(frozen=True)

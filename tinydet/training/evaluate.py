@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from tinydet.config import ConfigError, Data
+from tinydet.data.dataset import DetectionDataset
 from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
-from tinydet.data.voc import DetectionDataset
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
 from tinydet.training.distributed import all_gather_dict, rank, world_size
 from tinydet.yolof.network import Network

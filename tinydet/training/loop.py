@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tinydet.atomic import warn_on_oserror
 from tinydet.config import ConfigError, Experiment
-from tinydet.data.dataset import load_split
+from tinydet.data.dataset import DetectionDataset, load_split
 from tinydet.data.index import Index
 from tinydet.data.loader import (
     DetectionLoader,
@@ -26,7 +26,6 @@ from tinydet.data.loader import (
 )
 from tinydet.data.sample import Batch
 from tinydet.data.seeding import seed_globally
-from tinydet.data.voc import DetectionDataset
 from tinydet.evaluation.saved_detections import save_detections
 from tinydet.training.checkpoint import build_unloaded, previous_of, read_last
 from tinydet.training.device import pick_device

@@ -113,7 +113,7 @@ def draw_change(change: ImageChange, index: Index, names: Sequence[str]) -> Tens
 def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> Tensor | None:
     """Return an image with its errors drawn; None if it cannot be read."""
     try:
-        image = read_image(index.image_path(i), bool(index.turned[i]))
+        image = read_image(index.image_path(i), bool(index.exif_rotated[i]))
     except (OSError, ValueError) as error:
         logger.info("%s cannot be drawn: %s", index.image_ids[i], error)
         return None

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from tinydet.data.builder import check_image
-from tinydet.data.image import read_image
-from tinydet.data.pixels import rgb_pixels
+from tinydet.data.image import read_image, rgb_pixels
 from tinydet.data.problems import Problems
 
 LEVELS = np.array([[0, 16, 128, 255]], dtype=np.uint8)
@@ -161,7 +160,7 @@ def test_read_image__floats_from_0_to_1(tmp_path):
 def test_read_image__other_floats_are_refused(tmp_path, values):
     path = tmp_path / "a.tif"
     write_tiff(path, np.array([values], dtype=np.float32))
-    with pytest.raises(ValueError, match=r"a\.tif: .*floats from 0 to 1"):
+    with pytest.raises(ValueError, match=r"a\.tif: .*floats have to be from 0 to 1"):
         read_image(path)
 
 

@@ -1,4 +1,4 @@
-"""Boxes have to follow the pixels of painted rectangles through a warp."""
+"""Boxes have to follow the pixels of painted rectangles through a random affine transform."""
 
 import dataclasses
 
@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinydet.config import Augment
-from tinydet.data.affine import warped
-from tinydet.data.canvas import MIN_VISIBLE, PAD_VALUE
+from tinydet.data.canvas import MIN_VISIBLE, PAD_VALUE, random_affine
 from tinydet.data.sample import Sample
 
 OFF = Augment()
-WARPS = {
+AFFINES = {
     "rotate": dataclasses.replace(OFF, rotate=40.0),
     "shear": dataclasses.replace(OFF, shear=20.0),
     "translate": dataclasses.replace(OFF, translate=0.3),
@@ -55,11 +54,11 @@ def pictures(draw):
     )
 
 
-@pytest.mark.parametrize("name", WARPS)
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", AFFINES)
+@settings(max_examples=25, deadline=None)
 @given(sample=pictures(), seed=st.integers(0, 2**32))
-def test_warped__boxes_bound_the_painted_pixels(name, sample, seed):
-    out = warped(sample, WARPS[name], torch.Generator().manual_seed(seed))
+def test_random_affine__boxes_bound_the_painted_pixels(name, sample, seed):
+    out = random_affine(sample, AFFINES[name], torch.Generator().manual_seed(seed))
     height, width = sample.size
     assert out.image.shape == sample.image.shape
     assert out.image.dtype == torch.uint8
@@ -67,7 +66,7 @@ def test_warped__boxes_bound_the_painted_pixels(name, sample, seed):
     assert (out.image_id, out.size, out.unreadable) == ("a", sample.size, ("b",))
     seen = (out.image[0] > 160) & (out.image[2] < 60)
     if not len(out.boxes):
-        # The box around the turned corners is larger than what is painted, at most three times.
+        # The box around the rotated corners is larger than what is painted, at most three times.
         factor = 1.6**2 * 3
         full = (sample.boxes[:, 2:] - sample.boxes[:, :2]).prod() * factor
         assert seen.sum() <= MIN_VISIBLE * full + height + width
@@ -87,39 +86,41 @@ def test_warped__boxes_bound_the_painted_pixels(name, sample, seed):
         torch.testing.assert_close(box, found, atol=2.0, rtol=0)
 
 
-def test_warped__turns_about_the_middle():
+def test_random_affine__rotates_about_the_centre():
     sample = painted(64, 64, (20, 20, 40, 30))
-    turned = [
-        warped(sample, dataclasses.replace(OFF, rotate=90.0), torch.Generator().manual_seed(s))
+    rotated = [
+        random_affine(
+            sample, dataclasses.replace(OFF, rotate=90.0), torch.Generator().manual_seed(s)
+        )
         for s in range(40)
     ]
     before = torch.tensor([30.0, 25.0]) - 32
-    for out in turned:
+    for out in rotated:
         after = (out.boxes[0, :2] + out.boxes[0, 2:]) / 2 - 32
         assert float(after.norm()) == pytest.approx(float(before.norm()), abs=1e-3)
-    turns = [(out.boxes[0] - sample.boxes[0]).abs().max() for out in turned]
-    assert max(turns) > 10
+    moves = [(out.boxes[0] - sample.boxes[0]).abs().max() for out in rotated]
+    assert max(moves) > 10
 
 
-def test_warped__comes_in_grey_and_blends_with_it_at_the_edge():
+def test_random_affine__comes_in_grey_and_blends_with_it_at_the_edge():
     sample = painted(80, 80, (0, 0, 80, 80))
     sample.image[:] = 200
     for seed in range(5):
-        out = warped(sample, WARPS["all"], torch.Generator().manual_seed(seed))
+        out = random_affine(sample, AFFINES["all"], torch.Generator().manual_seed(seed))
         assert out.image.min() >= PAD_VALUE
         assert out.image.max() <= 200
         assert (out.image == PAD_VALUE).any()
 
 
-def test_warped__off_is_the_same_sample_and_draws_nothing():
+def test_random_affine__off_is_the_same_sample_and_draws_nothing():
     sample = painted(60, 60, (5, 5, 30, 30))
     generator = torch.Generator().manual_seed(1)
     state = generator.get_state()
-    assert warped(sample, OFF, generator) is sample
+    assert random_affine(sample, OFF, generator) is sample
     assert torch.equal(generator.get_state(), state)
 
 
-def test_warped__no_boxes():
+def test_random_affine__no_boxes():
     sample = painted(60, 60, (5, 5, 30, 30))
     empty = dataclasses.replace(
         sample,
@@ -127,16 +128,16 @@ def test_warped__no_boxes():
         labels=torch.zeros(0, dtype=torch.int64),
         difficult=torch.zeros(0, dtype=torch.bool),
     )
-    out = warped(empty, WARPS["all"], torch.Generator().manual_seed(0))
+    out = random_affine(empty, AFFINES["all"], torch.Generator().manual_seed(0))
     assert out.boxes.shape == (0, 4)
     assert out.labels.shape == out.difficult.shape == (0,)
 
 
-def test_warped__angles_and_moves_reach_as_far_as_asked():
+def test_random_affine__angles_and_moves_reach_as_far_as_asked():
     sample = painted(100, 100, (40, 40, 60, 60))
     moves = []
     for seed in range(200):
-        out = warped(sample, WARPS["translate"], torch.Generator().manual_seed(seed))
+        out = random_affine(sample, AFFINES["translate"], torch.Generator().manual_seed(seed))
         moves.append((out.boxes[0, :2] - 40).tolist())
     moves = torch.tensor(moves)
     assert moves.abs().max() <= 30

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinydet.config import Augment, ConfigError, Data
-from tinydet.data import training_images
+from tinydet.data import sources
+from tinydet.data.dataset import DetectionDataset
 from tinydet.data.loader import make_train_loader
-from tinydet.data.training_images import TrainingImages, largest_reduction
+from tinydet.data.sources import TrainingImages, largest_reduction
 from tinydet.data.transforms import network_size, train_transform
-from tinydet.data.voc import DetectionDataset, read_index
+from tinydet.data.voc import read_index
 
 DATA = Data(image_size=64, augment=Augment(hflip=0.5, shift=0.5))
 
@@ -36,14 +37,14 @@ def decodes(tmp_path, monkeypatch):
     """A list of what was decoded at which reduction, by this process and its children."""
     log = tmp_path / "decodes"
     log.touch()
-    decode = training_images.read_image
+    decode = sources.read_image
 
     def read_image(path, orientation, reduction):
         with log.open("a") as file:
             file.write(f"{path.stem} {reduction}\n")
         return decode(path, orientation, reduction)
 
-    monkeypatch.setattr(training_images, "read_image", read_image)
+    monkeypatch.setattr(sources, "read_image", read_image)
 
     def take():
         lines = log.read_text().splitlines()
@@ -103,7 +104,7 @@ def test_transform__after_reduced_decoding_boxes_and_pixels_agree(tree, augment)
         assert two.scale == pytest.approx(one.scale, rel=0.003)  # 243 rows stand for 242.5
 
 
-def test_reductions__jpeg_alone_and_nothing_turned(tree, decodes, caplog):
+def test_reductions__jpeg_alone_and_nothing_rotated(tree, decodes, caplog):
     box = (100, 100, 200, 200)
     paint(tree, "a", (400, 400), box)
     paint(tree, "b", (100, 100), (10, 10, 50, 50))

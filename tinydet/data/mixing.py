@@ -1,4 +1,7 @@
-"""Mosaic: four pictures side by side on one canvas (YOLOv4, arXiv 2004.10934)."""
+"""Several images in one: mosaic (YOLOv4, arXiv 2004.10934) and mixup.
+
+Mixup is arXiv 1710.09412, for detection 1902.04103.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ import torch
 from torch import Tensor
 
 from tinydet.data.sample import Sample
-from tinydet.data.seeding import integer
+from tinydet.data.seeding import integer, uniform
 
-# Tiles are this much smaller than the picture would be by itself: at a half each shows nearly all
-# of its image, and at one objects keep their size but most of the image is cut away.
+# Size of a mosaic's images relative to a single image. At 0.5 each tile shows nearly all of its
+# image; at 1 objects keep their size, but most of the image is cut off.
 TILE_SCALE = (0.5, 1.0)
-_NEAREST_EDGE = 0.25  # of the canvas, of the point where the tiles meet
+_NEAREST_EDGE = 0.25  # smallest distance of the tiles' common corner to an edge, of the canvas
+# Near a half: every object stays visible, and can be a full target.
+_MIXUP_WEIGHTS = (0.4, 0.6)
 
 
 class Tile(NamedTuple):
@@ -28,7 +33,7 @@ class Tile(NamedTuple):
 
 
 def draw_tiles(height: int, width: int, generator: torch.Generator) -> list[Tile]:
-    """Draw the point where four tiles meet, and return the tiles of a canvas of height x width."""
+    """Draw where four tiles meet, and return the tiles of a canvas of height x width."""
     y = integer(generator, *_middle(height))
     x = integer(generator, *_middle(width))
     return [
@@ -38,8 +43,8 @@ def draw_tiles(height: int, width: int, generator: torch.Generator) -> list[Tile
     ]
 
 
-def joined(samples: Sequence[Sample], tiles: Sequence[Tile]) -> Sample:
-    """Return one sample of several that fill a canvas's tiles; name and size are the first's."""
+def mosaic(samples: Sequence[Sample], tiles: Sequence[Tile]) -> Sample:
+    """Return one sample made of one for each tile; name and size are those of the first."""
     height = max(tile.top + tile.height for tile in tiles)
     width = max(tile.left + tile.width for tile in tiles)
     image = torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
@@ -54,6 +59,26 @@ def joined(samples: Sequence[Sample], tiles: Sequence[Tile]) -> Sample:
         labels=torch.cat([sample.labels for sample in samples]),
         difficult=torch.cat([sample.difficult for sample in samples]),
         unreadable=tuple(name for sample in samples for name in sample.unreadable),
+    )
+
+
+def mixup(first: Sample, second: Sample, generator: torch.Generator) -> Sample:
+    """Return a blend of two samples of equal shape with the boxes of both.
+
+    Args:
+        first: its weight is drawn from [0.4, 0.6); the result has its name and size.
+        second: has the remaining weight.
+        generator: source of the random weight.
+    """
+    weight = uniform(generator, *_MIXUP_WEIGHTS)
+    image = torch.lerp(second.image.float(), first.image.float(), weight).round_().byte()
+    return replace(
+        first,
+        image=image,
+        boxes=torch.cat([first.boxes, second.boxes]),
+        labels=torch.cat([first.labels, second.labels]),
+        difficult=torch.cat([first.difficult, second.difficult]),
+        unreadable=first.unreadable + second.unreadable,
     )
 
 
