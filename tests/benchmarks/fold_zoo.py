@@ -183,7 +183,7 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # Imports torch and timm once and not for each model.
-    context.set_forkserver_preload(["fold_row"])
+    context.set_forkserver_preload(["timm", "tinydet.reparam"])
     return context
 
 
