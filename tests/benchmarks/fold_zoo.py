@@ -12,13 +12,15 @@ import json
 import multiprocessing
 import signal
 import sys
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
-from functools import partial
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from fold_row import FoldRow, fold_one
@@ -29,8 +31,7 @@ from tinydet.atomic import write_text
 from tinydet.cli import run
 
 _ROWS = "rows.jsonl"
-# Imports torch and timm once and not for each model, where the system has it.
-_START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_EXIT_SECONDS = 10.0  # for a process to end after it has sent its result
 
 
 def fold_zoo(
@@ -110,39 +111,64 @@ def fold_in_processes(
         timeout: seconds for each.
         work: what a process does; must be importable.
     """
-    pool = ThreadPoolExecutor(workers)
+    context = _context()
+    waiting = deque(names)
+    running: list[_Job] = []
     try:
-        fold = partial(_fold_in_process, timeout=timeout, work=work)
-        for future in as_completed([pool.submit(fold, name) for name in names]):
-            yield future.result()
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(_Job.start(context, waiting.popleft(), timeout, work))
+            seconds = min(job.deadline for job in running) - time.monotonic()
+            wait([job.results for job in running], max(0.0, seconds))
+            for job in list(running):
+                row = job.outcome(timeout)
+                if row is not None:
+                    running.remove(job)
+                    yield row
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()  # Ends the thread that waits for it.
-        pool.shutdown()
+        for job in running:
+            job.end()
 
 
-def _fold_in_process(name: str, timeout: float, work: Callable[[str], FoldRow]) -> FoldRow:
-    """Return one model's result from a process of its own, or a row that says why there is none."""
-    context = multiprocessing.get_context(_START_METHOD)
-    if _START_METHOD == "forkserver":
-        context.set_forkserver_preload(["fold_row"])
-    results, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_result, args=(work, name, sender), daemon=True)
-    process.start()
-    sender.close()  # The process holds the only end now: when it dies, `results` ends.
-    try:
-        if not results.poll(timeout):
-            return FoldRow(name, family_of(name), error=f"not done after {timeout:g} s (--timeout)")
-        return results.recv()
-    except EOFError:
-        process.join()
-        how = _exit_reason(process.exitcode)
-        return FoldRow(name, family_of(name), error=f"its process died ({how})")
-    finally:
-        process.kill()
-        process.join()
-        results.close()
+@dataclass(frozen=True)
+class _Job:
+    model: str
+    process: BaseProcess
+    results: Connection
+    deadline: float
+
+    @staticmethod
+    def start(context: Any, model: str, timeout: float, work: Callable[[str], FoldRow]) -> _Job:
+        results, sender = context.Pipe(duplex=False)
+        # A daemon: it dies with this process.
+        process = context.Process(target=_send_result, args=(work, model, sender), daemon=True)
+        process.start()
+        sender.close()  # The process holds the only end now: when it dies, `results` ends.
+        return _Job(model, process, results, time.monotonic() + timeout)
+
+    def outcome(self, timeout: float) -> FoldRow | None:
+        """Return the result if there is one by now, or if there will be none."""
+        if self.results.poll():
+            try:
+                row = self.results.recv()
+                self.process.join(_EXIT_SECONDS)
+            except EOFError:
+                self.process.join()
+                row = self._failed(f"its process died ({_exit_reason(self.process.exitcode)})")
+        elif time.monotonic() >= self.deadline:
+            row = self._failed(f"not done after {timeout:g} s (--timeout)")
+        else:
+            return None
+        self.end()
+        return row
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.results.close()
+
+    def _failed(self, why: str) -> FoldRow:
+        return FoldRow(self.model, family_of(self.model), error=why)
 
 
 def _send_result(work: Callable[[str], FoldRow], name: str, sender: Connection) -> None:
@@ -150,6 +176,15 @@ def _send_result(work: Callable[[str], FoldRow], name: str, sender: Connection) 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     sender.send(work(name))
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imports torch and timm once and not for each model.
+    context.set_forkserver_preload(["timm", "tinydet.reparam"])
+    return context
 
 
 def _exit_reason(exitcode: int | None) -> str:

@@ -90,7 +90,7 @@ _COMPOSITES = {
 }
 
 
-def module(plan):
+def build(plan):
     """Build a plan: nested tuples of a kind and its arguments, readable when a test fails."""
     kind, *rest = plan
     if kind == "conv":
@@ -107,7 +107,7 @@ def module(plan):
     if kind in ("norm", "identity", "layer scale"):
         make = {"identity": nn.Identity, "layer scale": _LayerScale}
         return nn.BatchNorm2d(CHANNELS) if kind == "norm" else make[kind]()
-    return _COMPOSITES[kind](*(module(p) if isinstance(p, tuple) else p for p in rest))
+    return _COMPOSITES[kind](*(build(p) if isinstance(p, tuple) else p for p in rest))
 
 
 ODD, GROUPS = st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 2, CHANNELS])

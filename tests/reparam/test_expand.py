@@ -322,7 +322,10 @@ def test_ones_own_block_grows_and_starts_at_zero():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"out_channels": 8, "kernel_size": 1}, r"_Twin: a branch of 0 makes \(1, 8, .* the conv"),
+        (
+            {"out_channels": 8, "kernel_size": 1},
+            r"_Twin: a branch of 0 returns \(1, 8, .* the conv",
+        ),
         ({"out_channels": 7, "kernel_size": 1, "stride": 2}, "a branch of 0 fails on an input"),
         ({"out_channels": 8, "kernel_size": 90}, "a branch of 0 fails on an input"),
     ],

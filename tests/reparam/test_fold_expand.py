@@ -138,7 +138,10 @@ class _Tiny(nn.Module):
         return self.head(self.body(self.stem(x)))
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    "block",
+    [b if b in ("dbb", "mobileone") else pytest.param(b, marks=pytest.mark.slow) for b in BLOCKS],
+)
 def test_after_training_the_folded_network_is_the_trained_one(block):
     torch.manual_seed(0)
     model = _Tiny()

@@ -17,10 +17,10 @@ from .random_networks import (
     SIZES,
     SMALL,
     Connected,
+    build,
     built,
     check_same,
     counted,
-    module,
 )
 from .reference_blocks import assert_same
 
@@ -53,12 +53,12 @@ _NOT_LINEAR = {
 
 def _connected(way, a, b, seed):
     torch.manual_seed(seed)
-    return built(Connected(module(a), module(b), way))
+    return built(Connected(build(a), build(b), way))
 
 
 @pytest.mark.parametrize("way", _NOT_LINEAR)
 @given(a=SMALL, b=SMALL, seed=st.integers(0, 1 << 20))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_non_linear__never_merged(way, a, b, seed):
     model = _connected(_NOT_LINEAR[way], a, b, seed)
     x = torch.randn(EXAMPLE, dtype=torch.float64)
@@ -83,7 +83,7 @@ _SEEN = {
 
 @pytest.mark.parametrize("way", _SEEN)
 @given(a=SMALL, b=SMALL, seed=st.integers(0, 1 << 20))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_seen_tensor_keeps_its_values(way, a, b, seed):
     model = _connected(_SEEN[way], a, b, seed)
     x = torch.randn(EXAMPLE, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_hook_inside_a_stretch_sees_the_same(changes, a, b, way, seed):
         return output * 2 if changes else None
 
     torch.manual_seed(seed)
-    model = built(Connected(module(a), module(b), way), nn.ReLU())
+    model = built(Connected(build(a), build(b), way), nn.ReLU())
     model[0].a.register_forward_hook(hook)
     folded, _ = fold(model, torch.randn(EXAMPLE, dtype=torch.float64))
     for size in SIZES:

@@ -19,20 +19,20 @@ from .random_networks import (
     SERIES,
     SIZES,
     Sum,
+    build,
     built,
     check_same,
     counted,
-    module,
     runs,
 )
 from .reference_blocks import assert_same, dense_kernel
 
 
 @given(series=SERIES, seed=st.integers(0, 1 << 20))
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_linear_stretch__same_function_and_never_dearer(series, seed):
     torch.manual_seed(seed)
-    stages = [module(plan) for plan in series]
+    stages = [build(plan) for plan in series]
     model = built(*stages, nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 1))
     x = torch.randn(EXAMPLE, dtype=torch.float64)
     assume(runs(model, x))
@@ -161,7 +161,7 @@ def test_parallel_branches__one_conv_with_the_summed_kernel(plan, seed):
     beside=st.booleans(),
     seed=st.integers(0, 1 << 20),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_shift_before_padding__same_function(shift, kernel, pad, groups, beside, seed):
     torch.manual_seed(seed)
     first = {
@@ -171,13 +171,13 @@ def test_shift_before_padding__same_function(shift, kernel, pad, groups, beside,
         "constant": ("shifted", ("identity",)),
     }[shift]
     layers = [
-        module(first),
-        module(("any conv", kernel, 1, pad, 1, groups)),
+        build(first),
+        build(("any conv", kernel, 1, pad, 1, groups)),
         nn.BatchNorm2d(CHANNELS),
     ]
     block = nn.Sequential(*layers)
     if beside:
-        block = Sum(block, module(("any conv", kernel, 1, pad, 1, 1)))
+        block = Sum(block, build(("any conv", kernel, 1, pad, 1, 1)))
     model = built(block, nn.ReLU())
     folded, report = fold(model, torch.randn(EXAMPLE, dtype=torch.float64))
     check_same(model, folded)
@@ -185,14 +185,14 @@ def test_shift_before_padding__same_function(shift, kernel, pad, groups, beside,
 
 
 @given(series=SERIES, seed=st.integers(0, 1 << 20))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_structure_does_not_depend_on_values(series, seed):
     # Fresh norms shift by zero and weights may be all alike: no reason for another structure.
     x = torch.zeros(EXAMPLE, dtype=torch.float64)
     shapes = []
     for fill in (None, 0.0, 1.0):
         torch.manual_seed(seed)
-        model = built(*(module(plan) for plan in series), nn.ReLU())
+        model = built(*(build(plan) for plan in series), nn.ReLU())
         assume(runs(model, x))
         if fill is not None:
             for module in model.modules():
@@ -212,6 +212,6 @@ def test_tiny_example_does_not_hide_the_border(size):
     # On one pixel a padded 7x7 kernel is its middle, and pooling is the identity.
     torch.manual_seed(0)
     first = ("sum", ("conv", (7, 7), 1, 1, 1, True), ("average", 3, 1, False))
-    model = built(module(("series", ("norm",), first, ("norm",))), nn.ReLU())
+    model = built(build(("series", ("norm",), first, ("norm",))), nn.ReLU())
     folded, _ = fold(model, torch.zeros(1, CHANNELS, *size, dtype=torch.float64))
     check_same(model, folded)
