@@ -159,7 +159,10 @@ def test_with_frozen_norms_other_stages_have_fixed_norms_alone():
     [
         ({"activation": "acon-c"}, {"activation_where": "blocks.2 blocks.3"}),
         ({"attention": "coord"}, {"attention_where": "blocks.3"}),
-        ({"expand": "dbb"}, {"expand_where": "3x3 5x5 blocks.2 blocks.3 blocks.4"}),
+        pytest.param(
+            *({"expand": "dbb"}, {"expand_where": "3x3 5x5 blocks.2 blocks.3 blocks.4"}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ideas_have_to_name_places_that_learn(idea, where):

@@ -272,7 +272,9 @@ def test_training_parameters_are_the_published_ones():
 # --- folded, dilated, as features ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["grouped", "excited", pytest.param("a0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a0", "excited"))]
+)
 def test_fold_leaves_a_plain_network_of_the_same_function(name):
     official = _trained(name)
     model, x = _loaded(name, official), _x()

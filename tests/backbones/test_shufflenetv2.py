@@ -255,7 +255,8 @@ def test_device_and_dtype():
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
 
 
-@pytest.mark.parametrize("output_stride", [32, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("output_stride", [32, 16])
 def test_every_norm_folds(output_stride):
     model = _randomised(
         timm.create_model("shufflenetv2_x0_5", features_only=True, output_stride=output_stride)

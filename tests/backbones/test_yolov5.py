@@ -200,6 +200,7 @@ def test_the_factory_s_feature_maps(feature, channels, stride):
     assert found.shape == (2, channels, 64 // stride, 96 // stride)
 
 
+@pytest.mark.slow
 def test_all_norms_fold():
     model = _settled(features_only=True)
     x = torch.randn(1, 3, 64, 64)
