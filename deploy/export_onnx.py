@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export, check, write, report."""
+    """Export, verify, write, report."""
     from tinydet.deployment.onnx import export_checkpoint
 
     checkpoint = asked_checkpoint(args, "deploy.pt")

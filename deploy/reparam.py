@@ -45,11 +45,11 @@ def main(args: argparse.Namespace) -> None:
     if args.fresh or args.workers is not None or args.timeout is not None:
         raise ValueError("--workers, --timeout and --fresh are for --zoo")
 
-    from tinydet.deployment.reparameterize import reparameterize_checkpoint
+    from tinydet.deployment.fold_checkpoint import fold_checkpoint
 
     checkpoint = asked_checkpoint(args, "best.pt")
     print(f"checkpoint  {checkpoint}")
-    print("\n".join(reparameterize_checkpoint(checkpoint, args.out).lines()))
+    print("\n".join(fold_checkpoint(checkpoint, args.out).lines()))
 
 
 def _fold_zoo(args: argparse.Namespace) -> None:

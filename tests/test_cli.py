@@ -103,7 +103,7 @@ def test_numbers_are_written_before_they_are_printed(monkeypatch, tmp_path):
     detector = argparse.Namespace(classes=("猫",))
     for name, value in {
         "tinydet.experiment_file.load_experiment": Experiment(),
-        "tinydet.training.checkpoint.load_detector": detector,
+        "tinydet.training.checkpoint.load_checkpoint": argparse.Namespace(detector=detector),
         "tinydet.data.dataset.load_split": None,
         "tinydet.training.evaluate.evaluate_detector": _Metrics(),
     }.items():

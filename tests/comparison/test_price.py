@@ -9,10 +9,10 @@ import pytest
 from tinydet.comparison import price as price_module
 from tinydet.comparison.price import Price, median_interval, prices
 from tinydet.deployment.flops import count
+from tinydet.deployment.fold_checkpoint import folded_detector
 from tinydet.deployment.images import random_images
-from tinydet.deployment.reparameterize import load_folded
 from tinydet.experiment_file import load_experiment
-from tinydet.training.checkpoint import save_checkpoint
+from tinydet.training.checkpoint import load_checkpoint, save_checkpoint
 from tinydet.training.state import experiment_to_dict
 from tinydet.yolof.detector import build_detector
 
@@ -69,7 +69,9 @@ def test_prices__measured_side_by_side_once(untrained, tmp_path, monkeypatch):
     assert (base.ratio, base.ratio_interval) == (1.0, (1.0, 1.0))
     assert base.ms_interval[0] <= base.ms <= base.ms_interval[1]
     # Grown branches are folded away again.
-    folded = count(load_folded(runs["base"] / "last.pt"), random_images(1, (96, 96)))
+    folded = count(
+        folded_detector(load_checkpoint(runs["base"] / "last.pt")), random_images(1, (96, 96))
+    )
     for price in (base, idea):
         assert (price.params, price.multiply_adds) == (folded.params, folded.multiply_adds)
 

@@ -1,4 +1,4 @@
-"""What evaluation and demos need of a detector, whatever runs it."""
+"""The interface of detection models, for evaluation and demos."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 from tinydet.yolof.decode import Detections
 
 
-class Network(Protocol):
-    """Finds objects in network inputs: `yolof.detector.Detector`, `deployment.runtime.OnnxNetwork`.
+class DetectionModel(Protocol):
+    """Detects objects in batches of network inputs.
 
-    Attributes:
-        classes: class names in label order.
+    Implemented by `yolof.detector.Detector` and `deployment.onnx_detector.OnnxDetector`.
     """
 
-    classes: tuple[str, ...]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order."""
 
     def detect(
         self,
