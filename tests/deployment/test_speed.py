@@ -7,15 +7,13 @@ from tinydet.deployment import speed
 from tinydet.deployment.flops import count
 from tinydet.deployment.fold_checkpoint import fold_checkpoint
 from tinydet.deployment.images import random_images
-from tinydet.deployment.speed import peak_flops, table, time_checkpoint
+from tinydet.deployment.speed import table, time_checkpoint
 from tinydet.deployment.timer import Timing
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, request):
-    """No large matrix product, except in the test of it."""
-    if "peak" not in request.node.name:
-        monkeypatch.setattr(speed, "peak_flops", lambda *_: 1e11)
+def _no_large_matrices(monkeypatch):
+    monkeypatch.setattr(speed, "peak_flops", lambda *_: 1e11)
 
 
 def _report(path, **options):
@@ -149,18 +147,3 @@ def test_operations_are_counted_once_for_each_shape(detector, monkeypatch):
 
 def test_batches_are_full_and_of_the_size(checkpoint):
     assert "batches of 3, 64x96" in _report(checkpoint, batch_size=3, size=(64, 96))
-
-
-def test_peak_flops__is_that_of_the_fastest_size_and_growth_stops(monkeypatch):
-    """A made-up machine: 1 TFLOP/s up to 512, then 2% of that, so that 1024 takes long enough."""
-    sides = []
-
-    def milliseconds(a, b):
-        sides.append(len(a))
-        assert a.shape == b.shape == (len(a), len(a))
-        assert a.dtype == torch.bfloat16
-        return 1000 * 2 * len(a) ** 3 / (1e12 if len(a) <= 512 else 2e10)
-
-    monkeypatch.setattr(speed, "_product_ms", milliseconds)
-    assert peak_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(1e12)
-    assert max(sides) == 1024

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tinydet.deployment.timer import CudaClock, WallClock, clock_for, measure
+from tinydet.deployment import timer
+from tinydet.deployment.timer import CudaClock, WallClock, clock_for, measure, peak_flops
 
 
 class _FakeClock:
@@ -122,3 +123,18 @@ def test_cuda_clock():
     end = clock.mark()
     clock.wait()
     assert clock.elapsed(start, end) > 0.1
+
+
+def test_peak_flops__is_that_of_the_fastest_size_and_growth_stops(monkeypatch):
+    """A made-up machine: 1 TFLOP/s up to 512, then 2% of that, so that 1024 takes long enough."""
+    sides = []
+
+    def milliseconds(a, b):
+        sides.append(len(a))
+        assert a.shape == b.shape == (len(a), len(a))
+        assert a.dtype == torch.bfloat16
+        return 1000 * 2 * len(a) ** 3 / (1e12 if len(a) <= 512 else 2e10)
+
+    monkeypatch.setattr(timer, "_product_ms", milliseconds)
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(1e12)
+    assert max(sides) == 1024

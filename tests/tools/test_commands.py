@@ -146,6 +146,7 @@ def test_zoo(run, folder):
     assert row["latency_ms"] > 0
 
 
+@pytest.mark.slow
 def test_missing_weights_name_the_choices_and_leave_no_run(folder):
     # A hub that refuses the connection, and an empty cache of it.
     settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub")}

@@ -74,32 +74,20 @@ def compare_counters(counted: Count) -> str:
     """Return a line that says whether thop agrees with torch, and which modules differ."""
     if counted.thop_problem:
         return f"thop cannot count this network ({counted.thop_problem}); only torch did"
-    torch_total, thop_total = counted.multiply_adds, sum(counted.by_thop.values())
-    totals = [_giga(thop_total), _giga(torch_total)]
-    unseen, added, other = [], [], []
-    names = {*counted.by_torch, *counted.by_thop}
-    pairs = {name: (counted.by_thop.get(name, 0), counted.by_torch.get(name, 0)) for name in names}
-    for name in sorted(pairs, key=lambda name: (-abs(pairs[name][0] - pairs[name][1]), name)):
-        by_thop, by_torch = pairs[name]
-        if abs(by_thop - by_torch) < 0.5:
-            continue
-        if not by_thop:
-            unseen.append(f"{name} ({_giga(by_torch)})")
-        elif not by_torch:
-            added.append(f"{name} ({_giga(by_thop)})")
-        else:
-            other.append(f"{name} ({_giga(by_thop)}, torch {_giga(by_torch)})")
-    reasons = [
-        f"{what} {_some(found)}"
-        for what, found in (
-            ("misses what runs in", unseen),
-            ("counts differently", other),
-            ("adds the operations of", added),
-        )
-        if found
-    ]
-    line = f"thop counts {totals[0]}, torch {totals[1]}"
-    return f"{line}: thop {'; it '.join(reasons)}" if reasons else f"{line}: they agree"
+    line = (
+        f"thop counts {_giga(sum(counted.by_thop.values()))}, torch {_giga(counted.multiply_adds)}"
+    )
+    pairs = {
+        name: (counted.by_thop.get(name, 0), counted.by_torch.get(name, 0))
+        for name in sorted({*counted.by_torch, *counted.by_thop})
+    }
+    apart = {name: abs(a - b) for name, (a, b) in pairs.items() if abs(a - b) >= 0.5}
+    if not apart:
+        return f"{line}: they agree"
+    largest = sorted(apart, key=lambda name: -apart[name])
+    named = [f"{n} ({_giga(pairs[n][0])}, torch {_giga(pairs[n][1])})" for n in largest[:_NAMED]]
+    more = f" and {len(apart) - _NAMED} more classes" if len(apart) > _NAMED else ""
+    return f"{line}: they differ in {', '.join(named)}{more}"
 
 
 def flops_lines(experiment: Experiment, size: tuple[int, int]) -> Iterator[str]:
@@ -213,8 +201,3 @@ def _add_own(module: nn.Module, layers: Mapping[str, Any], counts: Counter[str])
 def _giga(operations: float) -> str:
     # At least three digits, for small networks.
     return f"{operations / 1e9:.2f} G" if operations >= 1e8 else f"{operations / 1e9:.3g} G"
-
-
-def _some(found: list[str]) -> str:
-    more = len(found) - _NAMED
-    return ", ".join(found[:_NAMED]) + (f" and {more} more classes" if more > 0 else "")

@@ -14,7 +14,7 @@ from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, count
 from tinydet.deployment.fold_checkpoint import fold_detector, folded_detector
 from tinydet.deployment.images import random_images, resize_images, sample_images
-from tinydet.deployment.timer import Candidate, Timing, clock_for, measure
+from tinydet.deployment.timer import Candidate, Timing, clock_for, measure, peak_flops
 from tinydet.report.table import text_table
 from tinydet.training.checkpoint import load_checkpoint
 from tinydet.training.device import pick_device
@@ -26,9 +26,6 @@ Precision = Literal["float32", "float16", "bfloat16"]
 _KEPT_IMAGES = 64  # held on the device and timed again and again
 _SSDLITE = "ssdlite320_mobilenet_v3_large"  # torchvision's
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_MATRIX_SIDES = (256, 512, 1024, 2048, 4096, 8192)
-_MATRIX_REPEATS = 5
-_MATRIX_MS = 20.0  # a product that takes this long is large enough
 
 
 def time_checkpoint(
@@ -164,34 +161,6 @@ def table(timings: Mapping[str, Timing], operations: Mapping[str, float], peak: 
             row += ["-"] * 3
         rows.append(row)
     return text_table(header, rows)
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Return the operations per second of the fastest of some products of square matrices.
-
-    An addition and a multiplication are one operation each. The matrices grow only until a product
-    takes a while: large ones would keep a device without fast units for the dtype busy for minutes.
-
-    Raises:
-        RuntimeError: the device cannot multiply matrices of this dtype.
-    """
-    peak = 0.0
-    for side in _MATRIX_SIDES:
-        a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
-        milliseconds = min(_product_ms(a, b) for _ in range(_MATRIX_REPEATS))
-        peak = max(peak, 2 * side**3 / (milliseconds / 1000))
-        if milliseconds > _MATRIX_MS:
-            break
-    return peak
-
-
-def _product_ms(a: Tensor, b: Tensor) -> float:
-    clock = clock_for(a.device)
-    start = clock.mark()
-    _ = a @ b
-    end = clock.mark()
-    clock.wait()
-    return clock.elapsed(start, end)
 
 
 def _check_options(

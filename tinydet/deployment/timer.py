@@ -19,6 +19,9 @@ from torch import Tensor
 _TURN_BATCHES = 10  # most batches that a candidate runs in a turn
 _TURN_SECONDS = 1.0  # slow candidates have shorter turns and less warm-up
 _WARM_UP = 3  # most batches of each candidate that are not timed
+_MATRIX_SIDES = (256, 512, 1024, 2048, 4096, 8192)
+_MATRIX_REPEATS = 5
+_MATRIX_MS = 20.0  # a product that takes this long is large enough
 
 
 class Candidate(Protocol):
@@ -207,3 +210,31 @@ def _run(candidate: Candidate, images: Tensor, clock: Clock) -> tuple[Any, Any, 
     middle = clock.mark()
     candidate.select(cls_logits, deltas, (images.shape[-2], images.shape[-1]))
     return start, middle, clock.mark()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Return the operations per second of the fastest of some products of square matrices.
+
+    An addition and a multiplication are one operation each. The matrices grow only until a product
+    takes a while: large ones would keep a device without fast units for the dtype busy for minutes.
+
+    Raises:
+        RuntimeError: the device cannot multiply matrices of this dtype.
+    """
+    peak = 0.0
+    for side in _MATRIX_SIDES:
+        a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+        milliseconds = min(_product_ms(a, b) for _ in range(_MATRIX_REPEATS))
+        peak = max(peak, 2 * side**3 / (milliseconds / 1000))
+        if milliseconds > _MATRIX_MS:
+            break
+    return peak
+
+
+def _product_ms(a: Tensor, b: Tensor) -> float:
+    clock = clock_for(a.device)
+    start = clock.mark()
+    _ = a @ b
+    end = clock.mark()
+    clock.wait()
+    return clock.elapsed(start, end)
