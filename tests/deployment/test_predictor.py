@@ -110,3 +110,25 @@ def test_mistakes_are_one_line(files, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError):
         Predictor.load(tmp_path / "none.pt")
+
+
+def test_a_checkpoint_is_read_once_also_with_overrides(
+    make_checkpoint, detector, tmp_path, monkeypatch
+):
+    checkpoint = make_checkpoint(detector)
+    read, torch_load = [], torch.load
+
+    def load(path, **options):
+        read.append(path)
+        return torch_load(path, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    overrides = ["model.max_detections=3", "data.image_size=96"]
+    predictor = Predictor.load(checkpoint, score_threshold=0.1, overrides=overrides)
+    assert read == [checkpoint]
+    assert predictor.data.image_size == 96
+    (found,) = predictor([random_images(1, (96, 96))[0]])
+    assert len(found.scores) == 3
+    assert found.scores.min() > 0.1
+    with pytest.raises(ValueError, match="--set changes an experiment"):
+        Predictor.load(tmp_path / "net.onnx", overrides=overrides)
