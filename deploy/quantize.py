@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_checkpoint, add_overrides, asked_checkpoint, given, run
+from tinydet.cli import add_checkpoint, add_overrides, given, run, select_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     """Quantize, evaluate, time, write, report."""
     from tinydet.deployment.quantize import quantize_checkpoint
 
-    checkpoint = asked_checkpoint(args, "deploy.pt")
+    checkpoint = select_checkpoint(args, "deploy.pt")
     options = given(args, "out", "images", "budget", "size")
     print(f"checkpoint  {checkpoint}")
     for line in quantize_checkpoint(checkpoint, **options, overrides=args.set):

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinydet.cli import add_checkpoint, asked_checkpoint, run
+from tinydet.cli import add_checkpoint, run, select_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
 
     from tinydet.deployment.fold_checkpoint import fold_checkpoint
 
-    checkpoint = asked_checkpoint(args, "best.pt")
+    checkpoint = select_checkpoint(args, "best.pt")
     print(f"checkpoint  {checkpoint}")
     print("\n".join(fold_checkpoint(checkpoint, args.out).lines()))
 

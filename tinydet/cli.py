@@ -103,7 +103,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?", help=default)
 
 
-def asked_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
+def select_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
     """Return the checkpoint that the options of `add_checkpoint` select.
 
     Args:
