@@ -118,6 +118,7 @@ def test_export_checkpoint__compares_photographs_where_there_are_any(
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["best.onnx", "best.pt"]
 
 
+@pytest.mark.slow
 def test_export_checkpoint__without_nms(checkpoint, detector):
     result = export_checkpoint(checkpoint, size=(64, 96), nms=False)
     model, images = onnx.load(result.path), random_images(3, (64, 96))

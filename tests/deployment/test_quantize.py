@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -11,8 +12,9 @@ from tinydet.config import Data  # noqa: E402
 from tinydet.data.shapes import render_shapes  # noqa: E402
 from tinydet.deployment.equalize import prepare_for_int8  # noqa: E402
 from tinydet.deployment.images import random_images  # noqa: E402
-from tinydet.deployment.onnx_detector import OnnxDetector  # noqa: E402
-from tinydet.deployment.onnx_graph import find_convs, store_conv  # noqa: E402
+from tinydet.deployment.onnx import export_network  # noqa: E402
+from tinydet.deployment.onnx_detector import RAW, OnnxDetector  # noqa: E402
+from tinydet.deployment.onnx_graph import find_convs  # noqa: E402
 from tinydet.deployment.quantize import (  # noqa: E402  # noqa: E402
     Quantizer,
     quantizable,
@@ -80,37 +82,42 @@ def test_nodes_to_keep_stay_in_float_and_only_leaves_all_others(exported_fixed, 
     assert set(only) == {convs[5].node.input[1]}
 
 
-def test_sensitivity_finds_the_layer_that_int8_destroys(exported_fixed, images):
-    """One weight of each channel is made huge; what it reads is made zero: float stays the same."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(exported_fixed)
-    convs = list(find_convs(copy).values())
-    victim, before = next(
-        (conv, other)
-        for conv in convs
-        for other in convs
-        if conv.groups == other.groups == 1
-        and conv.node.input[0].startswith("relu")
-        and other.bias is not None
-        and conv.weight.shape[1] == other.weight.shape[0]
-        and _feeds(copy, other.node, conv.node)
-    )
-    before.weight[0], before.bias[0] = 0, -1  # ReLU makes zero of it.
-    victim.weight[:, 0] = 300 * abs(victim.weight).max()
-    for conv in (before, victim):
-        store_conv(copy, conv)
-    usual, changes = (
-        dict(sensitivity(Quantizer(m, images), images[:2])) for m in (exported_fixed, copy)
-    )
-    assert set(changes) == {conv.node.name for conv in convs}
-    worse = {name: changes[name] / usual[name] for name in usual}
-    assert max(worse, key=worse.get) == victim.node.name
-    assert worse[victim.node.name] > 10
+def _three_convs():
+    """A network whose first channel is zero in float, whatever weights read it."""
+    torch.manual_seed(0)
+    first, second, third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        first.weight[0] = 0
+        first.bias[0] = -1  # ReLU turns it to zero.
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third).eval()
 
 
-def _feeds(model, first, second):
-    relus = [n for n in model.graph.node if n.op_type == "Relu" and n.input[0] == first.output[0]]
-    return any(relu.output[0] == second.input[0] for relu in relus)
+class _Scores(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        out = self.net(images.float() / 255)
+        return out.sigmoid().flatten(1), out
+
+
+def test_sensitivity_finds_the_layer_that_int8_destroys(images):
+    net = _three_convs()
+    changes = []
+    for huge in (False, True):
+        if huge:  # Of the int8 values of each row, the others have none left.
+            with torch.no_grad():
+                net[2].weight[:, 0] = 300 * net[2].weight.abs().max()
+        model = export_network(_Scores(net), images[0], {}, RAW)
+        changes.append(dict(sensitivity(Quantizer(model, images), images[:2])))
+    usual, destroyed = changes
+    names = [conv.node.name for conv in find_convs(model).values()]
+    assert list(usual) == list(destroyed) == names
+    worse = [destroyed[name] / usual[name] for name in names]
+    assert worse[1] > 10
+    assert worse[0] == pytest.approx(1)
+    assert worse[2] == pytest.approx(1)
 
 
 def test_quantizable_ends_at_the_last_convolutions(exported_fixed):
@@ -157,8 +164,12 @@ def test_layers_are_kept_in_float_until_the_budget_is_held(checkpoint, monkeypat
         kept = max(most) - quantized
         return 0.9 if not quantized else 0.6 + 0.1 * min(kept, 3)
 
+    def all_alike(quantizer, _):
+        return [(conv.node.name, 0.5) for conv in find_convs(quantizer.model).values()]
+
     most = []
     monkeypatch.setattr("tinydet.deployment.quantize._ap50", ap50)
+    monkeypatch.setattr("tinydet.deployment.quantize.sensitivity", all_alike)
     lines = list(quantize_checkpoint(checkpoint, images=2, budget=0.05, size=_SIZE))
     assert [line.split()[0] for line in lines if "in float: AP50" in line] == ["1", "2", "4"]
     assert lines[-1].endswith("4 layers in float")

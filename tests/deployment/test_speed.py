@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinydet.deployment import speed
-from tinydet.deployment.flops import count
+from tinydet.deployment.flops import Count, count
 from tinydet.deployment.fold_checkpoint import fold_checkpoint
 from tinydet.deployment.images import random_images
 from tinydet.deployment.speed import table, time_checkpoint
@@ -12,8 +12,10 @@ from tinydet.deployment.timer import Timing
 
 
 @pytest.fixture(autouse=True)
-def _no_large_matrices(monkeypatch):
+def _quick(monkeypatch):
+    """No large matrix product, and no counting, which takes a second for each network."""
     monkeypatch.setattr(speed, "peak_flops", lambda *_: 1e11)
+    monkeypatch.setattr(speed, "count", lambda *_: Count(1, {"Conv2d": 10**8}, {}))
 
 
 def _report(path, **options):
@@ -83,6 +85,7 @@ def test_all_candidates_in_one_table(checkpoint, exported, folded, tmp_path, mon
     pytest.importorskip("onnxruntime")
     # Exporting takes seconds, and all of these are the same network.
     monkeypatch.setattr("tinydet.deployment.onnx.export_detector", lambda *_: exported)
+    monkeypatch.setattr(speed, "count", count)
     other, file = tmp_path / "other.pt", tmp_path / "other.onnx"
     other.write_bytes(checkpoint.read_bytes())
     onnx.save(exported, file)
