@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_checkpoint, asked_checkpoint, run
+from tinydet.cli import add_checkpoint, run, select_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,10 +30,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export, check, write, report."""
+    """Export, verify, write, report."""
     from tinydet.deployment.onnx import export_checkpoint
 
-    checkpoint = asked_checkpoint(args, "deploy.pt")
+    checkpoint = select_checkpoint(args, "deploy.pt")
     size = tuple(args.size) if args.size else None
     print(f"checkpoint  {checkpoint}")
     exported = export_checkpoint(checkpoint, args.out, size, nms=not args.no_nms)

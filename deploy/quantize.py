@@ -1,27 +1,25 @@
-"""Quantise a detector for ONNX Runtime: python deploy/quantize.py [EXPERIMENT] [CHECKPOINT]."""
+"""Quantize a detector for ONNX Runtime: python deploy/quantize.py [EXPERIMENT] [CHECKPOINT]."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_checkpoint, add_overrides, asked_checkpoint, run
+from tinydet.cli import add_checkpoint, add_overrides, given, run, select_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="To int8: ranges are measured on training images; accuracy and speed before and "
-        "after are printed. Layers that cost too much accuracy stay in float.",
+        epilog="Int8, with ranges measured on training images. Accuracy and speed before and after "
+        "are printed; layers that lose too much accuracy stay in float.",
     )
     add_checkpoint(
         parser, "default: the newest run's deploy.pt; a training checkpoint is folded first"
     )
     parser.add_argument("--out", type=Path, help="default: the checkpoint's name with .int8.onnx")
-    parser.add_argument("--images", type=int, default=64, help="to measure ranges on, default 64")
-    parser.add_argument(
-        "--budget", type=float, default=0.01, help="AP50 in 0..1 that may be lost, default 0.01"
-    )
+    parser.add_argument("--images", type=int, help="to measure ranges on, default 64")
+    parser.add_argument("--budget", type=float, help="AP50 in 0..1 that may be lost, default 0.01")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), help="fixed input size; default: any"
     )
@@ -30,19 +28,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Quantise, evaluate, time, write, report."""
-    from tinydet.deployment.quantize_report import QuantizeOptions, quantize_checkpoint
+    """Quantize, evaluate, time, write, report."""
+    from tinydet.deployment.quantize import quantize_checkpoint
 
-    checkpoint = asked_checkpoint(args, "deploy.pt")
-    options = QuantizeOptions(
-        out=args.out,
-        images=args.images,
-        budget=args.budget,
-        size=tuple(args.size) if args.size else None,
-        overrides=tuple(args.set),
-    )
+    checkpoint = select_checkpoint(args, "deploy.pt")
+    options = given(args, "out", "images", "budget", "size")
     print(f"checkpoint  {checkpoint}")
-    for line in quantize_checkpoint(checkpoint, options):
+    for line in quantize_checkpoint(checkpoint, **options, overrides=args.set):
         print(line, flush=True)
 
 

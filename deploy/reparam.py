@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_checkpoint, asked_checkpoint, run
+from tinydet.cli import add_checkpoint, run, select_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -17,11 +17,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Fold, check, write, report."""
-    from tinydet.deployment.reparameterize import reparameterize_checkpoint
+    from tinydet.deployment.fold_checkpoint import fold_checkpoint
 
-    checkpoint = asked_checkpoint(args, "best.pt")
+    checkpoint = select_checkpoint(args, "best.pt")
     print(f"checkpoint  {checkpoint}")
-    print("\n".join(reparameterize_checkpoint(checkpoint, args.out).lines()))
+    print("\n".join(fold_checkpoint(checkpoint, args.out).lines()))
 
 
 if __name__ == "__main__":

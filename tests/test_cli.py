@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tinydet.cli import given
 from tinydet.config import Experiment
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +104,7 @@ def test_numbers_are_written_before_they_are_printed(monkeypatch, tmp_path):
     detector = argparse.Namespace(classes=("猫",))
     for name, value in {
         "tinydet.experiment_file.load_experiment": Experiment(),
-        "tinydet.training.checkpoint.load_detector": detector,
+        "tinydet.training.checkpoint.load_checkpoint": argparse.Namespace(detector=detector),
         "tinydet.data.dataset.load_split": None,
         "tinydet.training.evaluate.evaluate_detector": _Metrics(),
     }.items():
@@ -116,3 +117,9 @@ def test_numbers_are_written_before_they_are_printed(monkeypatch, tmp_path):
     with pytest.raises(UnicodeEncodeError):
         main(args)
     assert "0.8" in out.read_text()
+
+
+def test_given__leaves_defaults_to_the_function():
+    args = argparse.Namespace(size=[64, 96], images=None, fuse=False, turns=0, other=1)
+    options = given(args, "size", "images", "fuse", "turns")
+    assert options == {"size": (64, 96), "fuse": False, "turns": 0}

@@ -24,10 +24,10 @@ from tinydet.data.dataset import DetectionDataset, load_split
 from tinydet.data.image import read_image
 from tinydet.data.loader import make_train_loader
 from tinydet.data.shapes import render_shapes
-from tinydet.deployment.decoding import largest_differences, scores_and_boxes
+from tinydet.deployment.agreement import largest_differences, scores_and_boxes
+from tinydet.deployment.fold_checkpoint import fold_detector
 from tinydet.deployment.images import random_images
-from tinydet.deployment.onnx import check_against_torch, export_detector
-from tinydet.deployment.reparameterize import fold_detector
+from tinydet.deployment.onnx import compare_with_torch, export_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.optim import make_optimizer, make_schedule
 from tinydet.yolof.detector import build_detector
@@ -215,7 +215,7 @@ def _check_whole(path, batches, classes, photographs):
     model, seen, sizes = _export(folded, experiment, photographs or [images])
     operators = Counter(node.op_type for node in model.graph.node)
     assert not operators["BatchNormalization"]
-    check = check_against_torch(model, folded, seen)
+    check = compare_with_torch(model, folded, seen)
     assert check.same, check.line()
     assert max(check.max_box, check.agreement.max_box) <= 0.01, check.line()
     return (

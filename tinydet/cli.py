@@ -1,4 +1,4 @@
-"""What every command line shares: errors in one line, and the options that pick an experiment."""
+"""Shared by all command lines: errors in one line, and options that choose a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,60 +10,60 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tinydet.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from tinydet.deployment.runtime import Detector
+    from tinydet.deployment.predictor import Predictor
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse `sys.argv` and call `main`; a user's mistake is one line on stderr and exit 2."""
+    """Parse `sys.argv` and call `main`; a user's mistake is one line on stderr, exit status 2."""
     _print_in_any_encoding()
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     keep_freed_memory()
-    # Of processes that train together, the first one speaks for all.
-    speaks = os.environ.get("RANK", "0") == "0"
-    level = logging.INFO if speaks else logging.ERROR
+    # Of the processes of a distributed run, only the first one prints.
+    prints = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if prints else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[_StdoutHandler()])
-    # Other libraries' news would drown ours.
+    # Other libraries log too much.
     for name in ("timm", "torch", "httpx", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # torch sets the levels of its own parts as it is imported: by this.
+    # torch reads the log levels of its parts from here as it is imported.
     os.environ.setdefault("TORCH_LOGS", "-all")
     try:
         main(args)
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        _let_the_first_speak(speaks)
+        _let_rank0_print_first(prints)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt as error:
-        _let_the_first_speak(speaks)
-        if speaks:
+        _let_rank0_print_first(prints)
+        if prints:
             print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
-        # That of a signal, where it is not Ctrl-C's own.
+        # A signal other than Ctrl-C sets its own exit status.
         sys.exit(getattr(error, "exit_status", 130))
 
 
 def _print_in_any_encoding() -> None:
-    """Let a letter that the terminal or a pipe cannot take be written as its code, not end all."""
+    """Write characters that the output's encoding lacks as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _let_the_first_speak(speaks: bool) -> None:
-    """Wait a little in the other processes: as one ends by a failure, torchrun ends them all."""
-    if not speaks:
+def _let_rank0_print_first(prints: bool) -> None:
+    """Wait a little in the other processes: when one fails, torchrun kills all of them."""
+    if not prints:
         time.sleep(3)
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """Writes to whatever `sys.stdout` is at that moment: a progress bar on screen replaces it."""
+    """Write to the current `sys.stdout`, which a progress bar on screen replaces."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -86,44 +86,44 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def take_lone_checkpoint(args: argparse.Namespace) -> None:
-    """Where EXPERIMENT CHECKPOINT are optional, let a lone name be what its suffix says."""
+    """If only one of [EXPERIMENT] [CHECKPOINT] is given, decide by its suffix which one it is."""
     lone = args.experiment and args.checkpoint is None
     if lone and args.experiment.suffix not in (".py", ".json"):
         args.experiment, args.checkpoint = None, args.experiment
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add [EXPERIMENT] [CHECKPOINT], of which either may be left out."""
+    """Add [EXPERIMENT] [CHECKPOINT]; each is optional."""
     parser.add_argument(
         "experiment",
         type=Path,
         nargs="?",
-        help="whose newest run to take; needed where it registers a backbone of its own",
+        help="selects its newest run; required if it defines its own backbone",
     )
     parser.add_argument("checkpoint", type=Path, nargs="?", help=default)
 
 
-def asked_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
-    """Return the checkpoint that the options of `add_checkpoint` ask for.
+def select_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
+    """Return the checkpoint that the options of `add_checkpoint` select.
 
     Args:
         args: parsed.
-        file_name: of the newest run's checkpoint, where none is named.
+        file_name: which of the newest run's checkpoints to use if none is named.
 
     Raises:
-        ValueError: no such experiment, or no run has such a checkpoint.
+        ValueError: there is no such experiment, or no run has such a checkpoint.
     """
     from tinydet.experiment_file import load_experiment
     from tinydet.training.runs import newest_checkpoint
 
     take_lone_checkpoint(args)
-    # Loaded even where only the checkpoint's own matters: it may register its backbone.
+    # Loaded even if a checkpoint is named: it may register its backbone.
     name = load_experiment(args.experiment).name if args.experiment else "*"
     return args.checkpoint or newest_checkpoint(file_name=file_name, name=name)
 
 
 def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
-    """Where EXPERIMENT CHECKPOINT come behind any number of names, take them off the list's end.
+    """Split NAME ... [EXPERIMENT] [CHECKPOINT]: move the last two from the list to `args`.
 
     Raises:
         ValueError: no name is left.
@@ -136,47 +136,66 @@ def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
         raise ValueError("name an image before the experiment and the checkpoint")
 
 
-def add_detector(parser: argparse.ArgumentParser) -> None:
+def add_predictor(parser: argparse.ArgumentParser) -> None:
     """Add [EXPERIMENT CHECKPOINT], --device, --score-threshold and --set."""
     parser.add_argument(
         "experiment",
         type=Path,
         nargs="?",
-        help="left out: the checkpoint's own; a lone .pt or .onnx file is the checkpoint",
+        help="default: the checkpoint's own; a .pt or .onnx file alone is the checkpoint",
     )
     parser.add_argument(
         "checkpoint",
         type=Path,
         nargs="?",
-        help=".pt or .onnx; left out: the newest run's best checkpoint",
+        help=".pt or .onnx; default: the newest run's best checkpoint",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="drop lower scores")
     add_overrides(parser)
 
 
-def load_asked_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
-    """Return the detector that the options of `add_detector` ask for, folded, and its file.
+def load_predictor(args: argparse.Namespace) -> tuple[Predictor, Path]:
+    """Return the predictor that the options of `add_predictor` select, folded, and its file.
 
     Raises:
-        ValueError: a file is missing or wrong; --set was given for an ONNX file, which holds all
-            that matters itself.
+        ValueError: a file is missing or wrong, or --set was given for an ONNX file.
     """
-    from tinydet.deployment.runtime import Detector
-    from tinydet.experiment_file import experiment_from_dict, load_experiment, override
-    from tinydet.training.checkpoint import read_checkpoint
+    from tinydet.deployment.predictor import Predictor
+    from tinydet.experiment_file import load_experiment
     from tinydet.training.device import pick_device
     from tinydet.training.runs import newest_checkpoint
 
     take_lone_checkpoint(args)
     experiment = load_experiment(args.experiment, args.set) if args.experiment else None
     path = args.checkpoint or newest_checkpoint(name=experiment.name if experiment else "*")
-    if path.suffix == ".onnx" and args.set:
-        raise ValueError(f"--set changes an experiment, and {path} is an ONNX file: export another")
-    # An ONNX Runtime that knows GPUs is rare: there the GPU is asked for by name.
-    own_choice = path.suffix == ".onnx" and args.device == "auto"
-    device = pick_device("cpu" if own_choice else args.device)
-    if experiment is None and args.set:
-        stored = experiment_from_dict(read_checkpoint(path)["experiment"])
-        experiment = override(stored, args.set)
-    return Detector.load(path, experiment, device, args.score_threshold).folded(), path
+    # Few installations of ONNX Runtime support GPUs: "auto" is the CPU for ONNX files.
+    on_cpu = path.suffix == ".onnx" and args.device == "auto"
+    device = pick_device("cpu" if on_cpu else args.device)
+    return Predictor.load(path, experiment, device, args.score_threshold, args.set).folded(), path
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the named options that were given; the function that they are for has the defaults."""
+    values = {name: getattr(args, name) for name in names}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def set_threads(threads: int | None) -> None:
+    """Apply the option --threads: CPU threads of torch; None is torch's choice.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads {threads}: must be at least 1")
+
+    import torch
+
+    torch.set_num_threads(threads)

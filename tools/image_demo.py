@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_detector, load_asked_detector, run, take_last_files
+from tinydet.cli import add_predictor, load_predictor, run, take_last_files
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="JPEG, PNG or anything else pillow reads; folders, and quoted patterns like 'a/*.jpg'",
     )
-    add_detector(parser)
+    add_predictor(parser)
     parser.add_argument(
         "--out", type=Path, help="a folder, or for one image a file; default: this folder"
     )
@@ -33,9 +33,9 @@ def main(args: argparse.Namespace) -> None:
     from tinydet.deployment.demos import draw_images, drawn_paths
 
     paths = drawn_paths(images, args.out)
-    detector, checkpoint = load_asked_detector(args)
-    print(f"by {checkpoint}", flush=True)
-    for line in draw_images(detector, images, paths):
+    predictor, checkpoint = load_predictor(args)
+    print(f"checkpoint  {checkpoint}", flush=True)
+    for line in draw_images(predictor, images, paths):
         print(line, flush=True)
 
 

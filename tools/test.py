@@ -29,8 +29,8 @@ def main(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--out {args.out}: there is no folder {args.out.parent}")
 
     from tinydet.data.dataset import load_split
-    from tinydet.deployment.runtime import OnnxNetwork
-    from tinydet.training.checkpoint import load_detector
+    from tinydet.deployment.onnx_detector import OnnxDetector
+    from tinydet.training.checkpoint import load_checkpoint
     from tinydet.training.device import pick_device
     from tinydet.training.distributed import process_group, rank
     from tinydet.training.evaluate import evaluate_detector
@@ -39,9 +39,9 @@ def main(args: argparse.Namespace) -> None:
     with process_group(args.device) as name:
         device = pick_device(name)
         if args.checkpoint.suffix == ".onnx":
-            detector = OnnxNetwork(args.checkpoint, device)
+            detector = OnnxDetector(args.checkpoint, device)
         else:
-            detector = load_detector(args.checkpoint, experiment, device)
+            detector = load_checkpoint(args.checkpoint, experiment, device).detector
         data = replace(experiment.data, classes=detector.classes)
         index = load_split(data, data.test_split)
         metrics = evaluate_detector(detector, index, data, experiment.train.eval_batch_size, device)

@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_detector, load_asked_detector, run
+from tinydet.cli import add_predictor, load_predictor, run
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("video", type=Path, help="any video that OpenCV reads")
-    add_detector(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=8,
-        help="frames in a batch, default 8",
-    )
+    add_predictor(parser)
+    parser.add_argument("--batch-size", type=int, default=8, help="frames in a batch, default 8")
     parser.add_argument(
         "--out",
         type=Path,
@@ -27,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Detect, draw and write frame by frame; interrupted, what is written is kept."""
+    """Detect, draw and write frame by frame; if interrupted, keep what is written."""
     out = args.out or Path(f"{args.video.stem}_detections.mp4")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
@@ -44,20 +39,20 @@ def main(args: argparse.Namespace) -> None:
 
     video = open_video(args.video)
     with VideoFile(out, video.frames_per_second) as file:
-        detector, checkpoint = load_asked_detector(args)
+        predictor, checkpoint = load_predictor(args)
         frames = track(video, args.video.name, video.frames or None)
         detections = 0
         try:
-            for picture, found in draw_frames(detector, frames, args.batch_size):
+            for picture, found in draw_frames(predictor, frames, args.batch_size):
                 file.write(picture)
                 detections += found
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; {file.frames} frames are kept in {out}") from None
+            raise KeyboardInterrupt(f"stopped; {out} has {file.frames} frames") from None
     if not file.frames:
-        raise ValueError(f"{args.video}: OpenCV finds no frame in it")
+        raise ValueError(f"{args.video}: OpenCV cannot read any frame of it")
     if problem := video.missing(file.frames):
         print(problem)
-    print(f"{detections} detections in {file.frames} frames by {checkpoint} drawn in {out}")
+    print(f"{detections} detections in {file.frames} frames ({checkpoint}), drawn in {out}")
 
 
 if __name__ == "__main__":

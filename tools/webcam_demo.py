@@ -5,29 +5,29 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_detector, load_asked_detector, run
+from tinydet.cli import add_predictor, load_predictor, run
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="q in the window, or Ctrl-C, ends it. A window needs opencv-python in place of "
-        "opencv-python-headless; without one, --out records.",
+        epilog="q in the window, or Ctrl-C, stops. The window needs opencv-python instead of "
+        "opencv-python-headless; without it, use --out.",
     )
-    add_detector(parser)
+    add_predictor(parser)
     parser.add_argument(
         "--camera-id",
         type=_camera,
         default=0,
         metavar="N",
-        help="number of the camera, default 0; or a video file, which is played as one",
+        help="number of the camera, default 0; or a video file, played in real time",
     )
-    parser.add_argument("--out", type=Path, help="record into this video; nothing is shown then")
+    parser.add_argument("--out", type=Path, help="record to this video instead of showing a window")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Detect, draw, show or record until it is ended."""
+    """Detect, draw, show or record until stopped."""
     if args.out and not args.out.parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: there is no folder {args.out.parent}")
 
@@ -40,14 +40,12 @@ def main(args: argparse.Namespace) -> None:
     with (
         VideoFile(args.out, camera.frames_per_second) if args.out else Window(camera.name) as screen
     ):
-        detector, checkpoint = load_asked_detector(args)
-        print(f"{camera.name}, {checkpoint}: q or Ctrl-C ends it", flush=True)
-        drawn, left_out, seconds = draw_camera(detector, newest_frames(source), screen.show)
-    where = f"; in {args.out}" if args.out and drawn else ""
-    print(
-        f"{drawn} frames, {drawn / max(seconds, 1e-6):.1f} a second; {left_out} that came "
-        f"meanwhile were left out{where}"
-    )
+        predictor, checkpoint = load_predictor(args)
+        print(f"{camera.name}, {checkpoint}: q or Ctrl-C stops", flush=True)
+        drawn, skipped, seconds = draw_camera(predictor, newest_frames(source), screen.show)
+    where = f", written to {args.out}" if args.out and drawn else ""
+    rate = drawn / max(seconds, 1e-6)
+    print(f"{drawn} frames at {rate:.1f} fps{where}; {skipped} skipped to keep up")
 
 
 def _camera(text: str) -> int | Path:

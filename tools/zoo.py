@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_overrides, run
+from tinydet.cli import add_overrides, given, run, set_threads
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Parameters and multiply-adds in both forms, the folded detector's time on this "
-        "machine, and AP50 from runs/ where it was measured, as a table, JSON and a plot. A run "
-        "that was killed goes on where it was.",
+        "machine, and AP50 from runs/ where it was measured, as a table, JSON and a plot. If "
+        "interrupted, rerun the command; finished figures are reused.",
     )
     parser.add_argument(
         "experiments",
@@ -21,48 +21,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="names of experiments with wildcards, or files; default: all of experiments/",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/zoo"), help="folder, default runs/zoo"
-    )
+    parser.add_argument("--out", type=Path, help="folder, default runs/zoo")
     parser.add_argument(
         "--size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="input size; default: the largest that each experiment takes",
+        help="input size; default: the largest of each experiment",
     )
-    parser.add_argument("--turns", type=int, default=5, help="times ten images each, default 5")
+    parser.add_argument("--turns", type=int, help="of ten images each, default 5")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
-    parser.add_argument("--fresh", action="store_true", help="do again what an earlier run has")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N")
+    parser.add_argument("--fresh", action="store_true", help="ignore the figures of earlier runs")
     add_overrides(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Find, count, time, write."""
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads {args.threads}: must be at least 1")
-
-    from tinydet.deployment.find_experiments import find_experiments
+    from tinydet.deployment.zoo import find_experiments, run_experiment_zoo
 
     files = find_experiments(args.experiments)
-
-    import torch
-
-    from tinydet.deployment.zoo import ExperimentZooOptions, run_experiment_zoo
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    options = ExperimentZooOptions(
-        folder=args.out,
-        overrides=tuple(args.set),
-        size=tuple(args.size) if args.size else None,
-        turns=args.turns,
-        device=args.device,
-        fresh=args.fresh,
-    )
-    for line in run_experiment_zoo(files, options):
+    set_threads(args.threads)
+    options = given(args, "out", "size", "turns", "device", "fresh")
+    for line in run_experiment_zoo(files, **options, overrides=args.set):
         print(line, flush=True)
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinydet.backbones.frozen import freeze_stages
 from tinydet.config import ConfigError, Model, Optim
-from tinydet.deployment.reparameterize import fold_detector
+from tinydet.deployment.fold_checkpoint import fold_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import build_unloaded
 from tinydet.training.distributed import sync_batchnorm

@@ -9,10 +9,10 @@ import pytest
 from tinydet.comparison import cost as cost_module
 from tinydet.comparison.cost import Cost, measure_costs, median_interval
 from tinydet.deployment.flops import count
+from tinydet.deployment.fold_checkpoint import folded_detector
 from tinydet.deployment.images import random_images
-from tinydet.deployment.reparameterize import load_folded
 from tinydet.experiment_file import load_experiment
-from tinydet.training.checkpoint import save_checkpoint
+from tinydet.training.checkpoint import load_checkpoint, save_checkpoint
 from tinydet.training.state import experiment_to_dict
 from tinydet.yolof.detector import build_detector
 
@@ -74,7 +74,9 @@ def test_measure_costs__measured_side_by_side_once(untrained, tmp_path, monkeypa
     assert (base.ratio, base.ratio_interval) == (1.0, (1.0, 1.0))
     assert base.ms_interval[0] <= base.ms <= base.ms_interval[1]
     # Grown branches are folded away again.
-    folded = count(load_folded(runs["base"] / "last.pt"), random_images(1, (96, 96)))
+    folded = count(
+        folded_detector(load_checkpoint(runs["base"] / "last.pt")), random_images(1, (96, 96))
+    )
     for cost in (base, idea):
         assert (cost.params, cost.multiply_adds) == (folded.params, folded.multiply_adds)
 

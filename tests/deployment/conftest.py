@@ -1,22 +1,18 @@
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from tinydet.config import Data, Experiment, Model
+from tinydet.deployment.fold_checkpoint import fold_detector
 from tinydet.experiment_file import experiment_to_dict
 from tinydet.training.checkpoint import save_checkpoint
 from tinydet.yolof.detector import build_detector
 
+# Exports in about a second; with few candidates, so that selection has limits to reach.
 _MODEL = Model(
-    backbone="mobilenetv3_small_050",
-    weights="random",
-    encoder_channels=32,
-    encoder_mid_channels=16,
-    dilations=(2, 4),
-    candidates=200,
-    max_detections=50,
-)
-# Exported in a moment.
-_SMALL = Model(
     backbone="test_resnet",
     weights="random",
     encoder_channels=16,
@@ -24,6 +20,8 @@ _SMALL = Model(
     dilations=(2,),
     cls_convs=1,
     reg_convs=1,
+    candidates=200,
+    max_detections=50,
 )
 _CLASSES = ("circle", "square", "triangle")
 
@@ -57,9 +55,27 @@ def detector():
 
 
 @pytest.fixture(scope="session")
-def small_detector():
-    """Treat it as read-only."""
-    return _detector(_SMALL)
+def folded(detector):
+    """The detector in deploy form; treat it as read-only."""
+    return fold_detector(detector)[0]
+
+
+@pytest.fixture(scope="session")
+def exported(folded):
+    """The folded detector as an ONNX model for any size; treat it as read-only."""
+    pytest.importorskip("onnxscript")
+    from tinydet.deployment.onnx import export_detector
+
+    return export_detector(folded, Data(image_size=96, short_side=64))
+
+
+@pytest.fixture(scope="session")
+def exported_fixed(folded):
+    """The same for inputs of 64x96."""
+    pytest.importorskip("onnxscript")
+    from tinydet.deployment.onnx import export_detector
+
+    return export_detector(folded, Data(image_size=96, short_side=64), (64, 96))
 
 
 @pytest.fixture
@@ -81,3 +97,39 @@ def make_checkpoint(tmp_path):
         return path
 
     return make
+
+
+_TINY = """
+from tinydet.config import Data, Experiment, Model, Train
+experiment = Experiment(
+    model=Model(backbone="test_resnet", encoder_channels={channels},
+                encoder_mid_channels=16, dilations=(2,), cls_convs=1, reg_convs=1),
+    data=Data(root="datasets/none", classes=("cat", "dog"), image_size=40),
+    train=Train(epochs=2),
+)
+"""
+
+
+@pytest.fixture
+def two_experiments(tmp_path, monkeypatch):
+    """A working folder with the experiments "narrow" and "wide"."""
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    Path("experiments/narrow.py").write_text(_TINY.format(channels=16))
+    Path("experiments/wide.py").write_text(_TINY.format(channels=32))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def write_run():
+    """Write the files of a finished run in the working folder."""
+
+    def write(name, number, experiment, **metrics):
+        run = Path("runs") / name / str(number)
+        run.mkdir(parents=True)
+        (run / "experiment.json").write_text(json.dumps(experiment_to_dict(experiment)))
+        (run / "metrics.json").write_text(json.dumps({"AP50": 0.5, "epochs": 2, **metrics}))
+        os.utime(run / "metrics.json", (1000 + number, 1000 + number))
+        return run
+
+    return write

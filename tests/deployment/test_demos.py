@@ -7,15 +7,15 @@ from torch import nn
 
 from tinydet.config import Data
 from tinydet.deployment.demos import draw_camera, draw_frames, draw_images, drawn_paths
-from tinydet.deployment.runtime import Detector
+from tinydet.deployment.predictor import Predictor
 from tinydet.report.draw import save_image
 
 
 @pytest.fixture(scope="module")
-def finder(small_detector):
+def finder(detector):
     """Finds some things in noise."""
     data = replace(Data(), image_size=96)
-    return Detector(small_detector, data, torch.device("cpu"), 0.25)
+    return Predictor(detector, data, torch.device("cpu"), 0.25)
 
 
 def _noise(count, size=(96, 96)):
@@ -24,8 +24,8 @@ def _noise(count, size=(96, 96)):
 
 def test_folded_it_finds_the_same_without_norms(finder):
     folded = finder.folded()
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.network.modules())
-    assert any(isinstance(m, nn.BatchNorm2d) for m in finder.network.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.model.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in finder.model.modules())
     image = _noise(1)
     (one,), (two,) = finder(image), folded(image)
     assert len(one.scores) > 0
@@ -50,31 +50,34 @@ def test_every_drawing_has_a_name_of_its_own(tmp_path):
         ("itself.png", 1, "is the image itself"),
     ],
 )
-def test_a_place_that_cannot_be_is_told(tmp_path, out, count, says):
+def test_an_impossible_place(tmp_path, out, count, says):
     image = tmp_path / "itself.png"
     save_image(_noise(1)[0], image)
     with pytest.raises(ValueError, match=says):
         drawn_paths([image] * count, tmp_path / out)
 
 
-def test_a_broken_image_of_several_is_left_out(finder, tmp_path, caplog):
+def test_a_broken_image_of_several_is_skipped(finder, tmp_path, caplog):
     good, bad, gone = (tmp_path / name for name in ("good.png", "bad.jpg", "gone.jpg"))
     save_image(_noise(1)[0], good)
     bad.write_text("no image")
     images = [bad, gone, good]
     *_, line, last = draw_images(finder, images, drawn_paths(images, tmp_path / "out"))
     assert line.startswith(f"3/3 {good}: ")
-    assert last.endswith(" detections in 1 image, 2 left out")
+    assert last.endswith(" detections in 1 image, 2 skipped")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_detections.jpg"]
-    told = [record.getMessage() for record in caplog.records]
-    assert [f"{path}" in text for path, text in zip((bad, gone), told, strict=True)] == [True, True]
+    logged = [record.getMessage() for record in caplog.records]
+    assert [f"{path}" in text for path, text in zip((bad, gone), logged, strict=True)] == [
+        True,
+        True,
+    ]
     with pytest.raises(ValueError, match="none of the 2 images"):
         list(draw_images(finder, [bad, gone], [tmp_path / "a.jpg"] * 2))
     with pytest.raises(ValueError, match=r"bad\.jpg: cannot be decoded"):
         list(draw_images(finder, [bad], [tmp_path / "a.jpg"]))
 
 
-def test_an_image_alone_is_told_box_by_box(finder, tmp_path):
+def test_an_image_alone_is_reported_box_by_box(finder, tmp_path):
     image = tmp_path / "a.png"
     save_image(_noise(1)[0], image)
     *boxes, line, last = draw_images(finder, [image], [tmp_path / "b.png"])
@@ -83,7 +86,7 @@ def test_an_image_alone_is_told_box_by_box(finder, tmp_path):
     assert line.endswith(f" drawn in {tmp_path / 'b.png'}")
     nothing = replace(finder, score_threshold=1.0)
     *_, hint = draw_images(nothing, [image], [tmp_path / "b.png"])
-    assert hint == "none scores 1: --score-threshold takes a lower limit"
+    assert hint == "no detection scores above 1; try a lower --score-threshold"
 
 
 def test_frames_in_batches_are_drawn_as_frames_alone(finder):
@@ -99,7 +102,7 @@ def test_frames_in_batches_are_drawn_as_frames_alone(finder):
         assert (one != two).float().mean() < 0.01  # Scores differ by rounding, as they are written.
 
 
-def test_a_camera_goes_on_until_told_and_counts_what_it_left_out(finder):
+def test_a_camera_continues_until_stopped_and_counts_skipped_frames(finder):
     shown = []
 
     def show(picture, new):
@@ -107,13 +110,13 @@ def test_a_camera_goes_on_until_told_and_counts_what_it_left_out(finder):
         return len(shown) < 3
 
     frames = zip(_noise(9), [1, 4, 2, 1, 1, 1, 1, 1, 1], strict=True)
-    drawn, left_out, seconds = draw_camera(finder, frames, show)
-    assert (drawn, left_out) == (3, 4)
+    drawn, skipped, seconds = draw_camera(finder, frames, show)
+    assert (drawn, skipped) == (3, 4)
     assert shown == [((3, 96, 96), new) for new in (1, 4, 2)]
     assert seconds > 0
 
 
-def test_ctrl_c_is_the_usual_end_of_a_camera(finder):
+def test_ctrl_c_stops_a_camera(finder):
     def frames():
         yield _noise(1)[0], 1
         raise KeyboardInterrupt

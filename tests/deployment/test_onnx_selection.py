@@ -8,7 +8,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from tinydet.config import Model  # noqa: E402
 from tinydet.deployment.agreement import compare_detections  # noqa: E402
-from tinydet.deployment.onnx import unpack  # noqa: E402
+from tinydet.deployment.onnx_detector import unpack  # noqa: E402
 from tinydet.deployment.onnx_selection import selection_graph  # noqa: E402
 from tinydet.yolof.decode import postprocess  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -9,20 +10,19 @@ pytest.importorskip("onnxscript")
 
 from tinydet.config import Data  # noqa: E402
 from tinydet.data.shapes import render_shapes  # noqa: E402
+from tinydet.deployment.equalize import prepare_for_int8  # noqa: E402
 from tinydet.deployment.images import random_images  # noqa: E402
-from tinydet.deployment.onnx import export_detector  # noqa: E402
-from tinydet.deployment.onnx_graph import find_convs, store_conv  # noqa: E402
-from tinydet.deployment.quantize import Quantizer, improve, quantizable, sensitivity  # noqa: E402
-from tinydet.deployment.quantize_report import QuantizeOptions, quantize_checkpoint  # noqa: E402
-from tinydet.deployment.reparameterize import fold_detector  # noqa: E402
-from tinydet.deployment.runtime import OnnxNetwork  # noqa: E402
+from tinydet.deployment.onnx import export_network  # noqa: E402
+from tinydet.deployment.onnx_detector import RAW, OnnxDetector  # noqa: E402
+from tinydet.deployment.onnx_graph import find_convs  # noqa: E402
+from tinydet.deployment.quantize import (  # noqa: E402  # noqa: E402
+    Quantizer,
+    quantizable,
+    quantize_checkpoint,
+    sensitivity,
+)
 
 _SIZE = (64, 96)
-
-
-@pytest.fixture(scope="module")
-def model(make_detector):
-    return export_detector(fold_detector(make_detector())[0], Data(image_size=96), _SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def _int8_weights(model):
     return {t.name.removesuffix("_quantized"): t for t in tensors}
 
 
-def test_every_convolution_is_in_int8_with_a_scale_for_each_channel(model, images):
-    quantized = Quantizer(model, images).quantize()
+def test_every_convolution_is_in_int8_with_a_scale_for_each_channel(exported_fixed, images):
+    quantized = Quantizer(exported_fixed, images).quantize()
     onnx.checker.check_model(quantized, full_check=True)
-    convs = find_convs(model)
+    convs = find_convs(exported_fixed)
     weights = _int8_weights(quantized)
     assert {conv.node.input[1] for conv in convs.values()} == set(weights)
     scales = {t.name: t for t in quantized.graph.initializer if t.name.endswith("_scale")}
@@ -54,86 +54,96 @@ def test_every_convolution_is_in_int8_with_a_scale_for_each_channel(model, image
             kinds = {makers[name].op_type for name in node.input if name in makers}
             assert "DequantizeLinear" not in kinds
     assert {p.key: p.value for p in quantized.metadata_props} == {
-        p.key: p.value for p in model.metadata_props
+        p.key: p.value for p in exported_fixed.metadata_props
     }
 
 
-def test_detections_are_near_those_in_float(model, images):
-    improved, places = improve(model, images)
+def test_detections_are_near_those_in_float(exported_fixed, images):
+    improved, places = prepare_for_int8(exported_fixed, images)
     assert places > 0
-    quantized = OnnxNetwork(Quantizer(improved, images).quantize())
-    found, expected = (net.detect(torch.cat(images)) for net in (quantized, OnnxNetwork(model)))
+    quantized = OnnxDetector(Quantizer(improved, images).quantize())
+    found, expected = (
+        net.detect(torch.cat(images)) for net in (quantized, OnnxDetector(exported_fixed))
+    )
     best = [float(e.scores[0]) for e in expected]
     assert min(best) > 0.2
     for f, e in zip(found, expected, strict=True):
         assert float(f.scores[0]) == pytest.approx(float(e.scores[0]), abs=0.1)
 
 
-def test_nodes_to_keep_stay_in_float_and_alone_leaves_all_others(model, images):
-    quantizer = Quantizer(model, images)
-    convs = list(find_convs(model).values())
+def test_nodes_to_keep_stay_in_float_and_only_leaves_all_others(exported_fixed, images):
+    quantizer = Quantizer(exported_fixed, images)
+    convs = list(find_convs(exported_fixed).values())
     kept = {convs[3].node.name, convs[-1].node.name}
     weights = _int8_weights(quantizer.quantize(keep=kept))
     float_ones = {c.node.input[1] for c in convs if c.node.name in kept}
     assert set(weights) == {c.node.input[1] for c in convs} - float_ones
-    alone = _int8_weights(quantizer.quantize(alone=[convs[5].node.name]))
-    assert set(alone) == {convs[5].node.input[1]}
+    only = _int8_weights(quantizer.quantize(only=[convs[5].node.name]))
+    assert set(only) == {convs[5].node.input[1]}
 
 
-def test_sensitivity_finds_the_layer_that_int8_destroys(small_detector, images):
-    """One weight of each channel is made huge; what it reads is made zero: float stays the same."""
-    model = export_detector(fold_detector(small_detector)[0], Data(), _SIZE)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    convs = list(find_convs(copy).values())
-    victim, before = next(
-        (conv, other)
-        for conv in convs
-        for other in convs
-        if conv.groups == other.groups == 1
-        and conv.node.input[0].startswith("relu")
-        and other.bias is not None
-        and conv.weight.shape[1] == other.weight.shape[0]
-        and _feeds(copy, other.node, conv.node)
-    )
-    before.weight[0], before.bias[0] = 0, -1  # ReLU makes zero of it.
-    victim.weight[:, 0] = 300 * abs(victim.weight).max()
-    for conv in (before, victim):
-        store_conv(copy, conv)
-    usual, changes = (dict(sensitivity(Quantizer(m, images), images[:2])) for m in (model, copy))
-    assert set(changes) == {conv.node.name for conv in convs}
-    worse = {name: changes[name] / usual[name] for name in usual}
-    assert max(worse, key=worse.get) == victim.node.name
-    assert worse[victim.node.name] > 10
+def _three_convs():
+    """A network whose first channel is zero in float, whatever weights read it."""
+    torch.manual_seed(0)
+    first, second, third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        first.weight[0] = 0
+        first.bias[0] = -1  # ReLU turns it to zero.
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third).eval()
 
 
-def _feeds(model, first, second):
-    relus = [n for n in model.graph.node if n.op_type == "Relu" and n.input[0] == first.output[0]]
-    return any(relu.output[0] == second.input[0] for relu in relus)
+class _Scores(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        out = self.net(images.float() / 255)
+        return out.sigmoid().flatten(1), out
 
 
-def test_quantizable_ends_at_the_last_convolutions(model):
-    names = set(quantizable(model))
-    kinds = {n.op_type for n in model.graph.node if n.name in names}
-    assert {"Conv", "Relu", "Add", "Mul"} <= kinds
+def test_sensitivity_finds_the_layer_that_int8_destroys(images):
+    net = _three_convs()
+    changes = []
+    for huge in (False, True):
+        if huge:  # Of the int8 values of each row, the others have none left.
+            with torch.no_grad():
+                net[2].weight[:, 0] = 300 * net[2].weight.abs().max()
+        model = export_network(_Scores(net), images[0], {}, RAW)
+        changes.append(dict(sensitivity(Quantizer(model, images), images[:2])))
+    usual, destroyed = changes
+    names = [conv.node.name for conv in find_convs(model).values()]
+    assert list(usual) == list(destroyed) == names
+    worse = [destroyed[name] / usual[name] for name in names]
+    assert worse[1] > 10
+    assert worse[0] == pytest.approx(1)
+    assert worse[2] == pytest.approx(1)
+
+
+def test_quantizable_ends_at_the_last_convolutions(exported_fixed):
+    names = set(quantizable(exported_fixed))
+    kinds = {n.op_type for n in exported_fixed.graph.node if n.name in names}
+    assert {"Conv", "Relu", "Add"} <= kinds
     assert not kinds & {"Sub", "Cast", "Exp", "Max", "Min", "TopK", "Shape", "Gather"}
 
 
 @pytest.fixture
-def checkpoint(small_detector, make_checkpoint, tmp_path):
+def checkpoint(detector, exported_fixed, make_checkpoint, tmp_path, monkeypatch):
+    # Exporting takes seconds.
+    monkeypatch.setattr("tinydet.deployment.quantize.export_detector", lambda *_: exported_fixed)
     root = tmp_path / "shapes"
     render_shapes(root, 4, 3, 96)
-    return make_checkpoint(small_detector, Data(root=str(root), image_size=96))
+    return make_checkpoint(detector, Data(root=str(root), image_size=96, short_side=64))
 
 
 def test_quantize_checkpoint(checkpoint):
-    told = list(quantize_checkpoint(checkpoint, QuantizeOptions(images=3, budget=1.0)))
-    assert sum("img/s" in line for line in told) == 1
-    rows = [line for line in told if line.startswith(("float32", "int8"))]
+    lines = list(quantize_checkpoint(checkpoint, size=_SIZE, images=3, budget=1.0))
+    assert sum("img/s" in line for line in lines) == 1
+    rows = [line for line in lines if line.startswith(("float32", "int8"))]
     assert [row[:11].strip() for row in rows] == ["float32", "int8, naive", "int8"]
     file = checkpoint.with_name("best.int8.onnx")
-    assert told[-1].startswith(f"wrote       {file}")
-    assert OnnxNetwork(file).detect(random_images(2, _SIZE))
+    assert lines[-1].startswith(f"wrote       {file}")
+    assert OnnxDetector(file).detect(random_images(2, _SIZE))
     float_size, int8_size = (float(rows[i].split()[-3]) for i in (0, 2))
     assert int8_size < float_size
 
@@ -142,7 +152,7 @@ def test_test_images_without_objects_are_refused(checkpoint, tmp_path):
     for path in (tmp_path / "shapes" / "Annotations").glob("test_*.xml"):
         path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
     with pytest.raises(ValueError, match=r"shapes \(test\): its 3 images have no object to find"):
-        list(quantize_checkpoint(checkpoint, QuantizeOptions(images=2)))
+        list(quantize_checkpoint(checkpoint, size=_SIZE, images=2))
 
 
 def test_layers_are_kept_in_float_until_the_budget_is_held(checkpoint, monkeypatch):
@@ -154,26 +164,29 @@ def test_layers_are_kept_in_float_until_the_budget_is_held(checkpoint, monkeypat
         kept = max(most) - quantized
         return 0.9 if not quantized else 0.6 + 0.1 * min(kept, 3)
 
+    def all_alike(quantizer, _):
+        return [(conv.node.name, 0.5) for conv in find_convs(quantizer.model).values()]
+
     most = []
-    monkeypatch.setattr("tinydet.deployment.quantize_report._ap50", ap50)
-    options = QuantizeOptions(images=2, budget=0.05)
-    told = list(quantize_checkpoint(checkpoint, options))
-    assert [line.split()[0] for line in told if "in float: AP50" in line] == ["1", "2", "4"]
-    assert told[-1].endswith("4 layers in float")
+    monkeypatch.setattr("tinydet.deployment.quantize._ap50", ap50)
+    monkeypatch.setattr("tinydet.deployment.quantize.sensitivity", all_alike)
+    lines = list(quantize_checkpoint(checkpoint, images=2, budget=0.05, size=_SIZE))
+    assert [line.split()[0] for line in lines if "in float: AP50" in line] == ["1", "2", "4"]
+    assert lines[-1].endswith("4 layers in float")
     model = onnx.load(checkpoint.with_name("best.int8.onnx"))
     assert len(_int8_weights(model)) == max(most) - 4
 
 
 def test_nothing_is_written_when_the_budget_cannot_be_held(checkpoint, monkeypatch):
     monkeypatch.setattr(
-        "tinydet.deployment.quantize_report._ap50",
+        "tinydet.deployment.quantize._ap50",
         lambda model, *_: (
             0.0 if any(n.op_type == "QuantizeLinear" for n in model.graph.node) else 1
         ),
     )
     monkeypatch.setattr(
-        "tinydet.deployment.quantize_report.sensitivity", lambda *_: [("node_conv2d", 1.0)]
+        "tinydet.deployment.quantize.sensitivity", lambda *_: [("node_conv2d", 1.0)]
     )
     with pytest.raises(ValueError, match=r"loses 1\.0000 AP50, more than --budget 0\.01"):
-        list(quantize_checkpoint(checkpoint, QuantizeOptions(images=2)))
+        list(quantize_checkpoint(checkpoint, size=_SIZE, images=2))
     assert not list(checkpoint.parent.glob("*.onnx"))

@@ -1,108 +1,31 @@
+import json
+
 import pytest
 import torch
 
-from tinydet.deployment.speed import (
-    CudaClock,
-    Timing,
-    WallClock,
-    clock_for,
-    measure,
-    table,
-)
+from tinydet.deployment import speed
+from tinydet.deployment.flops import Count, count
+from tinydet.deployment.fold_checkpoint import fold_checkpoint
+from tinydet.deployment.images import random_images
+from tinydet.deployment.speed import table, time_checkpoint
+from tinydet.deployment.timer import Timing
 
 
-class _FakeClock:
-    """Time passes only in the fake detector; marks cannot be read before `wait`."""
-
-    name = "fake"
-
-    def __init__(self):
-        self.time, self.waited, self.waits = 0.0, 0.0, 0
-
-    def mark(self):
-        return self.time
-
-    def wait(self):
-        self.waited, self.waits = self.time, self.waits + 1
-
-    def elapsed(self, start, end):
-        assert end <= self.waited, "read before the queue was waited for"
-        return end - start
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """No large matrix product, and no counting, which takes a second for each network."""
+    monkeypatch.setattr(speed, "peak_flops", lambda *_: 1e11)
+    monkeypatch.setattr(speed, "count", lambda *_: Count(1, {"Conv2d": 10**8}, {}))
 
 
-class _FakeDetector:
-    def __init__(self, clock, log, name, forwards, selection):
-        self.clock, self.log, self.name = clock, log, name
-        self.forwards, self.selection, self.calls = forwards, selection, 0
-
-    def __call__(self, images):
-        self.clock.time += self.forwards[self.calls % len(self.forwards)]
-        self.calls += 1
-        self.log.append((self.name, len(images)))
-        return images, images
-
-    def select(self, logits, deltas, image_size):
-        assert logits is deltas
-        assert image_size == (32, 64)
-        self.clock.time += self.selection
+def _report(path, **options):
+    settings = {"images": 4, "size": (64, 64), "device": "cpu", **options}
+    return "\n".join(time_checkpoint(path, **settings))
 
 
-def _batches(*sizes):
-    return [torch.zeros(n, 3, 32, 64, dtype=torch.uint8) for n in sizes]
-
-
-def test_measure__exact_figures():
-    clock, log = _FakeClock(), []
-    # Three batches warm up, so the fourth figure is the first that is timed: 8, 10, 10 ... 100.
-    fast = _FakeDetector(clock, log, "fast", [1, 1, 1, 8, *[10] * 18, 100], 2.0)
-    slow = _FakeDetector(clock, log, "slow", [40], 10.0)
-    timings = measure({"fast": fast, "slow": slow}, _batches(2), 40, clock)
-    timing = timings["fast"]
-    assert timing.images == 40
-    assert timing.latencies == [10, *[12] * 18, 102]
-    assert timing.median == 12
-    assert timing.p95 == 12  # the 19th of 20
-    assert timing.forward == 10
-    assert timing.postprocessing == 2
-    assert timing.images_per_second == pytest.approx(1000 * 40 / (10 + 18 * 12 + 102))
-    assert timings["slow"].images_per_second == pytest.approx(40)
-    assert timings["slow"].median == timings["slow"].p95 == 50
-
-
-def test_measure__forms_take_turns_and_the_clock_waits_once_a_chunk():
-    clock, log = _FakeClock(), []
-    forms = {name: _FakeDetector(clock, log, name, [1], 1) for name in "ab"}
-    measure(forms, _batches(1), 25, clock)
-    names = "".join(name for name, _ in log[6:])
-    assert names == "a" * 10 + "b" * 10 + "a" * 10 + "b" * 10 + "a" * 5 + "b" * 5
-    assert clock.waits == 2 * 3 + 6  # after each warm-up batch, and after each turn
-
-
-def test_measure__cycles_through_batches_of_different_sizes():
-    clock, log = _FakeClock(), []
-    timings = measure({"a": _FakeDetector(clock, log, "a", [1], 1)}, _batches(1, 2, 3), 13, clock)
-    assert [n for _, n in log[3:]] == [1, 2, 3, 1, 2, 3, 1]
-    assert timings["a"].images == 13
-
-
-def test_measure__time_limit_is_the_same_for_all_forms():
-    clock, log = _FakeClock(), []
-    forms = {name: _FakeDetector(clock, log, name, [1000], 0) for name in "ab"}
-    timings = measure(forms, _batches(1), 2000, clock, time_limit=45, now=lambda: clock.time / 1000)
-    # A batch takes a second: one of each form to warm up, then turns of one batch. 2 + 2 * 22 = 46.
-    assert [t.images for t in timings.values()] == [22, 22]
-
-
-def test_measure__turns_last_about_a_second():
-    clock, log = _FakeClock(), []
-    forms = {name: _FakeDetector(clock, log, name, [300], 0) for name in "ab"}
-    measure(forms, _batches(1), 5, clock, now=lambda: clock.time / 1000)
-    assert "".join(name for name, _ in log[6:]) == "aaabbbaabb"
-
-
-def test_measure__refuses_nothing():
-    with pytest.raises(ValueError, match="nothing to time"):
-        measure({}, _batches(1), 0, _FakeClock())
+@pytest.fixture
+def checkpoint(make_checkpoint, detector):
+    return make_checkpoint(detector)
 
 
 def test_table():
@@ -114,25 +37,116 @@ def test_table():
     assert second.split() == ["other", *times, "-", "-", "-"]
 
 
-def test_wall_clock():
-    clock = WallClock()
-    assert clock.elapsed(1.0, 1.25) == 250
-    assert clock.elapsed(clock.mark(), clock.mark()) >= 0
+def test_both_forms_on_a_cpu(checkpoint):
+    text = _report(checkpoint)
+    rows = [line.split()[0] for line in text.splitlines()]
+    assert rows[-3:] == ["folded", "unfolded", "4"]
+    assert f"folding     {checkpoint}" in text
+    assert "100 GFLOP/s in a large float32 matrix product" in text
+    assert f"CPU, {torch.get_num_threads()} threads" in text
+    assert "timed       forward and post-processing, no data loading; wall clock" in text
+    assert "64x64" in text
+    assert "random images" in text
 
 
-def test_clock_for():
-    assert isinstance(clock_for(torch.device("cpu")), WallClock)
-    assert isinstance(clock_for(torch.device("cuda:0")), CudaClock)
+def test_no_fuse_times_the_unfolded_form_alone(checkpoint):
+    rows = [line.split()[0] for line in _report(checkpoint, fuse=False).splitlines()]
+    assert "unfolded" in rows
+    assert "folded" not in rows
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_clock():
-    clock = CudaClock(torch.device("cuda"))
-    start = clock.mark()
-    x = torch.randn(4096, 4096, device="cuda")
-    for _ in range(20):
-        x = x @ x
-    end = clock.mark()
-    clock.wait()
-    assert clock.elapsed(start, end) > 0.1
+def test_deploy_checkpoint(checkpoint):
+    text = _report(fold_checkpoint(checkpoint).path)
+    assert "folded already" in text
+    assert "unfolded" not in text
+
+
+def test_time_limit_is_report(checkpoint):
+    text = _report(checkpoint, images=500, time_limit=0.001)
+    assert "10 of 500 images timed" in text
+
+
+def test_fp16_on_a_cpu_is_explained(checkpoint):
+    text = _report(checkpoint, precision="float16")
+    assert "precision   float16" in text
+    assert "folded (float16)" in text or "folded (float32)" in text
+
+
+def test_fp16_that_cannot_run_is_never_silently_swapped(checkpoint, monkeypatch):
+    monkeypatch.setattr(speed, "precision_problem", lambda *_: "no half here")
+    text = _report(checkpoint, precision="float16")
+    assert "float16 cannot run on this CPU (no half here): float32 was timed" in text
+    assert "folded (float32)" in text
+    assert "folded (float16" not in text
+
+
+def test_all_candidates_in_one_table(checkpoint, exported, folded, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    # Exporting takes seconds, and all of these are the same network.
+    monkeypatch.setattr("tinydet.deployment.onnx.export_detector", lambda *_: exported)
+    monkeypatch.setattr(speed, "count", count)
+    other, file = tmp_path / "other.pt", tmp_path / "other.onnx"
+    other.write_bytes(checkpoint.read_bytes())
+    onnx.save(exported, file)
+    out = tmp_path / "figures.json"
+    options = {"backend": "all", "beside": (other, file), "channels_last": True, "out": out}
+    text = _report(checkpoint, precision="bfloat16", **options)
+    figures = json.loads(out.read_text())
+    rows = figures["forms"]
+    layout = "bfloat16, channels_last"
+    assert set(rows) == {
+        *(f"folded ({layout})", f"unfolded ({layout})", f"{other} ({layout})"),
+        *("folded (ONNX)", f"{other} (ONNX)", str(file)),
+    }
+    assert all(name in text for name in rows)
+    for name, row in rows.items():
+        assert row["images"] == 4
+        assert 0 < row["forward_ms"] < row["median_ms"] <= row["p95_ms"]
+        # The file alone does not tell how much it computes.
+        assert (row["gflops"] > 0) == (name != str(file))
+    expected = 2 * count(folded, random_images(1, (64, 64))).multiply_adds
+    row = rows["folded (ONNX)"]
+    assert row["gflops"] == pytest.approx(expected * row["images_per_second"] / 1e9)
+
+
+def test_compiled_beside_not_compiled(checkpoint, monkeypatch):
+    """Compiling takes a minute; here it is only recorded."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    text = _report(checkpoint, compile=True)
+    assert "folded (float32, compiled)" in text
+    assert "unfolded (float32, compiled)" in text
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": 0}, "--images"),
+        ({"size": (64, 70)}, "multiples of 32"),
+        ({"time_limit": -1.0}, "--time-limit"),
+        ({"device": "cuda:99"}, "device cuda:99"),
+    ],
+)
+def test_wrong_options(checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        _report(checkpoint, **options)
+
+
+def test_operations_are_counted_once_for_each_shape(detector, monkeypatch):
+    counted = []
+
+    def count_once(detector, batch):
+        counted.append(tuple(batch.shape))
+        return count(detector, batch)
+
+    monkeypatch.setattr(speed, "count", count_once)
+    batches = [random_images(1, size) for size in [(64, 64), (64, 128)] * 3]
+    one, two = (2 * count(detector, batch).multiply_adds for batch in batches[:2])
+    assert speed._operations(detector, batches) == pytest.approx((one + two) / 2)
+    assert sorted(counted) == [(1, 3, 64, 64), (1, 3, 64, 128)]
+
+
+def test_batches_are_full_and_of_the_size(checkpoint):
+    assert "batches of 3, 64x96" in _report(checkpoint, batch_size=3, size=(64, 96))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,44 +18,36 @@ SCRIPTS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("tools", "deploy")
     for path in ROOT.glob(f"{folder}/*.py")
+    if "ArgumentParser" in path.read_text()
 )
 EXPERIMENT = str(ROOT / "experiments" / "rexnet_yolof.py")
+_TINY = """
+from tinydet.config import Data, Experiment, Model, Train
+experiment = Experiment(
+    model=Model(backbone="test_resnet", weights="random", encoder_channels=16,
+                encoder_mid_channels=8, dilations=(2,), cls_convs=1, reg_convs=1),
+    data=Data(root="datasets/VOCdevkit/VOC2007", image_size=96),
+    train=Train(epochs=1, batch_size=8, device="cpu", dtype="float32"),
+)
+"""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_does_not_import_torch(script):
+def test_help_does_not_import_torch():
     code = (
         "import runpy, sys\n"
-        f"sys.argv = [{script!r}, '--help']\n"
-        "try:\n"
-        f"    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
-        "except SystemExit as stop:\n"
-        "    assert not stop.code, stop.code\n"
-        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
+        f"for script in {SCRIPTS!r}:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try:\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as stop:\n"
+        "        assert not stop.code, (script, stop.code)\n"
+        "    assert not {'torch', 'matplotlib'} & set(sys.modules), script\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
-
-
-def _run(script, *arguments, cwd):
-    settings = {
-        "OMP_NUM_THREADS": "1",
-        # A hub that refuses the connection, and an empty cache of it.
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HOME": str(cwd / "hub"),
-    }
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **settings},
-    )
+    assert done.stdout.count("usage:") == len(SCRIPTS)
 
 
 @pytest.fixture(scope="module")
@@ -69,126 +62,142 @@ def folder(tmp_path_factory):
         for shape, name in {**renamed, "cross": "person"}.items():
             text = text.replace(f"<name>{shape}</name>", f"<name>{name}</name>")
         path.write_text(text)
+    (folder / "tiny.py").write_text(_TINY)
+    (folder / "empty.pt").touch()
     return folder
 
 
-SMALL = [
-    "model.weights=random",
-    "data.image_size=96",
-    "train.epochs=1",
-    "model.encoder_channels=32",
-]
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Run a script in this process, in the working folder: importing torch anew takes seconds."""
+
+    def run(script, *arguments, status=0):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        ended = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            ended = stop.code
+        out, err = capsys.readouterr()
+        assert ended == status, err
+        return out if status == 0 else err
+
+    return run
 
 
-def test_from_training_to_a_picture_with_no_more_arguments_than_needed(folder):
-    trained = _run("tools/train.py", EXPERIMENT, "--set", *SMALL, cwd=folder)
-    assert trained.returncode == 0, trained.stderr
-    run = folder / "runs" / "rexnet_yolof" / "1"
-    metrics = json.loads((run / "metrics.json").read_text())
+def test_from_training_to_a_picture_with_no_more_arguments_than_needed(run, folder, caplog):
+    run("tools/train.py", "tiny.py")
+    trained = folder / "runs" / "tiny" / "1"
+    metrics = json.loads((trained / "metrics.json").read_text())
     assert len(metrics["per_class"]) == 20
 
-    stored = run / "experiment.json"
-    tested = _run(
-        *("tools/test.py", stored, run / "best.pt", "--eval", "mAP", "--out", "numbers.json"),
-        cwd=folder,
-    )
-    assert tested.returncode == 0, tested.stderr
+    stored, best = trained / "experiment.json", trained / "best.pt"
+    tested = run("tools/test.py", stored, best, "--eval", "mAP", "--out", "numbers.json")
     assert json.loads((folder / "numbers.json").read_text())["AP50"] == metrics["AP50"]
 
-    folded = _run("deploy/reparam.py", cwd=folder)
-    assert folded.returncode == 0, folded.stderr
-    assert "-> 0" in folded.stdout
-    assert (run / "deploy.pt").is_file()
+    assert "-> 0" in run("deploy/reparam.py")
+    assert (trained / "deploy.pt").is_file()
+    assert "agreement" in run("deploy/export_onnx.py", "--size", 96, 96)
+    file = trained / "deploy.onnx"
 
-    exported = _run("deploy/export_onnx.py", "--size", "96", "96", cwd=folder)
-    assert exported.returncode == 0, exported.stderr
-    assert (run / "deploy.onnx").is_file()
+    timed = run("tools/speed.py", "--fp16", "--images", 3)
+    assert "CPU" in timed
+    assert "img/s" in timed
 
-    timed = _run("tools/speed.py", "--fp16", "--images", "3", cwd=folder)
-    assert timed.returncode == 0, timed.stderr
-    assert "CPU" in timed.stdout
-    assert "img/s" in timed.stdout
-
-    image = next((folder / "datasets/VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))
-    drawn = _run(
-        *("tools/image_demo.py", image, run / "deploy.pt", "--out", "drawn.png"), cwd=folder
-    )
-    assert drawn.returncode == 0, drawn.stderr
+    images = folder / "datasets/VOCdevkit/VOC2007/JPEGImages"
+    image = next(images.glob("*.jpg"))
+    run("tools/image_demo.py", image, trained / "deploy.pt", "--out", "drawn.png")
     assert (folder / "drawn.png").stat().st_size > 0
 
     (folder / "broken.jpg").write_text("no image")
-    shown = _run(
-        *("tools/image_demo.py", image, "broken.jpg", image.parent / "*1.jpg", run / "deploy.onnx"),
+    shown = run(
+        *("tools/image_demo.py", image, "broken.jpg", images / "*1.jpg", file),
         *("--out", "drawn"),
-        cwd=folder,
     )
-    assert shown.returncode == 0, shown.stderr
-    assert f"by {run / 'deploy.onnx'}\n" in shown.stdout
-    assert "broken.jpg: cannot be decoded" in shown.stdout
-    pictures = {image, *image.parent.glob("*1.jpg")}
-    assert f"in {len(pictures)} images, 1 left out" in shown.stdout
+    assert f"checkpoint  {file}\n" in shown
+    assert "broken.jpg: cannot be decoded" in caplog.text
+    pictures = {image, *images.glob("*1.jpg")}
+    assert f"in {len(pictures)} images, 1 skipped" in shown
     assert {path.name for path in (folder / "drawn").iterdir()} == {
         f"{path.stem}_detections.jpg" for path in pictures
     }
-    rated = _run("tools/test.py", stored, run / "deploy.onnx", cwd=folder)
-    assert rated.returncode == 0, rated.stderr
-    assert rated.stdout == tested.stdout
+    assert run("tools/test.py", stored, file) == tested
 
     with VideoFile(folder / "film.mp4", 5) as film:
         for frame in torch.zeros(3, 3, 64, 96, dtype=torch.uint8):
             film.write(frame)
-    filmed = _run("tools/video_demo.py", "film.mp4", run / "deploy.onnx", cwd=folder)
-    assert filmed.returncode == 0, filmed.stderr
-    assert "in 3 frames" in filmed.stdout
+    assert "in 3 frames" in run("tools/video_demo.py", "film.mp4", file)
     assert open_video(folder / "film_detections.mp4").frames == 3
-    watched = _run(
-        *("tools/webcam_demo.py", run / "deploy.onnx", "--camera-id", "film.mp4"),
-        *("--out", "camera.avi"),
-        cwd=folder,
-    )
-    assert watched.returncode == 0, watched.stderr
-    assert "in camera.avi" in watched.stdout
-    # However many frames were left out, what is recorded lasts as long as what was seen.
+    watched = run("tools/webcam_demo.py", file, "--camera-id", "film.mp4", "--out", "camera.avi")
+    assert "written to camera.avi" in watched
+    # However many frames were skipped, the recording lasts as long as what was seen.
     assert open_video(folder / "camera.avi").frames == 3
 
-    resumed = _run(
-        *("tools/train.py", EXPERIMENT, "--resume", "--set", *SMALL, "train.epochs=2"), cwd=folder
+    run("tools/train.py", "tiny.py", "--resume", "--set", "train.epochs=2")
+    assert json.loads((trained / "metrics.json").read_text())["epochs"] == 2
+
+
+def test_zoo(run, folder):
+    options = ["--size", 64, 64, "--turns", 1, "--threads", 1, "--device", "cpu", "--out", "zoo"]
+    assert "tiny: " in run("tools/zoo.py", "tiny.py", *options)
+    (row,) = json.loads((folder / "zoo" / "experiments.json").read_text())["rows"]
+    assert (row["experiment"], row["size"], row["images"]) == ("tiny", [64, 64], 10)
+    assert row["latency_ms"] > 0
+
+
+@pytest.mark.slow
+def test_missing_weights_name_the_choices_and_leave_no_run(folder):
+    # A hub that refuses the connection, and an empty cache of it.
+    settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/train.py"), EXPERIMENT, "--work-dir", "none"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
     )
-    assert resumed.returncode == 0, resumed.stderr
-    assert json.loads((run / "metrics.json").read_text())["epochs"] == 2
-
-
-def _mistake(done):
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.strip().splitlines()
-    return line
-
-
-def test_missing_data_names_the_command_that_fetches_it(tmp_path):
-    line = _mistake(_run("tools/train.py", EXPERIMENT, cwd=tmp_path))
-    assert "tools/download_voc07.sh" in line
-    assert not (tmp_path / "runs").exists()
-
-
-def test_missing_weights_name_the_choices_and_leave_no_run(folder):
-    line = _mistake(_run("tools/train.py", EXPERIMENT, "--work-dir", "none", cwd=folder))
     assert "model.weights=random" in line
     assert not (folder / "none").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("command", "says"),
     [
-        (["missing.py"], "missing.py: no such experiment"),
-        (["deploy.pt", EXPERIMENT], "deploy.pt: an experiment is a .py or .json file"),
-        ([EXPERIMENT, "--set", "trian.epochs=1"], "did you mean train.epochs"),
+        (["tools/train.py", EXPERIMENT, "--set", "data.root=no"], "tools/download_voc07.sh"),
+        (["tools/train.py", "missing.py"], "missing.py: no such experiment"),
+        (["tools/train.py", EXPERIMENT, "--set", "trian.epochs=1"], "did you mean train.epochs"),
         # Before the data, which is not there, is looked for.
-        ([EXPERIMENT, "--set", "model.backbone=resnet81", "data.root=no"], "did you mean resnet18"),
-        ([EXPERIMENT, "--device", "cuda:99", "--set", "data.root=."], "device cuda:99"),
-        ([EXPERIMENT, "--resume-from", "gone.pt"], "gone.pt: no such checkpoint"),
+        (
+            ["tools/train.py", EXPERIMENT, "--set", "model.backbone=resnet81", "data.root=no"],
+            "did you mean resnet18",
+        ),
+        (
+            ["tools/train.py", EXPERIMENT, "--device", "cuda:99", "--set", "data.root=."],
+            "device cuda:99",
+        ),
+        (["tools/train.py", EXPERIMENT, "--resume-from", "x.pt"], "x.pt: no such checkpoint"),
+        (
+            ["tools/test.py", "empty.pt", EXPERIMENT],
+            "empty.pt: an experiment is a .py or .json file",
+        ),
+        (["tools/flops.py", "quickstrat.py"], "quickstrat.py: no such experiment file"),
+        (["tools/flops.py", EXPERIMENT, "--shape", 1, 2, 3], "--shape 1 2 3: give height"),
+        (["tools/zoo.py", "tny", "--out", "no"], "tny: no such experiment in experiments"),
+        (["tools/zoo.py", "tiny.py", "--threads", 0], "--threads 0: must be at least 1"),
+        (["tools/speed.py", "--set", "train.epochs=1"], "name its file before the checkpoint"),
+        (["tools/image_demo.py", "tiny.py"], "name an image before the experiment"),
+        (["deploy/reparam.py", EXPERIMENT], "runs/rexnet_yolof"),
+        (["deploy/export_onnx.py", EXPERIMENT], "runs/rexnet_yolof"),
+        (["deploy/quantize.py", "x.pt", "--images", 0], "--images must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line(folder, arguments, says):
-    script = "tools/test.py" if arguments[0] == "deploy.pt" else "tools/train.py"
-    (folder / "deploy.pt").touch()
-    assert says in _mistake(_run(script, *arguments, cwd=folder))
+def test_mistakes_are_one_line(run, folder, command, says):
+    (line,) = run(*command, status=2).strip().splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert not (folder / "no").exists()

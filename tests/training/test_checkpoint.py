@@ -14,7 +14,7 @@ from tinydet.reparam.expand import expanded_names
 from tinydet.reparam.fold import fold
 from tinydet.training.checkpoint import (
     CheckpointError,
-    load_detector,
+    load_checkpoint,
     read_checkpoint,
     read_last,
     save_checkpoint,
@@ -50,7 +50,7 @@ def test_a_detector_comes_back_the_same(tmp_path, tiny_experiment, detector, for
         detector, _ = fold(detector, IMAGES)
     path = tmp_path / "best.pt"
     save_checkpoint(path, _content(tiny_experiment, detector, form))
-    loaded = load_detector(path)
+    loaded = load_checkpoint(path).detector
     assert not loaded.training
     assert loaded.classes == ("a", "b")
     torch.testing.assert_close(loaded(IMAGES), expected, rtol=1e-4, atol=1e-4)
@@ -71,7 +71,7 @@ def test_an_expanded_detector_comes_back_the_same(tmp_path, tiny_experiment, for
     if form == "deploy":
         detector, _ = fold(detector, IMAGES)
     save_checkpoint(tmp_path / "best.pt", _content(experiment, detector, form))
-    loaded = load_detector(tmp_path / "best.pt")
+    loaded = load_checkpoint(tmp_path / "best.pt").detector
     assert bool(expanded_names(loaded)) == (form == "training")
     torch.testing.assert_close(loaded(IMAGES), expected, rtol=1e-3, atol=1e-3)
 
@@ -83,7 +83,9 @@ def test_a_checkpoint_from_before_a_field_was_there_still_loads(
     for name in ("expand", "expand_where"):
         del content["experiment"]["model"][name]
     save_checkpoint(tmp_path / "old.pt", content)
-    torch.testing.assert_close(load_detector(tmp_path / "old.pt")(IMAGES), detector(IMAGES))
+    torch.testing.assert_close(
+        load_checkpoint(tmp_path / "old.pt").detector(IMAGES), detector(IMAGES)
+    )
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -228,4 +230,4 @@ def test_weights_of_another_model_are_refused(tmp_path, tiny_experiment, detecto
     content["experiment"]["model"]["encoder_channels"] = 48
     save_checkpoint(tmp_path / "x.pt", content)
     with pytest.raises(CheckpointError, match="not those of experiment 'tiny'"):
-        load_detector(tmp_path / "x.pt")
+        load_checkpoint(tmp_path / "x.pt")

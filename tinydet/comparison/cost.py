@@ -15,10 +15,11 @@ import torch
 
 from tinydet.config import Experiment
 from tinydet.deployment.flops import count
+from tinydet.deployment.fold_checkpoint import folded_detector
 from tinydet.deployment.images import largest_input, random_images, sample_images
-from tinydet.deployment.reparameterize import load_folded
-from tinydet.deployment.speed import Form, WallClock, measure
+from tinydet.deployment.timer import Candidate, measure
 from tinydet.report.run_folder import read_json
+from tinydet.training.checkpoint import load_checkpoint
 from tinydet.training.device import describe_device
 from tinydet.training.results import write_json
 
@@ -85,21 +86,21 @@ def measure_costs(
 def _measure(experiments: Sequence[Experiment], runs: Mapping[str, Path]) -> dict[str, Cost]:
     # Imported here: ONNX Runtime may be missing, and everything else works without it.
     from tinydet.deployment.onnx import export_detector
-    from tinydet.deployment.onnx_form import OnnxForm
+    from tinydet.deployment.onnx_detector import SplitOnnxDetector
 
     counts: dict[str, tuple[int, int] | tuple[None, None]] = {}
     problems: dict[str, str] = {}
-    forms: dict[str, Form] = {}
+    forms: dict[str, Candidate] = {}
     batches: dict[str, Sequence[torch.Tensor]] = {}
     for experiment in experiments:
         name = experiment.name
         counts[name] = None, None
         try:
-            folded = load_folded(runs[name] / "last.pt")
+            folded = folded_detector(load_checkpoint(runs[name] / "last.pt"))
             counted = count(folded, random_images(1, largest_input(experiment.data)))
             counts[name] = counted.params, counted.multiply_adds
             model = export_detector(folded, experiment.data)
-            forms[name] = OnnxForm(model, torch.get_num_threads())
+            forms[name] = SplitOnnxDetector(model, torch.get_num_threads())
             batches[name] = sample_images(experiment, _IMAGES, 1).batches
         except (ValueError, OSError, RuntimeError) as error:
             problems[name] = " ".join(str(error).split())
@@ -126,7 +127,7 @@ def _measure(experiments: Sequence[Experiment], runs: Mapping[str, Path]) -> dic
 
 
 def _time(
-    forms: Mapping[str, Form], batches: Mapping[str, Sequence[torch.Tensor]]
+    forms: Mapping[str, Candidate], batches: Mapping[str, Sequence[torch.Tensor]]
 ) -> dict[str, list[float]]:
     """Return the milliseconds for one image in each turn; every network has its own images.
 
@@ -136,7 +137,7 @@ def _time(
     order, begin = list(forms), time.monotonic()
     for turn in range(_TURNS):
         for name in order:
-            timing = measure({name: forms[name]}, batches[name], _IMAGES, WallClock())[name]
+            timing = measure({name: forms[name]}, batches[name], _IMAGES)[name]
             turns[name].append(timing.median)
         order = order[1:] + order[:1]
         if turn + 1 >= _FEWEST_TURNS and time.monotonic() - begin > _SECONDS:

@@ -15,10 +15,9 @@ from tinydet.evaluation.boxes import ImageDetections
 from tinydet.evaluation.errors import ErrorChanges, compare_errors
 from tinydet.evaluation.tide import tide
 from tinydet.evaluation.tide_table import LEGEND, tide_change_lines, tide_lines
-from tinydet.experiment_file import experiment_from_dict, override
 from tinydet.report.draw import save_image
 from tinydet.report.table import text_table
-from tinydet.training.checkpoint import CheckpointError, load_detector, read_checkpoint
+from tinydet.training.checkpoint import CheckpointError, load_checkpoint
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import detect_split, ground_truth
 from tinydet.training.pictures import draw_change
@@ -106,9 +105,8 @@ def _load(path: Path, overrides: Sequence[str], device: torch.device) -> _Loaded
         )
     if path.is_dir():
         path = _checkpoint_of(path)
-    experiment = experiment_from_dict(read_checkpoint(path)["experiment"])
-    experiment = override(experiment, list(overrides))
-    detector = load_detector(path, experiment, device)
+    loaded = load_checkpoint(path, device=device, overrides=overrides)
+    detector, experiment = loaded.detector, loaded.experiment
     data = replace(experiment.data, classes=detector.classes)
     return _Loaded(path, experiment.name, detector, data, experiment.train.eval_batch_size)
 

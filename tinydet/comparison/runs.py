@@ -14,7 +14,7 @@ from tinydet.data.index import Index
 from tinydet.evaluation.saved_detections import SavedDetections, load_detections, save_detections
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.report.run_folder import read_json
-from tinydet.training.checkpoint import CheckpointError, load_detector, previous_of
+from tinydet.training.checkpoint import CheckpointError, load_checkpoint, previous_of
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import detect_split
 from tinydet.training.loop import train
@@ -76,7 +76,7 @@ def run_detections(run: Path, experiment: Experiment, index: Index) -> SavedDete
         return saved
     logger.info(f"{run}: running last.pt on {len(index)} images")
     device = pick_device(experiment.train.device)
-    detector = load_detector(run / "last.pt", experiment, device)
+    detector = load_checkpoint(run / "last.pt", experiment, device).detector
     batch_size = experiment.train.eval_batch_size
     found = detect_split(detector, index, experiment.data, batch_size, device)
     save_detections(path, index.image_ids, index.classes, found)

@@ -1,4 +1,4 @@
-"""What a detector finds, drawn into images, into a video and into a camera's picture."""
+"""Draw detections into images, videos and a camera's frames."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from tinydet.data.image import DRAWN, IMAGE_SUFFIXES, read_image
-from tinydet.deployment.runtime import Detector
+from tinydet.deployment.predictor import Predictor
 from tinydet.report.draw import draw_detections, save_image, write_in_corner
 from tinydet.yolof.decode import Detections
 
@@ -21,20 +21,20 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_SMOOTHING = 0.9  # of the time a frame takes: about the last ten count
+_SMOOTHING = 0.9  # of the displayed frame time: an average of about the last ten
 
 
 def drawn_paths(images: Sequence[Path], out: Path | None) -> list[Path]:
-    """Return where each image's drawing goes: `NAME_detections.jpg`, numbered if names repeat.
+    """Return the output path of each image: `NAME_detections.jpg`, numbered if names repeat.
 
     Args:
         images: at least one.
-        out: a folder, which is made; for a single image also a file, in a folder that is there;
-            None is the working folder.
+        out: a folder, which is created; for a single image also a file in an existing folder; None
+            is the working folder.
 
     Raises:
-        ValueError: a file is named for several images, in a folder that is not there, or it is the
-            image itself.
+        ValueError: `out` is a file although there are several images, it is in a folder that does
+            not exist, or it is the image itself.
     """
     if out is not None and not out.is_dir() and out.suffix:
         if len(images) > 1:
@@ -54,15 +54,17 @@ def drawn_paths(images: Sequence[Path], out: Path | None) -> list[Path]:
     return paths
 
 
-def draw_images(detector: Detector, images: Sequence[Path], paths: Sequence[Path]) -> Iterator[str]:
-    """Draw what is found in images, yielding what to tell the user line by line.
+def draw_images(
+    predictor: Predictor, images: Sequence[Path], paths: Sequence[Path]
+) -> Iterator[str]:
+    """Draw the detections in images, yielding a report line by line.
 
-    An image of several that cannot be read is told of and left out.
+    If there are several images, those that cannot be read are skipped with a warning.
 
     Args:
-        detector: finds it.
+        predictor: detects the objects.
         images: files.
-        paths: where each one's drawing goes.
+        paths: output path of each.
 
     Raises:
         ValueError: none of the images can be read.
@@ -74,81 +76,82 @@ def draw_images(detector: Detector, images: Sequence[Path], paths: Sequence[Path
         except (ValueError, OSError) as error:
             if len(images) == 1:
                 raise
-            logger.warning("%s: left out", error)
+            logger.warning("%s: skipped", error)
             continue
-        (found,) = detector([image])
-        save_image(_draw(detector, image, found), out)
+        (found,) = predictor([image])
+        save_image(_draw(predictor, image, found), out)
         if len(images) == 1:
-            yield from _each(detector, found)
-        counts = Counter(detector.classes[label] for label in found.labels.tolist())
-        told = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
-        yield f"{i}/{len(images)} {path}: {told} drawn in {out}"
+            yield from _each(predictor, found)
+        counts = Counter(predictor.classes[label] for label in found.labels.tolist())
+        objects = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        yield f"{i}/{len(images)} {path}: {objects or 'nothing'} drawn in {out}"
         total, done = total + len(found.scores), done + 1
     if not done:
         raise ValueError(f"none of the {len(images)} images can be read")
-    left = f", {len(images) - done} left out" if done < len(images) else ""
-    yield f"{total} detections in {done} image{'s'[: done != 1]}{left}"
+    skipped = f", {len(images) - done} skipped" if done < len(images) else ""
+    yield f"{total} detections in {done} image{'s'[: done != 1]}{skipped}"
     if not total:
-        limit = detector.score_threshold
-        yield f"none scores {limit:g}: --score-threshold takes a lower limit"
+        limit = predictor.score_threshold
+        yield f"no detection scores above {limit:g}; try a lower --score-threshold"
 
 
 def draw_frames(
-    detector: Detector, frames: Iterable[Tensor], batch_size: int
+    predictor: Predictor, frames: Iterable[Tensor], batch_size: int
 ) -> Iterator[tuple[Tensor, int]]:
-    """Yield each frame of a video with what is found drawn in it, and the number of detections.
+    """Yield each frame of a video with its detections drawn, and their number.
 
     Args:
-        detector: finds it.
+        predictor: detects the objects.
         frames: (3, H, W) uint8 RGB each.
         batch_size: frames that go through the network together.
     """
     for images in _batches(frames, batch_size):
-        for image, found in zip(images, detector(images), strict=True):
-            yield _draw(detector, image, found), len(found.scores)
+        for image, found in zip(images, predictor(images), strict=True):
+            yield _draw(predictor, image, found), len(found.scores)
 
 
 def draw_camera(
-    detector: Detector, frames: Iterable[tuple[Tensor, int]], show: Callable[[Tensor, int], bool]
+    predictor: Predictor, frames: Iterable[tuple[Tensor, int]], show: Callable[[Tensor, int], bool]
 ) -> tuple[int, int, float]:
-    """Draw what is found in a camera's frames, and how many a second, until it is ended.
+    """Draw the detections and the frame rate in a camera's frames until stopped.
 
     Args:
-        detector: finds it.
-        frames: each with the number of frames that came since the one before, itself included.
-        show: takes the drawing and that number; returns whether to go on. Ctrl-C ends it as well.
+        predictor: detects the objects.
+        frames: each with the number of frames that arrived since the previous one, including it.
+        show: called with the drawing and that number; returns whether to continue. Ctrl-C also
+            stops.
 
     Returns:
-        Frames drawn, frames left out, and seconds passed.
+        Frames drawn, frames skipped, and seconds elapsed.
     """
     begin = last = time.monotonic()
-    drawn, left_out, a_frame = 0, 0, 0.0
+    drawn, skipped, a_frame = 0, 0, 0.0
     try:
         for image, new in frames:
-            (found,) = detector([image])
-            picture = _draw(detector, image, found)
+            (found,) = predictor([image])
+            picture = _draw(predictor, image, found)
             now = time.monotonic()
             a_frame = (
                 _SMOOTHING * a_frame + (1 - _SMOOTHING) * (now - last) if drawn else now - last
             )
-            last, drawn, left_out = now, drawn + 1, left_out + new - 1
+            last, drawn, skipped = now, drawn + 1, skipped + new - 1
             if not show(write_in_corner(picture, f"{1 / max(a_frame, 1e-6):.1f} fps"), new):
                 break
     except KeyboardInterrupt:
-        pass  # The usual end.
-    return drawn, left_out, time.monotonic() - begin
+        pass  # The usual way to stop.
+    return drawn, skipped, time.monotonic() - begin
 
 
-def _draw(detector: Detector, image: Tensor, found: Detections) -> Tensor:
-    return draw_detections(image, found.boxes, found.labels, found.scores, detector.classes)
+def _draw(predictor: Predictor, image: Tensor, found: Detections) -> Tensor:
+    return draw_detections(image, found.boxes, found.labels, found.scores, predictor.classes)
 
 
-def _each(detector: Detector, found: Detections) -> Iterator[str]:
+def _each(predictor: Predictor, found: Detections) -> Iterator[str]:
     for box, score, label in zip(
         found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
     ):
         corners = " ".join(f"{value:.0f}" for value in box)
-        yield f"{detector.classes[label]} {score:.2f} at {corners}"
+        yield f"{predictor.classes[label]} {score:.2f} at {corners}"
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -1,8 +1,8 @@
-"""How much a detector computes: parameters and multiply-adds, counted twice.
+"""Count a detector's parameters and multiply-adds, with torch and, as a second opinion, thop.
 
-Torch's counter sees every convolution and matrix product, whatever module or function asks for it.
-thop, whose figures papers quote, has a rule for each class of module: it also counts norms and
-pooling, and it sees neither functions nor classes derived from those it knows.
+torch's FlopCounterMode sees every convolution and matrix product, whichever module or function runs
+it. thop, whose figures papers quote, has a rule for each class of module: it also counts norms and
+pooling, but misses functional calls and subclasses of the modules it knows.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinydet.config import Experiment
-from tinydet.deployment.forms import assumed_classes, both_forms
+from tinydet.deployment.fold_checkpoint import assumed_classes, both_forms
+from tinydet.report.table import text_table
 
-_NAMED = 4  # kinds of modules named in a line
+_NAMED = 4  # most classes of modules named in a line
 
 
 @dataclass(frozen=True)
 class Count:
-    """What one forward pass takes.
+    """The cost of one forward pass.
 
     Attributes:
-        params: parameters of the network; buffers are none.
+        params: parameters of the network, without buffers.
         by_torch: multiply-adds of convolutions and matrix products by the class of the module that
-            runs them, as torch counts them.
-        by_thop: operations by class of module, as thop counts them; empty if it cannot.
+            runs them, counted by torch.
+        by_thop: operations by class of module, counted by thop; empty if it fails.
         thop_problem: why thop cannot count this network; empty if it can.
     """
 
@@ -45,7 +46,7 @@ class Count:
 
     @property
     def multiply_adds(self) -> int:
-        """All that torch counts."""
+        """The total that torch counts."""
         return sum(self.by_torch.values())
 
 
@@ -57,55 +58,43 @@ def count(model: nn.Module, images: Tensor) -> Count:
         images: its input, (B, 3, H, W) for a detector; the counts are of the whole batch.
 
     Raises:
-        Exception: whatever the network's forward pass raises.
+        Exception: what the network's forward pass raises.
     """
-    by_torch = _shapes_alone(_count_with_torch, model, images)
+    by_torch = _on_meta_copy(_count_with_torch, model, images)
     by_thop, problem = {}, ""
     try:
-        by_thop = _shapes_alone(_count_with_thop, model, images)
-    except Exception as error:  # Its rules index into what they are given: any error may come.
+        by_thop = _on_meta_copy(_count_with_thop, model, images)
+    except Exception as error:  # Its rules fail in many ways on inputs they do not expect.
         problem = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
     params = sum(parameter.numel() for parameter in model.parameters())
     return Count(params, by_torch, by_thop, problem)
 
 
 def compare_counters(counted: Count) -> str:
-    """Return in one line how far thop agrees with torch, and by which modules it does not."""
+    """Return a line that says whether thop agrees with torch, and which modules differ."""
     if counted.thop_problem:
-        return f"thop cannot count this network ({counted.thop_problem}): torch counted it alone"
-    torch_total, thop_total = counted.multiply_adds, sum(counted.by_thop.values())
-    totals = [_giga(thop_total), _giga(torch_total)]
-    unseen, added, other = [], [], []
-    names = {*counted.by_torch, *counted.by_thop}
-    pairs = {name: (counted.by_thop.get(name, 0), counted.by_torch.get(name, 0)) for name in names}
-    for name in sorted(pairs, key=lambda name: (-abs(pairs[name][0] - pairs[name][1]), name)):
-        by_thop, by_torch = pairs[name]
-        if abs(by_thop - by_torch) < 0.5:
-            continue
-        if not by_thop:
-            unseen.append(f"{name} ({_giga(by_torch)})")
-        elif not by_torch:
-            added.append(f"{name} ({_giga(by_thop)})")
-        else:
-            other.append(f"{name} ({_giga(by_thop)}, torch {_giga(by_torch)})")
-    reasons = [
-        f"{what} {_some(found)}"
-        for what, found in (
-            ("does not see what runs in", unseen),
-            ("counts otherwise", other),
-            ("adds the operations of", added),
-        )
-        if found
-    ]
-    told = f"thop counts {totals[0]}, torch {totals[1]}"
-    return f"{told}: thop {'; it '.join(reasons)}" if reasons else f"{told}: they agree"
+        return f"thop cannot count this network ({counted.thop_problem}); only torch did"
+    line = (
+        f"thop counts {_giga(sum(counted.by_thop.values()))}, torch {_giga(counted.multiply_adds)}"
+    )
+    pairs = {
+        name: (counted.by_thop.get(name, 0), counted.by_torch.get(name, 0))
+        for name in sorted({*counted.by_torch, *counted.by_thop})
+    }
+    apart = {name: abs(a - b) for name, (a, b) in pairs.items() if abs(a - b) >= 0.5}
+    if not apart:
+        return f"{line}: they agree"
+    largest = sorted(apart, key=lambda name: -apart[name])
+    named = [f"{n} ({_giga(pairs[n][0])}, torch {_giga(pairs[n][1])})" for n in largest[:_NAMED]]
+    more = f" and {len(apart) - _NAMED} more classes" if len(apart) > _NAMED else ""
+    return f"{line}: they differ in {', '.join(named)}{more}"
 
 
 def flops_lines(experiment: Experiment, size: tuple[int, int]) -> Iterator[str]:
     """Yield an experiment's parameters and multiply-adds in both forms, as lines of text.
 
     Args:
-        experiment: neither its data nor its weights need be there.
+        experiment: neither its data set nor its weights need to exist.
         size: (H, W) of the input in pixels, multiples of 32.
 
     Raises:
@@ -114,22 +103,24 @@ def flops_lines(experiment: Experiment, size: tuple[int, int]) -> Iterator[str]:
     check_size("--shape", size)
     classes = assumed_classes(experiment)
     names = "its own" if experiment.data.classes else "assumed: the experiment names none"
+    yield f"experiment  {experiment.name}"
     yield f"input       1x3x{size[0]}x{size[1]}, {len(classes)} classes ({names})"
     images = torch.zeros(1, 3, *size, dtype=torch.uint8)
     training, deploy = (count(form, images) for form in both_forms(experiment))
-    width = max(len("experiment"), len(experiment.name))
-    yield f"{'':{width}}      parameters M    multiply-adds G"
-    yield f"{'experiment':{width}}  training  deploy   training  deploy"
-    yield (
-        f"{experiment.name:{width}}  {training.params / 1e6:8.2f} {deploy.params / 1e6:7.2f}   "
-        f"{training.multiply_adds / 1e9:8.2f} {deploy.multiply_adds / 1e9:7.2f}"
+    header = ["", "M parameters", "G multiply-adds"]
+    yield from text_table(
+        header,
+        [
+            [form, f"{counted.params / 1e6:.2f}", f"{counted.multiply_adds / 1e9:.2f}"]
+            for form, counted in (("training", training), ("deploy", deploy))
+        ],
     )
-    yield f"training    {compare_counters(training)}"
-    yield f"deploy      {compare_counters(deploy)}"
+    yield f"training: {compare_counters(training)}"
+    yield f"deploy: {compare_counters(deploy)}"
 
 
 def check_size(option: str, size: tuple[int, int]) -> None:
-    """Refuse an input that is no whole number of strides.
+    """Check that an input size is a multiple of 32.
 
     Raises:
         ValueError: a side is not a positive multiple of 32.
@@ -138,8 +129,8 @@ def check_size(option: str, size: tuple[int, int]) -> None:
         raise ValueError(f"{option} {size[0]} {size[1]}: both must be multiples of 32")
 
 
-def _shapes_alone(counter: Any, model: nn.Module, images: Tensor) -> Any:
-    """Count on a copy that has shapes and no values; on the CPU if the network needs values."""
+def _on_meta_copy(counter: Any, model: nn.Module, images: Tensor) -> Any:
+    """Count on a copy on the meta device; on the CPU if the network needs values."""
     for device in ("meta", "cpu"):
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -154,7 +145,7 @@ def _shapes_alone(counter: Any, model: nn.Module, images: Tensor) -> Any:
 
 @contextlib.contextmanager
 def _no_fused_kernels() -> Iterator[None]:
-    """Run attention and LSTMs as the matrix products they are made of, which torch can count."""
+    """Decompose attention and LSTMs into matrix products, which torch can count."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -167,7 +158,7 @@ def _no_fused_kernels() -> Iterator[None]:
 def _count_with_torch(model: nn.Module, images: Tensor) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     flops: Counter[str] = Counter()
-    running: list[tuple[int, int]] = []  # flops at each call's begin, and those of calls in it
+    running: list[tuple[int, int]] = []  # flops at a call's start, and of nested calls
 
     def begin(*_: Any) -> None:
         running.append((counter.get_total_flops(), 0))
@@ -184,11 +175,11 @@ def _count_with_torch(model: nn.Module, images: Tensor) -> dict[str, int]:
         module.register_forward_hook(end)
     with counter:
         model(images)
-    return {name: total // 2 for name, total in flops.items() if total}  # Add and multiply are two.
+    return {name: total // 2 for name, total in flops.items() if total}  # An add and a multiply.
 
 
 def _count_with_thop(model: nn.Module, images: Tensor) -> dict[str, float]:
-    from thop import profile  # It needs distutils, which not every Python has.
+    from thop import profile  # It needs distutils, which newer versions of Python lack.
 
     total, _, layers = profile(model, (images,), verbose=False, ret_layer_info=True)
     counts: Counter[str] = Counter()
@@ -198,7 +189,7 @@ def _count_with_thop(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 def _add_own(module: nn.Module, layers: Mapping[str, Any], counts: Counter[str]) -> float:
-    """Add what each layer counts beside its children, and return what the layers count."""
+    """Add each layer's operations without its children's, and return the layers' total."""
     total = 0.0
     for name, (ops, _, inner) in layers.items():
         child = module.get_submodule(name)
@@ -208,10 +199,5 @@ def _add_own(module: nn.Module, layers: Mapping[str, Any], counts: Counter[str])
 
 
 def _giga(operations: float) -> str:
-    # Small networks are counted as well: three digits at least.
+    # At least three digits, for small networks.
     return f"{operations / 1e9:.2f} G" if operations >= 1e8 else f"{operations / 1e9:.3g} G"
-
-
-def _some(found: list[str]) -> str:
-    more = len(found) - _NAMED
-    return ", ".join(found[:_NAMED]) + (f" and {more} more kinds of module" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Images to check and time a detector on: the experiment's test images, else random ones."""
+"""Images to verify and time a detector on: the experiment's test images, or random ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SampleImages:
 
     Attributes:
         batches: (B, 3, H, W) uint8 each; shapes may differ between batches.
-        source: where they come from, to be shown to the user.
+        source: where they come from, for the user.
         real: whether they are test images of the experiment.
     """
 
@@ -31,17 +31,17 @@ class SampleImages:
 def sample_images(
     experiment: Experiment, count: int, batch_size: int, split: str | None = None
 ) -> SampleImages:
-    """Return images resized as in evaluation; nothing is downloaded or rendered for it.
+    """Return images resized as in evaluation; nothing is downloaded or rendered.
 
     Args:
-        experiment: its data is used when it is there.
-        count: images wanted; fewer when the split is smaller. Random images are one batch.
+        experiment: its data set is used if it exists.
+        count: number of images; fewer if the split is smaller. Random images are one batch.
         batch_size: most images in a batch.
-        split: where they are from; None is the test split.
+        split: of the data set; None is the test split.
     """
     data = replace(experiment.data, workers=0)
     if is_missing(data):
-        return _random(data.image_size, batch_size, f"{data.root} is not there")
+        return _random(data.image_size, batch_size, f"{data.root} does not exist")
     try:
         index = load_split(data, split or data.test_split)
     except (ValueError, OSError) as error:
@@ -57,7 +57,7 @@ def sample_images(
 
 
 def largest_input(data: Data) -> tuple[int, int]:
-    """Return the (H, W) of the largest input, a landscape, in whole strides."""
+    """Return the (H, W) of the largest input, in landscape format, as multiples of 32."""
     short = min(data.image_size, data.short_side) if data.keep_ratio and data.short_side else 0
     height, width = (-(-side // 32) * 32 for side in (short or data.image_size, data.image_size))
     return height, width

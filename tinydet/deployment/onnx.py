@@ -1,16 +1,16 @@
-"""One self-contained ONNX file: uint8 pixels in, detections out, checked against torch.
+"""Export a detector as one self-contained ONNX file, verified against torch.
 
 Input  `images`  (batch, 3, height, width) uint8 RGB; height and width multiples of 32.
-       `sizes`   (batch, 2) float32 heights and widths of the images within it, without padding, to
-                 which boxes are clipped; may be left out: then they are clipped to the input
-Output `boxes`   (batch, max_detections, 4) float32 xyxy, pixels of the input; 0 where there is none
-       `scores`  (batch, max_detections) float32, descending; 0 where there is none
-       `labels`  (batch, max_detections) int64, index into the class names; -1 where there is none
-       `count`   (batch,) int64, detections of each image
+       `sizes`   (batch, 2) float32 heights and widths of the images within it, without padding;
+                 boxes are clipped to them. Optional: by default boxes are clipped to the input
+Output `boxes`   (batch, max_detections, 4) float32 xyxy, pixels of the input; padded with 0
+       `scores`  (batch, max_detections) float32, descending; padded with 0
+       `labels`  (batch, max_detections) int64, index into the class names; padded with -1
+       `count`   (batch,) int64, number of detections of each image
 
-Without selection, for runtimes that have no NonMaxSuppression (`--no-nms`):
+With `--no-nms`, without selection, for runtimes that have no NonMaxSuppression:
 Output `scores`  (batch, anchors, classes) float32 in [0, 1]
-       `boxes`   (batch, anchors, 4) float32 xyxy, pixels of the input, clipped to it: clip them to
+       `boxes`   (batch, anchors, 4) float32 xyxy, pixels of the input, clipped to it; clip them to
                  the image without its padding before NMS
 """
 
@@ -21,9 +21,9 @@ import io
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -32,71 +32,41 @@ from torch import Tensor, nn
 
 from tinydet import __version__
 from tinydet.atomic import replacing
-from tinydet.config import Data, Model
+from tinydet.config import Data
 from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.transforms import STRIDE
-from tinydet.deployment.activations import with_outputs
-from tinydet.deployment.agreement import Agreement, compare_detections
-from tinydet.deployment.decoding import (
-    MAX_BOX,
-    MAX_SCORE,
+from tinydet.deployment.agreement import (
+    Agreement,
+    Equivalence,
+    compare_detections,
     largest_differences,
     scores_and_boxes,
 )
 from tinydet.deployment.fixed_padding import with_fixed_padding
+from tinydet.deployment.fold_checkpoint import folded_detector
 from tinydet.deployment.images import random_images, resize_images, sample_images
-from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, selection_graph
-from tinydet.deployment.reparameterize import fold_detector
-from tinydet.deployment.runtime import OUTPUTS, open_session, unpack
-from tinydet.experiment_file import experiment_from_dict
-from tinydet.training.checkpoint import load_detector, read_checkpoint
+from tinydet.deployment.onnx_detector import OUTPUTS, RAW, open_session, unpack
+from tinydet.deployment.onnx_graph import with_outputs
+from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, with_selection
+from tinydet.training.checkpoint import load_checkpoint
 from tinydet.yolof.detector import Detector
 
-RAW = ("pair_scores", "anchor_boxes")  # what goes into the selection
 _WITHOUT_NMS = ("scores", "boxes")
 
 
 @dataclass(frozen=True)
-class Check:
-    """An ONNX model compared with torch.
-
-    Attributes:
-        max_score: largest difference of any (anchor, class) score.
-        max_box: largest difference of a coordinate of the best anchors' boxes, in pixels.
-        agreement: the detections compared.
-    """
-
-    max_score: float = 0.0
-    max_box: float = 0.0
-    agreement: Agreement = field(default_factory=Agreement)
-
-    @property
-    def same(self) -> bool:
-        """Whether both compute the same and find the same."""
-        near = self.max_score <= MAX_SCORE and self.max_box <= MAX_BOX
-        return near and self.agreement.same
-
-    def line(self) -> str:
-        """Return the outcome as a line of text."""
-        return (
-            f"scores within {self.max_score:.1e} (allowed {MAX_SCORE:.0e}), boxes within "
-            f"{self.max_box:.1e} px (allowed {MAX_BOX}); {self.agreement.line()}"
-        )
-
-
-@dataclass(frozen=True)
 class Exported:
-    """What was written, and on what grounds.
+    """An ONNX file that was written.
 
     Attributes:
         path: the ONNX file.
-        check: the file compared with torch.
+        equivalence: the file compared with torch.
         checked_on: the images and batch shapes they were compared on.
         folded_first: whether the checkpoint was of the training form.
     """
 
     path: Path
-    check: Check
+    equivalence: Equivalence
     checked_on: str
     folded_first: bool
 
@@ -106,7 +76,7 @@ class Exported:
         return [
             *first,
             f"checked on  {self.checked_on}",
-            f"agreement   {self.check.line()}",
+            f"agreement   {self.equivalence.line()}",
             f"wrote       {self.path} ({self.path.stat().st_size / 1e6:.1f} MB)",
         ]
 
@@ -117,35 +87,31 @@ def export_checkpoint(
     size: tuple[int, int] | None = None,
     nms: bool = True,
 ) -> Exported:
-    """Export a checkpoint, of either form, as one ONNX file.
+    """Export a checkpoint of either form as one ONNX file.
 
     Args:
         source: the checkpoint; one of the training form is folded first.
-        out: where to; the source's name with `.onnx` by default.
+        out: the ONNX file; by default the source's name with `.onnx`.
         size: (H, W) of the input; None lets both vary.
         nms: select detections; False returns every anchor's scores and box.
 
     Raises:
-        ValueError: the size is no multiple of 32, the network cannot be exported, or the file does
-            not find what torch finds; nothing is written then.
+        ValueError: the size is not a multiple of 32, the network cannot be exported, or the file is
+            not equivalent to torch; nothing is written then.
     """
-    content = read_checkpoint(source)
-    experiment = experiment_from_dict(content["experiment"])
-    detector = load_detector(source)
-    training_form = content["form"] == "training"
-    if training_form:
-        detector, _ = fold_detector(detector)
-    images = sample_images(experiment, 4, 1)
+    checkpoint = load_checkpoint(source)
+    detector = folded_detector(checkpoint)
+    images = sample_images(checkpoint.experiment, 4, 1)
     batches = list(images.batches) if size is None else []
-    # Photographs, not noise, where there are any: on noise a network may be all rounding.
+    # Test images rather than noise where possible: on noise, ties and rounding may dominate.
     for n in (1, 3):
         same_size = [resize_images(batch, size or (64 + 32 * n, 96)) for batch in images.batches]
         batches.append(torch.cat(same_size * n)[:n])
-    model = export_detector(detector, experiment.data, size, nms)
+    model = export_detector(detector, checkpoint.experiment.data, size, nms)
     path = out or source.with_suffix(".onnx")
-    check = write_checked(model, path, detector, batches)
+    equivalence = write_checked(model, path, detector, batches)
     shapes = ", ".join(sorted({"x".join(map(str, batch.shape)) for batch in batches}))
-    return Exported(path, check, f"{images.source}; {shapes}", training_form)
+    return Exported(path, equivalence, f"{images.source}; {shapes}", not checkpoint.folded)
 
 
 def export_detector(
@@ -155,12 +121,12 @@ def export_detector(
 
     Args:
         detector: usually folded.
-        data: how images are resized for it, which the file's metadata tells.
+        data: how images are resized for it, for the file's metadata.
         size: (H, W) of the input; None lets both vary.
         nms: select detections; False returns every anchor's scores and box.
 
     Raises:
-        ValueError: the size is no multiple of 32, or the network cannot be exported.
+        ValueError: the size is not a multiple of 32, or the network cannot be exported.
     """
     if size and (min(size) < 32 or any(side % 32 for side in size)):
         raise ValueError(f"--size {size[0]} {size[1]}: both must be multiples of 32")
@@ -176,54 +142,51 @@ def export_detector(
 
 def write_checked(
     model: ModelProto, path: Path, detector: Detector, batches: Sequence[Tensor]
-) -> Check:
-    """Write an ONNX model if ONNX Runtime finds in it what torch finds in the detector.
+) -> Equivalence:
+    """Write an ONNX model if it is equivalent to the detector.
 
     Args:
-        model: what is written.
-        path: where to; replaced only at the end.
-        detector: what it must agree with.
+        model: the model to write.
+        path: the file; an existing one is replaced atomically.
+        detector: the reference.
         batches: (B, 3, H, W) uint8 images.
 
     Raises:
-        ValueError: they differ, or ONNX Runtime is missing or refuses the model.
+        ValueError: they differ, or ONNX Runtime is missing or rejects the model.
     """
-    check = check_against_torch(model, detector, batches)
-    if not check.same:
-        raise ValueError(f"{path}: not written, ONNX differs from torch: {check.line()}")
+    found = compare_with_torch(model, detector, batches)
+    if not found.same:
+        raise ValueError(f"{path}: not written, ONNX differs from torch: {found.line()}")
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
-    return check
+    return found
 
 
-def check_against_torch(model: ModelProto, detector: Detector, batches: Sequence[Tensor]) -> Check:
-    """Compare ONNX Runtime on the CPU with the detector.
+def compare_with_torch(
+    model: ModelProto, detector: Detector, batches: Sequence[Tensor]
+) -> Equivalence:
+    """Compare an ONNX model, run by ONNX Runtime on the CPU, with the detector.
 
-    All scores and the best anchors' boxes are compared as well as the detections: two that find
-    nothing would agree whatever they compute.
+    Raw scores and boxes are compared as well as detections: otherwise two that detect nothing would
+    pass whatever they compute.
     """
     nms = len(model.graph.output) > len(_WITHOUT_NMS)
     session = open_session(with_outputs(model, RAW) if nms else model)
     names = [output.name for output in session.get_outputs()]
-    check = Check()
+    total = Equivalence()
     for images in batches:
         outputs = session.run(names, {"images": images.numpy()})
-        told = dict(zip(names, map(torch.from_numpy, outputs), strict=True))
+        values = dict(zip(names, map(torch.from_numpy, outputs), strict=True))
         with torch.inference_mode():
             expected = scores_and_boxes(detector, images)
-        scores, boxes = (told[name] for name in (RAW if nms else _WITHOUT_NMS))
+        scores, boxes = (values[name] for name in (RAW if nms else _WITHOUT_NMS))
         raw = expected, (scores.reshape(expected[0].shape), boxes)
-        max_score, max_box = largest_differences(*raw)
         agreement = Agreement()
         if nms:
-            found = unpack(*(told[name] for name in OUTPUTS))
+            found = unpack(*(values[name] for name in OUTPUTS))
             agreement = compare_detections(detector.detect(images), found, detector.config, raw)
-        check = Check(
-            max(check.max_score, max_score),
-            max(check.max_box, max_box),
-            check.agreement.merge(agreement),
-        )
-    return check
+        total = total.merge(Equivalence(*largest_differences(*raw), agreement))
+    return total
 
 
 class _ScoresAndBoxes(nn.Module):
@@ -240,19 +203,19 @@ class _ScoresAndBoxes(nn.Module):
 def export_network(
     network: nn.Module, images: Tensor, dynamic: dict[int, Any], outputs: Sequence[str]
 ) -> ModelProto:
-    """Export a network of one input, `images`, by torch.
+    """Export a network with one input, `images`, with torch's exporter.
 
     Args:
         network: in eval mode.
         images: an example.
-        dynamic: dimensions of the images that vary, as torch.export has them.
+        dynamic: the dimensions of the images that vary, for torch.export.
         outputs: names of what it returns.
 
     Raises:
         ValueError: torch cannot export it.
     """
     try:
-        # The exporter reports its steps on stdout, and its own deprecations as warnings.
+        # The exporter prints its progress and warns about its own deprecations.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -267,28 +230,15 @@ def export_network(
                 optimize=True,
             )
     except Exception as error:
-        # The exporter raises errors of many kinds, over many lines.
+        # The exporter raises many types of errors, with messages of many lines.
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(f"torch cannot export this network ({reason})") from error
+    assert program is not None  # torch returns None only for the exporter without dynamo.
     model = program.model_proto
     model.ir_version = IR_VERSION
-    # Older stages of the exporter leave other domains declared though none of their nodes is used.
+    # The exporter declares other domains although it uses none of their operators.
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", OPSET))
-    return model
-
-
-def with_selection(network: ModelProto, config: Model, classes: int) -> ModelProto:
-    """Return a network that returns `RAW` with the selection of detections behind it.
-
-    Args:
-        network: of `export_network`.
-        config: thresholds of the selection.
-        classes: their number.
-    """
-    selection = selection_graph(config, classes)
-    model = onnx.compose.merge_models(network, selection, [(name, name) for name in RAW])
-    del model.opset_import[1:]  # Both parts' own, one and the same.
     return model
 
 
@@ -302,7 +252,7 @@ def _network_graph(
         dynamic[2] = 32 * torch.export.Dim("rows", min=1)
         dynamic[3] = 32 * torch.export.Dim("columns", min=1)
     padded = with_fixed_padding(detector, [images, other])
-    network = _ScoresAndBoxes(padded, pairs=outputs == RAW).eval()
+    network = _ScoresAndBoxes(cast(Detector, padded), pairs=outputs == RAW).eval()
     try:
         return export_network(network, images, dynamic, outputs)
     except ValueError as error:

@@ -1,12 +1,18 @@
-"""Reading and changing an ONNX graph: who reads what, and the weights of its convolutions."""
+"""Read, change and observe an ONNX graph: its convolutions, its values and who reads them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
+from torch import Tensor
+
+from tinydet.deployment.onnx_detector import open_session
 
 
 @dataclass
@@ -33,10 +39,23 @@ class Conv:
         return self.weight.reshape(self.groups, outputs // self.groups, inputs, -1)
 
 
+@dataclass
+class ChannelStats:
+    """Statistics of a value (B, C, *spatial) over images and positions.
+
+    Attributes:
+        largest: (C,) largest magnitude.
+        mean: (C,).
+    """
+
+    largest: np.ndarray
+    mean: np.ndarray
+
+
 def find_convs(model: ModelProto) -> dict[str, Conv]:
     """Return the convolutions with constant weights by the name of their output, in order.
 
-    The arrays are copies; `store_conv` puts them back.
+    The arrays are copies; `store_conv` writes them back.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     convs = {}
@@ -51,9 +70,9 @@ def find_convs(model: ModelProto) -> dict[str, Conv]:
 
 
 def store_conv(model: ModelProto, conv: Conv) -> None:
-    """Write a convolution's arrays into the graph, under names of its own.
+    """Write a convolution's arrays into the graph.
 
-    A weight that several nodes read is left to the others as it was.
+    A weight that several nodes share is not changed for the others: the convolution gets its own.
     """
     arrays = [(1, "weight", conv.weight), (2, "bias", conv.bias)]
     for position, kind, array in arrays:
@@ -71,7 +90,7 @@ def store_conv(model: ModelProto, conv: Conv) -> None:
 
 
 def find_readers(model: ModelProto) -> dict[str, list[NodeProto]]:
-    """Return the nodes that read each value; a graph output is read by a node without a type."""
+    """Return the nodes that read each value; a graph output has a reader without a type."""
     readers = defaultdict(list)
     for node in model.graph.node:
         for name in node.input:
@@ -79,3 +98,48 @@ def find_readers(model: ModelProto) -> dict[str, list[NodeProto]]:
     for output in model.graph.output:
         readers[output.name].append(NodeProto())
     return readers
+
+
+def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """Return a copy that also returns the named inner values, which must be of type float."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    existing = {output.name for output in copy.graph.output}
+    for name in names:
+        if name not in existing:
+            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            copy.graph.output.append(value)
+    return copy
+
+
+def channel_stats(
+    model: ModelProto, names: Sequence[str], batches: Iterable[Tensor]
+) -> dict[str, ChannelStats]:
+    """Run a network and return the statistics of some of its values.
+
+    Args:
+        model: with one input.
+        names: of float values (B, C, *spatial).
+        batches: the inputs, at least one.
+
+    Raises:
+        ValueError: ONNX Runtime is missing or rejects the network, or there is no input.
+    """
+    names = list(dict.fromkeys(names))
+    session = open_session(with_outputs(model, names))
+    (given,) = session.get_inputs()
+    largest: dict[str, np.ndarray] = {}
+    total: dict[str, Any] = {}
+    count: dict[str, int] = {}
+    for images in batches:
+        for name, value in zip(
+            names, session.run(names, {given.name: images.numpy()}), strict=True
+        ):
+            rows = np.moveaxis(value, 1, 0).reshape(value.shape[1], -1)  # (C, B * positions)
+            most = np.abs(rows).max(axis=1)
+            largest[name] = np.maximum(largest[name], most) if name in largest else most
+            total[name] = total.get(name, 0) + rows.sum(axis=1, dtype=np.float64)
+            count[name] = count.get(name, 0) + rows.shape[1]
+    if not count:
+        raise ValueError("no images to measure the network's activations on")
+    return {name: ChannelStats(largest[name], total[name] / count[name]) for name in names}

@@ -1,4 +1,4 @@
-"""Selection of detections as an ONNX graph: `tinydet.yolof.decode.postprocess` for any batch.
+"""Selection of detections as an ONNX graph: `tinydet.yolof.decode.postprocess` for batches.
 
 B images, A anchors, K classes, P = A * K pairs, C candidates, D = max_detections.
 """
@@ -10,12 +10,13 @@ import onnx
 from onnx import ModelProto
 
 from tinydet.config import Model
+from tinydet.deployment.onnx_detector import RAW
 
 OPSET = 18
 IR_VERSION = 10
 
-# Threshold first or candidates first is the same: both take the best scores. Values are named
-# `tinydet_*` so that none meets a name of the network's graph.
+# Thresholding before or after choosing candidates gives the same result, since both take the best
+# scores. Values are named `tinydet_*` so that none collides with a name of the network's graph.
 _GRAPH = """
 <ir_version: {ir_version}, opset_import: ["": {opset}]>
 selection (float[batch, P] pair_scores, float[batch, A, 4] anchor_boxes, float[sized, 2] sizes)
@@ -86,8 +87,8 @@ def selection_graph(config: Model, num_classes: int) -> ModelProto:
     """Build the graph from scores and clipped boxes to padded detections.
 
     Inputs are `pair_scores` (B, A * K) after the sigmoid, `anchor_boxes` (B, A, 4) clipped to the
-    network input, and `sizes` (B, 2), the images' heights and widths within it, which may be left
-    out; outputs `boxes` (B, D, 4), `scores` (B, D), `labels` (B, D), `count` (B,), padded with 0,
+    network input, and the optional `sizes` (B, 2), the images' heights and widths within it;
+    outputs are `boxes` (B, D, 4), `scores` (B, D), `labels` (B, D), `count` (B,), padded with 0,
     and -1 for labels.
     """
     text = _GRAPH.format(
@@ -102,7 +103,21 @@ def selection_graph(config: Model, num_classes: int) -> ModelProto:
     )
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     model = onnx.parser.parse_model("\n".join(lines))
-    # An input that has a value already may be left out.
+    # An input with an initializer is optional.
     anything = np.full((1, 2), np.inf, np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(anything, "sizes"))
+    return model
+
+
+def with_selection(network: ModelProto, config: Model, num_classes: int) -> ModelProto:
+    """Return a network that returns `RAW`, followed by the selection of detections.
+
+    Args:
+        network: of `tinydet.deployment.onnx.export_network`.
+        config: thresholds of the selection.
+        num_classes: K.
+    """
+    selection = selection_graph(config, num_classes)
+    model = onnx.compose.merge_models(network, selection, [(name, name) for name in RAW])
+    del model.opset_import[1:]  # Merging lists the same opset twice.
     return model

@@ -1,8 +1,8 @@
-"""INT8 for ONNX Runtime: calibrated, balanced, its rounding errors' means removed.
+"""Quantize a checkpoint to int8 for ONNX Runtime, with accuracy and speed before and after.
 
-Weights have a symmetric int8 scale for each output channel, values one uint8 scale a tensor: what
-the VNNI and AMX instructions of x86 multiply. Convolutions and what lies between them is quantised;
-decoding and selection stay in float.
+Weights have a symmetric int8 scale for each output channel, activations one uint8 scale per
+tensor: the types that the VNNI and AMX instructions of x86 multiply. Convolutions and what lies
+between them are quantized; decoding and selection stay in float.
 """
 
 from __future__ import annotations
@@ -10,64 +10,84 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
 
-from tinydet.deployment.activations import with_outputs
-from tinydet.deployment.bias_correction import correct_biases
-from tinydet.deployment.equalize import equalize
-from tinydet.deployment.onnx_graph import find_convs
-from tinydet.deployment.runtime import open_session
+from tinydet.atomic import replacing
+from tinydet.config import Experiment
+from tinydet.data.dataset import load_split
+from tinydet.data.index import Index
+from tinydet.deployment.equalize import prepare_for_int8
+from tinydet.deployment.fold_checkpoint import folded_detector
+from tinydet.deployment.images import sample_images
+from tinydet.deployment.onnx import export_detector
+from tinydet.deployment.onnx_detector import (
+    RAW,
+    OnnxDetector,
+    SplitOnnxDetector,
+    open_session,
+    pad_to_size,
+)
+from tinydet.deployment.onnx_graph import find_convs, with_outputs
+from tinydet.deployment.timer import measure
+from tinydet.experiment_file import override
+from tinydet.report.table import text_table
+from tinydet.training.checkpoint import load_checkpoint
+from tinydet.training.evaluate import evaluate_detector, require_objects
 
-# What ONNX Runtime's CPU kernels compute in int8, or hand on without touching it.
-_VALUES = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Add", "Mul")
-_PLACES = ("Concat", "Split", "Reshape", "Transpose", "Resize")
-_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool")
-_TYPES = {"Conv", *_VALUES, *_PLACES, *_POOLS}
-_SCORES = "pair_scores"  # what goes into the selection
+# What ONNX Runtime's CPU kernels compute in int8, or pass through unchanged.
+_TYPES = {
+    *("Conv", "Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Add", "Mul"),
+    *("Concat", "Split", "Reshape", "Transpose", "Resize"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool"),
+}
+_SENSITIVITY_IMAGES = 8
+_TIMED_IMAGES = 50
+_TIMED_BATCHES = 10
 
 
 @dataclass
 class Quantizer:
-    """Quantises a float network again and again: its ranges are measured once.
+    """Quantizes a float network repeatedly; activation ranges are measured once.
 
     Attributes:
         model: the float network.
         images: batches (B, 3, H, W) uint8 that ranges are measured on.
-        cache: the folder that holds them.
+        cache: the folder that holds the ranges.
     """
 
     model: ModelProto
     images: Sequence[Tensor]
-    cache: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
+    cache: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def quantize(
-        self, keep: Collection[str] = (), alone: Collection[str] | None = None
+        self, keep: Collection[str] = (), only: Collection[str] | None = None
     ) -> ModelProto:
         """Return the network in int8.
 
         Args:
             keep: names of nodes that stay in float.
-            alone: names of the only nodes that are quantised; None is all that can be.
+            only: names of the nodes to quantize; None is all that can be.
         """
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-        nodes = quantizable(self.model) if alone is None else list(alone)
+        nodes = quantizable(self.model) if only is None else list(only)
         folder = Path(self.cache.name)
         model = ModelProto()
-        model.CopyFrom(self.model)  # It moves the weights of what it is given into files.
+        model.CopyFrom(self.model)  # quantize_static moves its argument's weights into files.
         with _without_warnings():
             quantize_static(
                 model,
                 folder / "int8.onnx",
-                _Reader(self.model, self.images),
+                _CalibrationReader(self.model, self.images),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
@@ -81,28 +101,85 @@ class Quantizer:
         return model
 
 
-def improve(model: ModelProto, images: Sequence[Tensor]) -> tuple[ModelProto, int]:
-    """Return a copy that loses less when it is quantised, and the number of places balanced.
+def quantize_checkpoint(
+    source: Path,
+    out: Path | None = None,
+    images: int = 64,
+    budget: float = 0.01,
+    size: tuple[int, int] | None = None,
+    overrides: Sequence[str] = (),
+) -> Iterator[str]:
+    """Quantize a checkpoint of either form, yielding the report line by line.
 
-    The copy is the same function but for its biases, which are off by what rounding will add.
+    Layers are kept in float, the most sensitive first and twice as many each time, until the loss
+    is within the budget. The loss is measured on the experiment's test split, like the table's
+    figures.
 
     Args:
-        model: the float network, folded.
-        images: batches (B, 3, H, W) uint8.
+        source: the checkpoint.
+        out: the ONNX file; by default the checkpoint's name with `.int8.onnx`.
+        images: training images that ranges are measured on.
+        budget: AP50, in 0..1, that may be lost.
+        size: (H, W) of the input; None lets both vary.
+        overrides: "a.b=value" for the checkpoint's experiment.
+
+    Raises:
+        ValueError: an option is wrong, the data is missing, the test split has no object to find,
+            or the budget cannot be kept; nothing is written then.
     """
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    places = equalize(copy, images)
-    correct_biases(copy, images)
-    return copy, places
+    if images < 1 or budget < 0:
+        raise ValueError("--images must be at least 1 and --budget at least 0")
+    checkpoint = load_checkpoint(source)
+    experiment = override(checkpoint.experiment, overrides)
+    detector = folded_detector(checkpoint)
+    data = replace(experiment.data, classes=detector.classes)
+    experiment = replace(experiment, data=data)
+    index = load_split(data, data.test_split)
+    require_objects(index)
+    calibration = sample_images(experiment, images, 1, data.train_split)
+    if not calibration.real:
+        raise ValueError(f"no training images to measure ranges on: {calibration.source}")
+    yield f"calibration {calibration.source}"
+    batches = [pad_to_size(batch, size) for batch in calibration.batches]
+
+    plain = export_detector(detector, data, size)
+    forms = {"float32": plain, "int8, naive": Quantizer(plain, batches).quantize()}
+    prepared, places = prepare_for_int8(plain, batches)
+    quantizer = Quantizer(prepared, batches)
+    best, name = quantizer.quantize(), "int8"
+    forms[name] = best
+    yield f"equalized   channels at {places} places between convolutions; biases corrected"
+    accuracy = {form: _ap50(model, index, experiment) for form, model in forms.items()}
+    kept: list[str] = []
+    if accuracy["float32"] - accuracy[name] > budget:
+        yield f"sensitivity {accuracy['float32'] - accuracy[name]:.4f} AP50 lost: layer by layer"
+        few = batches[:_SENSITIVITY_IMAGES]
+        order = sorted(sensitivity(quantizer, few), key=lambda found: -found[1])
+        yield from (f"            {node}: {change:.2e}" for node, change in order[:8])
+        count = 1
+        while accuracy["float32"] - accuracy[name] > budget and len(kept) < len(order):
+            kept = [node for node, _ in order[:count]]
+            best, name = quantizer.quantize(keep=kept), f"int8 but {len(kept)} layers"
+            forms[name], accuracy[name] = best, _ap50(best, index, experiment)
+            yield f"            {len(kept)} in float: AP50 {accuracy[name]:.4f}"
+            count *= 2
+    yield from _table(forms, accuracy, batches)
+    lost = accuracy["float32"] - accuracy[name]
+    if lost > budget:
+        raise ValueError(
+            f"{source}: int8 loses {lost:.4f} AP50, more than --budget {budget:g}: nothing written"
+        )
+    path = out or source.with_suffix(".int8.onnx")
+    with replacing(path) as temporary:
+        temporary.write_bytes(best.SerializeToString())
+    yield f"wrote       {path} ({path.stat().st_size / 1e6:.1f} MB), {len(kept)} layers in float"
 
 
 def quantizable(model: ModelProto) -> list[str]:
-    """Return the names of the nodes that are a convolution, or lie before one."""
+    """Return the names of the nodes of supported types that are convolutions or precede one."""
     makers = {name: node for node in model.graph.node for name in node.output}
-    convs = [conv.node for conv in find_convs(model).values()]
     found: dict[int, NodeProto] = {}
-    waiting = list(convs)
+    waiting = [conv.node for conv in find_convs(model).values()]
     while waiting:
         node = waiting.pop()
         if id(node) not in found:
@@ -112,7 +189,7 @@ def quantizable(model: ModelProto) -> list[str]:
 
 
 def sensitivity(quantizer: Quantizer, images: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
-    """Yield each convolution and how much it alone, in int8, changes the scores.
+    """Quantize each convolution alone and measure how much the scores change.
 
     Args:
         quantizer: of the network.
@@ -123,13 +200,13 @@ def sensitivity(quantizer: Quantizer, images: Sequence[Tensor]) -> Iterator[tupl
     """
     expected = _scores(quantizer.model, images)
     for conv in find_convs(quantizer.model).values():
-        found = _scores(quantizer.quantize(alone=[conv.node.name]), images)
+        found = _scores(quantizer.quantize(only=[conv.node.name]), images)
         yield conv.node.name, _mean_square(expected, found)
 
 
 def _scores(model: ModelProto, images: Sequence[Tensor]) -> list[np.ndarray]:
-    session = open_session(with_outputs(model, [_SCORES]))
-    return [session.run([_SCORES], {"images": batch.numpy()})[0] for batch in images]
+    session = open_session(with_outputs(model, RAW[:1]))
+    return [session.run(RAW[:1], {"images": batch.numpy()})[0] for batch in images]
 
 
 def _mean_square(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
@@ -137,9 +214,34 @@ def _mean_square(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
     return float(sum(s.sum() for s in squares) / sum(s.size for s in squares))
 
 
+def _ap50(model: ModelProto, index: Index, experiment: Experiment) -> float:
+    cpu = torch.device("cpu")
+    metrics = evaluate_detector(OnnxDetector(model), index, experiment.data, 1, cpu)
+    return metrics.ap50
+
+
+def _table(
+    forms: Mapping[str, ModelProto], accuracy: Mapping[str, float], images: Sequence[Tensor]
+) -> list[str]:
+    candidates = {name: SplitOnnxDetector(model) for name, model in forms.items()}
+    timings = measure(candidates, images[:_TIMED_BATCHES], _TIMED_IMAGES)
+    rows = [
+        [
+            name,
+            f"{accuracy[name]:.4f}",
+            f"{accuracy['float32'] - accuracy[name]:.4f}",
+            f"{model.ByteSize() / 1e6:.1f}",
+            f"{timings[name].median:.2f}",
+            f"{timings[name].images_per_second:.1f}",
+        ]
+        for name, model in forms.items()
+    ]
+    return text_table(["", "AP50", "lost", "MB", "median ms", "img/s"], rows)
+
+
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence ONNX Runtime's advice, which it gives on the root logger."""
+    """Silence ONNX Runtime's advice, which it logs on the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -148,7 +250,7 @@ def _without_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
-class _Reader:
+class _CalibrationReader:
     """ONNX Runtime's interface to calibration data: each input once, then None."""
 
     def __init__(self, model: ModelProto, images: Sequence[Tensor]) -> None:

@@ -1,244 +1,256 @@
-"""How fast a detector is: forward pass and post-processing, no data loading.
-
-On a GPU the times are CUDA events, read after one synchronisation for each chunk of batches, so
-that timing itself does not hold the GPU up. On a CPU it is a wall clock. The forms that are
-compared take turns, chunk by chunk: a machine that slows down slows them all.
-"""
+"""The speed of a checkpoint: which forms are timed, on what, and the report about it."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tinydet.config import Experiment
+from tinydet.deployment.flops import check_size, count
+from tinydet.deployment.fold_checkpoint import fold_detector, folded_detector
+from tinydet.deployment.images import random_images, resize_images, sample_images
+from tinydet.deployment.timer import Candidate, Timing, clock_for, measure, peak_flops
+from tinydet.report.table import text_table
+from tinydet.training.checkpoint import load_checkpoint
+from tinydet.training.device import pick_device
+from tinydet.training.results import write_json
 from tinydet.yolof.detector import Detector
 
-_CHUNK = 10  # most batches a form runs before it is the next one's turn
-_WARM_UP = 3  # most batches of each form that are not timed
-_COLUMNS = (
-    *("   img/s", "median ms", "  p95 ms", "spread ms", "forward ms", "  post ms"),
-    *("G mult-adds", "GFLOP/s", "of peak"),
-)
-_TURN_SECONDS = 1.0  # a form that is slow has shorter turns and less warm-up
+Precision = Literal["float32", "float16", "bfloat16"]
+
+_KEPT_IMAGES = 64  # held on the device and timed again and again
+_SSDLITE = "ssdlite320_mobilenet_v3_large"  # torchvision's
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Form(Protocol):
-    """What is timed: a `Detector`, compiled or not, or an `OnnxForm`."""
-
-    def __call__(self, images: Tensor) -> tuple[Any, Any]:
-        """Run the network on (B, 3, H, W) uint8 images."""
-
-    def select(self, logits: Any, deltas: Any, image_size: tuple[int, int]) -> Any:
-        """Select detections from what the network returned."""
-
-
-class Clock(Protocol):
-    """Marks points in time, and tells later how far they are apart."""
-
-    name: str
-
-    def mark(self) -> Any:
-        """Return the present point in time."""
-
-    def wait(self) -> None:
-        """Wait until all marked points have passed."""
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Return the milliseconds between two marks; after `wait`."""
-
-
-class WallClock:
-    """Time as the user lives it; right for work that is done when the call returns."""
-
-    name = "wall clock"
-
-    def mark(self) -> float:
-        """Return seconds."""
-        return time.perf_counter()
-
-    def wait(self) -> None:
-        """Do nothing: a call on a CPU returns when it is done."""
-
-    def elapsed(self, start: float, end: float) -> float:
-        """Return milliseconds."""
-        return (end - start) * 1000
-
-
-class CudaClock:
-    """Events in a GPU's queue of work: the queue itself notes when it passes them."""
-
-    name = "CUDA events"
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def mark(self) -> torch.cuda.Event:
-        """Put an event behind the work queued so far."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def wait(self) -> None:
-        """Wait for the whole queue."""
-        torch.cuda.synchronize(self._device)
-
-    def elapsed(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Return milliseconds."""
-        return start.elapsed_time(end)
-
-
-def clock_for(device: torch.device) -> Clock:
-    """Return the clock that is right for a device."""
-    return CudaClock(device) if device.type == "cuda" else WallClock()
-
-
-@dataclass
-class Timing:
-    """Times of one form of a detector.
-
-    Attributes:
-        images: images timed.
-        latencies: milliseconds of each batch, forward and post-processing.
-        forwards: milliseconds of each batch's forward pass alone.
-    """
-
-    images: int = 0
-    latencies: list[float] = field(default_factory=list)
-    forwards: list[float] = field(default_factory=list)
-
-    @property
-    def images_per_second(self) -> float:
-        """Images divided by the time spent on them."""
-        total = sum(self.latencies)
-        return 1000 * self.images / total if total else 0.0
-
-    @property
-    def median(self) -> float:
-        """Median milliseconds of a batch."""
-        return statistics.median(self.latencies)
-
-    @property
-    def p95(self) -> float:
-        """Milliseconds in which 95% of the batches were done (nearest rank)."""
-        rank = -(-95 * len(self.latencies) // 100)
-        return sorted(self.latencies)[rank - 1]
-
-    @property
-    def spread(self) -> float:
-        """Interquartile range of a batch's milliseconds; 0 of a single one."""
-        if len(self.latencies) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.latencies, n=4, method="inclusive")
-        return high - low
-
-    @property
-    def forward(self) -> float:
-        """Median milliseconds of a batch's forward pass."""
-        return statistics.median(self.forwards)
-
-    @property
-    def postprocessing(self) -> float:
-        """Median milliseconds of a batch's decoding and selection."""
-        pairs = zip(self.latencies, self.forwards, strict=True)
-        return statistics.median(latency - forward for latency, forward in pairs)
-
-
-@torch.inference_mode()
-def measure(
-    forms: Mapping[str, Form],
-    batches: Sequence[Tensor],
-    images: int,
-    clock: Clock,
-    time_limit: float | None = None,
-    now: Callable[[], float] = time.monotonic,
-) -> dict[str, Timing]:
-    """Time forms of a detector in turns, on the same batches.
+def time_checkpoint(
+    checkpoint: Path,
+    experiment: Experiment | None = None,
+    *,
+    images: int = 2000,
+    batch_size: int = 1,
+    size: tuple[int, int] | None = None,
+    precision: Precision = "float32",
+    channels_last: bool | None = None,
+    compile: bool = False,
+    backend: Literal["torch", "onnxruntime", "all"] = "torch",
+    beside: Sequence[Path] = (),
+    fuse: bool = True,
+    device: str = "auto",
+    time_limit: float = 60.0,
+    out: Path | None = None,
+) -> Iterator[str]:
+    """Time a checkpoint's detector, yielding the report line by line.
 
     Args:
-        forms: in eval mode on their device, by name.
-        batches: (B, 3, H, W) uint8 on that device; used again from the start when all are through.
-        images: to be timed with each form; the last batch may go beyond it.
-        clock: what measures.
-        time_limit: seconds after which no further chunk is begun; at least one always is.
-        now: seconds, for the limit.
+        checkpoint: of either form.
+        experiment: replaces the stored one.
+        images: number of images to time with each candidate.
+        batch_size: images in a batch.
+        size: (H, W) of the input, multiples of 32; None is the experiment's.
+        precision: torch's; ONNX files run in the precision they were written in.
+        channels_last: torch's memory format; None is channels_last on a GPU only.
+        compile: also time the detectors compiled by torch.compile.
+        backend: what runs the checkpoint.
+        beside: other checkpoints (timed folded), ONNX files, and the name of torchvision's SSDLite.
+        fuse: also time the folded form.
+        device: "auto", "cpu", "cuda", "cuda:N".
+        time_limit: seconds for the whole measurement; 0 is no limit.
+        out: JSON file for the figures.
 
-    Returns:
-        The times of each form; fewer images when the limit was reached, equally many for each.
+    Raises:
+        ValueError: the checkpoint, the device or an option is wrong.
     """
-    if images < 1 or not batches:
-        raise ValueError(f"--images {images}: nothing to time; give at least 1")
-    begin = now()
-    slowest = max(_warm_up(form, batches, clock, now) for form in forms.values())
-    turn = max(1, min(_CHUNK, int(_TURN_SECONDS / slowest) if slowest > 0 else _CHUNK))
-    timings = {name: Timing() for name in forms}
-    done = position = 0
-    while done < images:
-        chunk, in_chunk = [], 0
-        while len(chunk) < turn and done + in_chunk < images:
-            chunk.append(batches[(position + len(chunk)) % len(batches)])
-            in_chunk += len(chunk[-1])
-        for name, form in forms.items():
-            marks = [_run(form, batch, clock) for batch in chunk]
-            clock.wait()
-            timing = timings[name]
-            timing.images += in_chunk
-            timing.forwards += [clock.elapsed(start, middle) for start, middle, _ in marks]
-            timing.latencies += [clock.elapsed(start, end) for start, _, end in marks]
-        done += in_chunk
-        position += len(chunk)
-        if time_limit is not None and now() - begin >= time_limit:
-            break
-    return timings
+    _check_options(images, batch_size, size, beside, time_limit, out)
+    place = pick_device(device)
+    loaded = load_checkpoint(checkpoint, experiment)
+    experiment = loaded.experiment
+    where = _where(place)
+    yield f"device      {where}"
+    batches, source = _batches(experiment, images, batch_size, size)
+    shapes = sorted({(b.shape[-2], b.shape[-1]) for b in batches})
+    sizes = " ".join(f"{h}x{w}" for h, w in shapes[:4]) + (" ..." if len(shapes) > 4 else "")
+    yield f"input       batches of {batch_size}, {sizes}; {source}"
 
+    detectors = {}
+    if loaded.folded:
+        yield "forms       the checkpoint is folded already: there is no other form to time"
+        detectors["folded"] = loaded.detector
+    else:
+        if fuse:
+            yield f"folding     {checkpoint}"
+            detectors["folded"] = fold_detector(loaded.detector)[0]
+        detectors["unfolded"] = loaded.detector
+    for path in beside:
+        if path.suffix == ".pt":
+            yield f"folding     {path}"
+            detectors[str(path)] = folded_detector(load_checkpoint(path))
+    operations = {name: _operations(detector, batches) for name, detector in detectors.items()}
+    candidates: dict[str, Candidate] = {}
+    if backend != "onnxruntime":
+        last = place.type == "cuda" if channels_last is None else channels_last
+        placed, note = _place(detectors, batches[0], place, precision, last, compile)
+        candidates.update(placed)
+        yield f"precision   {note}"
+    if backend != "torch" or any(path.suffix != ".pt" for path in beside):
+        if place.type != "cpu":
+            raise ValueError("ONNX files are timed on a CPU: --device cpu, or --backend torch")
+        exported = detectors if backend != "torch" else {}
+        candidates.update(_onnx_candidates(exported, beside, experiment, size, operations))
+        threads = torch.get_num_threads()
+        yield f"onnxruntime CPU, {threads} threads; a file runs in the precision it was written in"
+    counted = {name: operations.get(name.split(" (")[0], 0.0) for name in candidates}
 
-def _warm_up(
-    form: Form, batches: Sequence[Tensor], clock: Clock, now: Callable[[], float]
-) -> float:
-    """Run a form untimed, for a turn at most, and return the seconds its last batch took."""
-    begin = now()
-    for i in range(_WARM_UP):
-        start = now()
-        _run(form, batches[i % len(batches)], clock)
-        clock.wait()
-        end = now()
-        if end - begin >= _TURN_SECONDS:
-            break
-    return end - start
-
-
-def _run(form: Form, images: Tensor, clock: Clock) -> tuple[Any, Any, Any]:
-    start = clock.mark()
-    logits, deltas = form(images)
-    middle = clock.mark()
-    form.select(logits, deltas, (images.shape[-2], images.shape[-1]))
-    return start, middle, clock.mark()
+    peak = peak_flops(place, _DTYPES[precision])
+    yield f"peak        {peak / 1e9:.0f} GFLOP/s in a large {precision} matrix product"
+    yield f"timed       forward and post-processing, no data loading; {clock_for(place).name}"
+    batches = [batch.to(place) for batch in batches]
+    _run_all_shapes(candidates, batches)
+    timings = measure(candidates, batches, images, time_limit or None)
+    timed = min(timing.images for timing in timings.values())
+    yield from table(timings, counted, peak)
+    if timed < images:
+        yield (
+            f"time limit of {time_limit:g} s: {timed} of {images} images timed with each candidate "
+            "(--time-limit 0 times all)"
+        )
+    else:
+        yield f"{timed} images timed with each candidate"
+    if out:
+        figures = {
+            "checkpoint": str(checkpoint),
+            "device": where,
+            "images": source,
+            "sizes": shapes,
+            "batch_size": batch_size,
+            "precision": precision,
+            "peak_gflops": peak / 1e9,
+            "forms": {name: _figures(timings[name], counted[name]) for name in timings},
+        }
+        write_json(out, figures)
+        yield f"wrote       {out}"
 
 
 def table(timings: Mapping[str, Timing], operations: Mapping[str, float], peak: float) -> list[str]:
     """Return the times as lines of text.
 
     Args:
-        timings: by the name of the form.
-        operations: of an image, where they are known.
-        peak: operations a second that the machine is capable of.
+        timings: by the name of the candidate.
+        operations: per image, where they are known; a multiply-add is two.
+        peak: operations per second that the machine is capable of.
     """
-    width = max(len(name) for name in timings)
-    lines = [f"{'':{width}}" + "".join(f"{title:>{len(title) + 2}}" for title in _COLUMNS)]
+    header = ["", "img/s", "median ms", "p95 ms", "spread ms", "forward ms", "post ms"]
+    header += ["G mult-adds", "GFLOP/s", "of peak"]
+    rows = []
     for name, t in timings.items():
-        reached = operations.get(name, 0) * t.images_per_second
         milliseconds = (t.median, t.p95, t.spread, t.forward, t.postprocessing)
-        figures = [f"{t.images_per_second:.1f}", *(f"{ms:.2f}" for ms in milliseconds)]
-        adds = operations.get(name, 0) / 2e9
-        share = [f"{adds:.2f}", f"{reached / 1e9:.1f}", f"{reached / peak:.0%}"]
-        figures += share if reached else ["-"] * len(share)
-        cells = zip(_COLUMNS, figures, strict=True)
-        lines.append(f"{name:{width}}" + "".join(f"{x:>{len(title) + 2}}" for title, x in cells))
-    return lines
+        row = [name, f"{t.images_per_second:.1f}", *(f"{ms:.2f}" for ms in milliseconds)]
+        reached = operations.get(name, 0) * t.images_per_second
+        if reached:
+            row += [
+                f"{operations[name] / 2e9:.2f}",
+                f"{reached / 1e9:.1f}",
+                f"{reached / peak:.0%}",
+            ]
+        else:
+            row += ["-"] * 3
+        rows.append(row)
+    return text_table(header, rows)
+
+
+def _check_options(
+    images: int,
+    batch_size: int,
+    size: tuple[int, int] | None,
+    beside: Sequence[Path],
+    time_limit: float,
+    out: Path | None,
+) -> None:
+    if images < 1 or batch_size < 1:
+        raise ValueError("--images and --batch-size must be at least 1")
+    if time_limit < 0:
+        raise ValueError(f"--time-limit {time_limit:g}: give seconds, or 0 for no limit")
+    if size:
+        check_size("--size", size)
+    for path in beside:
+        if path.suffix not in (".pt", ".onnx") and str(path) != _SSDLITE:
+            raise ValueError(f"--beside {path}: give a .pt or .onnx file, or {_SSDLITE}")
+    if out and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} threads, timed by the wall clock (CUDA events need a GPU)"
+
+
+def _batches(
+    experiment: Experiment, images: int, batch_size: int, size: tuple[int, int] | None
+) -> tuple[list[Tensor], str]:
+    sample = sample_images(experiment, min(images, max(_KEPT_IMAGES, batch_size)), batch_size)
+    batches = list(sample.batches)
+    if sample.real:
+        # A smaller last batch would be a different measurement.
+        full = [batch for batch in batches if len(batch) == batch_size]
+        batches = full or [batches[0].repeat(batch_size, 1, 1, 1)[:batch_size]]
+    elif size:
+        batches = [random_images(batch_size, size)]
+    if size:
+        batches = [resize_images(batch, size) for batch in batches]
+    return batches, sample.source
+
+
+def _operations(detector: Detector, batches: Sequence[Tensor]) -> float:
+    """Return the average operations per image: two for each multiply-add."""
+    of_shape = {tuple(batch.shape): batch for batch in batches}
+    adds = {shape: count(detector, batch).multiply_adds for shape, batch in of_shape.items()}
+    return 2 * sum(adds[tuple(batch.shape)] for batch in batches) / sum(map(len, batches))
+
+
+def _place(
+    detectors: Mapping[str, Detector],
+    images: Tensor,
+    device: torch.device,
+    precision: Precision,
+    channels_last: bool,
+    compile: bool,
+) -> tuple[dict[str, Candidate], str]:
+    """Return the detectors as torch will run them, and a description of that."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    layout = ", channels_last" if channels_last else ""
+    placed = {
+        name: copy.deepcopy(detector).to(device).to(memory_format=memory_format)
+        for name, detector in detectors.items()
+    }
+    note: str = precision
+    if precision != "float32":
+        halved = {n: copy.deepcopy(d).to(_DTYPES[precision]) for n, d in placed.items()}
+        problems = [precision_problem(detector, images.to(device)) for detector in halved.values()]
+        problem = next(filter(None, problems), None)
+        if problem:
+            where = "this CPU" if device.type == "cpu" else str(device)
+            note = f"{precision} cannot run on {where} ({problem}): float32 was timed"
+            precision = "float32"
+        else:
+            placed = halved
+            if device.type == "cpu":
+                note += " on a CPU; without hardware support it can be slower than float32"
+    candidates: dict[str, Candidate] = {
+        f"{name} ({precision}{layout})": detector for name, detector in placed.items()
+    }
+    if compile:
+        for name, detector in placed.items():
+            compiled = copy.deepcopy(detector)
+            compiled.compile()
+            candidates[f"{name} ({precision}{layout}, compiled)"] = compiled
+    return candidates, note + layout
 
 
 def precision_problem(detector: Detector, images: Tensor) -> str | None:
@@ -249,3 +261,60 @@ def precision_problem(detector: Detector, images: Tensor) -> str | None:
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return None
+
+
+def _onnx_candidates(
+    detectors: Mapping[str, Detector],
+    beside: Sequence[Path],
+    experiment: Experiment,
+    size: tuple[int, int] | None,
+    operations: dict[str, float],
+) -> dict[str, Candidate]:
+    """Return the folded detectors exported, and the ONNX files beside them.
+
+    The operations of SSDLite are added to `operations`.
+    """
+    # Imported here so that torch can be timed without onnxruntime being installed.
+    from tinydet.deployment.onnx import export_detector
+    from tinydet.deployment.onnx_detector import SplitOnnxDetector
+    from tinydet.deployment.ssdlite_baseline import ssdlite
+
+    threads = torch.get_num_threads()
+    candidates: dict[str, Candidate] = {}
+    for name, detector in detectors.items():
+        if name == "unfolded" and "folded" in detectors:
+            continue  # Nobody would deploy it.
+        model = export_detector(detector, experiment.data, size)
+        candidates[f"{name} (ONNX)"] = SplitOnnxDetector(model, threads)
+    for path in beside:
+        if path.suffix == ".onnx":
+            candidates[str(path)] = SplitOnnxDetector(path, threads)
+        elif str(path) == _SSDLITE:
+            if size is None:
+                raise ValueError(f"{_SSDLITE} needs --size H W: its boxes are made for one size")
+            model, network = ssdlite(size, experiment.model)
+            operations[_SSDLITE] = 2 * count(network, random_images(1, size)).multiply_adds
+            candidates[f"{_SSDLITE} (ONNX)"] = SplitOnnxDetector(model, threads)
+    return candidates
+
+
+def _run_all_shapes(candidates: Mapping[str, Candidate], batches: Sequence[Tensor]) -> None:
+    """Run each candidate on each shape, so that compiling and memory planning are not timed."""
+    shapes = {tuple(batch.shape): batch for batch in batches}
+    with torch.inference_mode():
+        for candidate in candidates.values():
+            for batch in shapes.values():
+                candidate.select(*candidate(batch), (batch.shape[-2], batch.shape[-1]))
+
+
+def _figures(timing: Timing, operations: float) -> dict[str, float]:
+    return {
+        "images": timing.images,
+        "images_per_second": timing.images_per_second,
+        "median_ms": timing.median,
+        "p95_ms": timing.p95,
+        "spread_ms": timing.spread,
+        "forward_ms": timing.forward,
+        "postprocessing_ms": timing.postprocessing,
+        "gflops": operations * timing.images_per_second / 1e9,
+    }

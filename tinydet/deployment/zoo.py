@@ -1,10 +1,12 @@
-"""Every experiment counted and timed on this machine; a killed run goes on where it was.
+"""Count and time all experiments on this machine; an interrupted run is continued.
 
-The detectors take turns: a machine that slows down slows them all.
+The detectors take turns, so that a machine that slows down affects all of them.
 """
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import hashlib
 import json
 import statistics
@@ -19,49 +21,25 @@ import tinydet
 from tinydet.atomic import write_text
 from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, compare_counters, count
-from tinydet.deployment.forms import assumed_classes, both_forms
+from tinydet.deployment.fold_checkpoint import assumed_classes, both_forms
 from tinydet.deployment.images import largest_input, random_images
-from tinydet.deployment.measured import newest_measured, train_command
-from tinydet.deployment.speed import clock_for, measure
-from tinydet.deployment.zoo_table import ZooRow, percent, write_zoo
+from tinydet.deployment.past_runs import find_past_runs, train_command
+from tinydet.deployment.timer import measure
+from tinydet.deployment.zoo_table import ExperimentRow, number, percent, write_zoo
 from tinydet.experiment_file import load_experiment
 from tinydet.training.device import describe_device, pick_device
-from tinydet.training.runs import RUNS
 from tinydet.yolof.detector import Detector
 
 _RECORDS = "experiments.jsonl"
-_IMAGES = 10  # images a detector is timed on before it is the next one's turn
-
-
-@dataclass(frozen=True)
-class ExperimentZooOptions:
-    """How to go through the experiments.
-
-    Attributes:
-        folder: where the table and the records go.
-        overrides: "a.b=value" for every experiment.
-        size: (H, W) of the input, multiples of 32; None is the largest of each experiment.
-        turns: of each detector, with ten images each.
-        device: "auto", "cpu", "cuda", "cuda:N".
-        fresh: count and time again what an earlier run has.
-        runs: the folder of runs, where measured accuracy is looked up.
-    """
-
-    folder: Path = Path("runs/zoo")
-    overrides: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None
-    turns: int = 5
-    device: str = "auto"
-    fresh: bool = False
-    runs: Path = RUNS
+_IMAGES = 10  # images per turn of a detector
 
 
 @dataclass
 class _Entry:
-    """An experiment on its way to a row."""
+    """An experiment that is being counted and timed."""
 
     file: Path
-    row: ZooRow
+    row: ExperimentRow
     size: tuple[int, int]
     experiment: Experiment
     key: str
@@ -69,74 +47,115 @@ class _Entry:
     folded: Detector | None = None
 
 
-def run_experiment_zoo(files: Sequence[Path], options: ExperimentZooOptions) -> Iterator[str]:
-    """Count and time experiments and write their table, yielding what to tell the user.
+def find_experiments(patterns: Sequence[str], folder: Path = Path("experiments")) -> list[Path]:
+    """Return the experiment files that patterns match, sorted.
 
-    Every figure is written as it comes, so that a later run with the same options goes on.
+    Args:
+        patterns: files, or names of experiments with wildcards; none matches all of the folder.
+        folder: of experiments.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the folder has no experiment.
+    """
+    files = sorted(folder.glob("*.py"))
+    if not files and not patterns:
+        raise ValueError(f"{folder}: no experiments there; go to the project's folder, or name one")
+    found = set(files if not patterns else ())
+    for pattern in patterns:
+        path = Path(pattern)
+        matches = [path] if path.is_file() else []
+        matches = matches or [file for file in files if fnmatch.fnmatch(file.stem, pattern)]
+        if not matches:
+            near = difflib.get_close_matches(path.stem, [file.stem for file in files], 1)
+            hint = f"; did you mean {folder / near[0]}.py?" if near else ""
+            raise ValueError(f"{pattern}: no such experiment in {folder}{hint}")
+        found.update(matches)
+    return sorted(found)
+
+
+def run_experiment_zoo(
+    files: Sequence[Path],
+    out: Path = Path("runs/zoo"),
+    size: tuple[int, int] | None = None,
+    turns: int = 5,
+    device: str = "auto",
+    fresh: bool = False,
+    overrides: Sequence[str] = (),
+) -> Iterator[str]:
+    """Count and time experiments and write their table, yielding the report line by line.
+
+    Every figure is saved at once; a later call with the same options continues.
 
     Args:
         files: experiment files.
-        options: how.
+        out: the folder of the table and the saved figures.
+        size: (H, W) of the input, multiples of 32; None is the largest of each experiment.
+        turns: of each detector, ten images each.
+        device: "auto", "cpu", "cuda", "cuda:N".
+        fresh: ignore the figures of earlier calls.
+        overrides: "a.b=value" for every experiment.
 
     Raises:
         ValueError: an option is wrong, or experiments failed; the others are in the table.
     """
-    if options.turns < 1:
-        raise ValueError(f"--turns {options.turns}: must be at least 1")
-    if options.size:
-        check_size("--size", options.size)
-    device = pick_device(options.device)
-    where = describe_device(device)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    path = options.folder / _RECORDS
-    records = [] if options.fresh else _read(path)
-    # Also without the half line that a killed run may have left.
+    if turns < 1:
+        raise ValueError(f"--turns {turns}: must be at least 1")
+    if size:
+        check_size("--size", size)
+    place = pick_device(device)
+    where = describe_device(place)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / _RECORDS
+    records = [] if fresh else _read(path)
+    # Rewritten without the partial line that an interrupted run may have left.
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     yield f"timed on    {where}"
     rows, entries = [], []
     for file in files:
         try:
-            entries.append(_begin(file, options, where))
+            entries.append(_begin(file, overrides, size, where))
         except ValueError as error:
             rows.append(
-                _failed(ZooRow(file.stem, str(file), f"python tools/train.py {file}"), error)
+                _failed(ExperimentRow(file.stem, str(file), f"python tools/train.py {file}"), error)
             )
-            yield _told(rows[-1])
+            yield _line(rows[-1])
     for entry in list(entries):
         known = _recall(entry, records)
-        if known and len(entry.turns) >= options.turns:
+        if known and len(entry.turns) >= turns:
             continue
         try:
-            _build(entry, known, path, device)
-        except Exception as error:  # One experiment's fault ends no other's.
+            _build(entry, known, path, place)
+        except Exception as error:  # A broken experiment must not stop the others.
             entries.remove(entry)
             rows.append(_failed(entry.row, error))
-            yield _told(rows[-1])
+            yield _line(rows[-1])
         else:
             yield f"counted     {entry.row.experiment}"
-    yield from _time(entries, path, device, options.turns)
+    yield from _time(entries, path, place, turns)
     rows += [_finished(entry) for entry in entries]
     rows.sort(key=lambda row: row.experiment)
-    yield from map(_told, (row for row in rows if not row.error))
-    yield from (f"wrote       {written}" for written in write_zoo(rows, where, options.folder))
+    yield from map(_line, (row for row in rows if not row.error))
+    yield from (f"wrote       {written}" for written in write_zoo(rows, where, out))
     failed = [row.experiment for row in rows if row.error]
     if failed:
         raise ValueError(f"{len(failed)} of {len(rows)} experiments failed: {', '.join(failed)}")
 
 
-def _begin(file: Path, options: ExperimentZooOptions, where: str) -> _Entry:
+def _begin(
+    file: Path, overrides: Sequence[str], size: tuple[int, int] | None, where: str
+) -> _Entry:
     plain = load_experiment(file)
-    experiment = load_experiment(file, options.overrides)
-    size = options.size or largest_input(experiment.data)
-    measured = newest_measured(experiment, options.runs)
-    ran = measured.experiment if measured else experiment
-    if measured and len(measured.ap50) > 1:
+    experiment = load_experiment(file, overrides)
+    size = size or largest_input(experiment.data)
+    past = find_past_runs(experiment)
+    ran = past.experiment if past else experiment
+    if past and len(past.ap50) > 1:
         ran = replace(ran, train=replace(ran.train, seed=plain.train.seed))
-    row = ZooRow(experiment.name, str(file), train_command(file, plain, ran), size)
-    if measured:
-        data = f"{Path(measured.experiment.data.root).name} {measured.experiment.data.test_split}"
-        row = replace(row, ap50=list(measured.ap50), data=data, run=str(measured.run))
-    # What the figures depend on: an older figure of anything else is none.
+    row = ExperimentRow(experiment.name, str(file), train_command(file, plain, ran), size)
+    if past:
+        data = f"{Path(past.experiment.data.root).name} {past.experiment.data.test_split}"
+        row = replace(row, ap50=list(past.ap50), data=data, run=str(past.folder))
+    # Everything the figures depend on: saved figures of anything else are not used.
     model = asdict(replace(experiment.model, weights="random"))
     classes = len(assumed_classes(experiment))
     versions = [tinydet.__version__, torch.__version__]
@@ -146,7 +165,7 @@ def _begin(file: Path, options: ExperimentZooOptions, where: str) -> _Entry:
 
 
 def _recall(entry: _Entry, records: Sequence[dict[str, Any]]) -> bool:
-    """Take an entry's figures from the records of earlier runs; say if it was counted."""
+    """Take an entry's figures from the records of earlier runs; return whether it was counted."""
     known = False
     for record in (record for record in records if record["key"] == entry.key):
         if "counts" in record:
@@ -162,7 +181,7 @@ def _build(entry: _Entry, known: bool, path: Path, device: torch.device) -> None
     if not known:
         images = random_images(1, entry.size)
         before, after = count(training, images), count(folded, images)
-        counts = {
+        counts: dict[str, Any] = {
             "params_training": before.params,
             "params_deploy": after.params,
             "macs_training": before.multiply_adds,
@@ -178,13 +197,13 @@ def _build(entry: _Entry, known: bool, path: Path, device: torch.device) -> None
 
 
 def _time(entries: list[_Entry], path: Path, device: torch.device, turns: int) -> Iterator[str]:
-    clock = clock_for(device)
     for turn in range(turns):
         untimed = [entry for entry in entries if entry.folded and turn not in entry.turns]
         for entry in untimed:
+            assert entry.folded is not None
             batch = random_images(1, entry.size).to(device)
             name = entry.row.experiment
-            timing = measure({name: entry.folded}, [batch], _IMAGES, clock)[name]
+            timing = measure({name: entry.folded}, [batch], _IMAGES)[name]
             entry.turns[turn] = [round(ms, 4) for ms in timing.latencies]
             record = {"key": entry.key, "experiment": name, "turn": turn, "ms": entry.turns[turn]}
             _append(path, record)
@@ -192,23 +211,24 @@ def _time(entries: list[_Entry], path: Path, device: torch.device, turns: int) -
             yield f"timed       turn {turn + 1} of {turns}"
 
 
-def _finished(entry: _Entry) -> ZooRow:
+def _finished(entry: _Entry) -> ExperimentRow:
     latencies = [ms for turn in entry.turns.values() for ms in turn]
     median = round(statistics.median(latencies), 4)
     return replace(entry.row, latency_ms=median, images=len(latencies))
 
 
-def _failed(row: ZooRow, error: Exception) -> ZooRow:
+def _failed(row: ExperimentRow, error: Exception) -> ExperimentRow:
     return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def _told(row: ZooRow) -> str:
+def _line(row: ExperimentRow) -> str:
     if row.error:
         return f"FAILED      {row.experiment}: {row.error}"
     accuracy = f"{percent(row.ap50)} on {row.data}" if row.ap50 else "not measured"
     return (
-        f"{row.experiment}: {row.params_deploy / 1e6:.2f} M parameters, "
-        f"{row.macs_deploy / 1e9:.2f} G multiply-adds, {row.latency_ms:.2f} ms, AP50 {accuracy}"
+        f"{row.experiment}: {number(row.params_deploy, 1e-6)} M parameters, "
+        f"{number(row.macs_deploy, 1e-9)} G multiply-adds, {number(row.latency_ms)} ms, "
+        f"AP50 {accuracy}"
     )
 
 
@@ -218,7 +238,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # Half a line of a killed run.
+            continue  # A partial line of an interrupted run.
         if isinstance(record, dict) and "key" in record:
             records.append(record)
     return records

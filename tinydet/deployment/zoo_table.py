@@ -1,4 +1,4 @@
-"""The experiments side by side: a table for people, JSON for scripts, a plot."""
+"""The table of all experiments: Markdown, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 from tinydet.atomic import write_text
 from tinydet.report.figures import Point, draw_scatter, save_figure
+from tinydet.report.table import markdown_table
 from tinydet.training.results import write_json
 
 _HEADER = (
@@ -19,26 +20,26 @@ _NONE = "-"
 
 
 @dataclass(frozen=True)
-class ZooRow:
-    """One experiment; None is what was not measured.
+class ExperimentRow:
+    """One experiment; None stands for what was not measured.
 
     Attributes:
         experiment: its name.
         file: its file.
-        command: trains it, as it was trained if it was.
-        size: (H, W) of the input in pixels that is counted and timed.
+        command: trains it; if there are past runs, as they were trained.
+        size: (H, W) of the input in pixels, for counts and times.
         params_training: parameters in training form.
         params_deploy: parameters folded.
-        macs_training: multiply-adds of one image in training form, as torch counts them.
+        macs_training: multiply-adds of one image in training form, counted by torch.
         macs_deploy: the same, folded.
-        counters_training: how far thop agrees with torch's count.
+        counters_training: how thop's count compares with torch's.
         counters_deploy: the same, folded.
         latency_ms: median milliseconds of the folded detector, forward and post-processing.
-        images: how many were timed.
-        ap50: of the newest finished run and of the same with other seeds, in 0..1.
-        data: what it was measured on.
+        images: number of images timed.
+        ap50: of the newest finished run and its repetitions with other seeds, in 0..1.
+        data: the data set and split of `ap50`.
         run: the newest run's folder.
-        error: why there is no figure; empty if there are.
+        error: why there are no figures; empty if there are.
     """
 
     experiment: str
@@ -59,13 +60,13 @@ class ZooRow:
     error: str = ""
 
 
-def write_zoo(rows: Sequence[ZooRow], where: str, folder: Path) -> list[Path]:
-    """Write `experiments.md`, `experiments.json` and, of what was measured, `accuracy.png`.
+def write_zoo(rows: Sequence[ExperimentRow], where: str, folder: Path) -> list[Path]:
+    """Write `experiments.md`, `experiments.json` and, if any AP50 is known, `accuracy.png`.
 
     Args:
-        rows: a row an experiment.
+        rows: one per experiment.
         where: the machine that timed them.
-        folder: where to; it exists.
+        folder: for the files; it must exist.
 
     Returns:
         The files written.
@@ -77,15 +78,15 @@ def write_zoo(rows: Sequence[ZooRow], where: str, folder: Path) -> list[Path]:
     write_json(numbers, {"where": where, "rows": [asdict(row) for row in rows]})
     points = accuracy_points(rows)
     if not points:
-        plot.unlink(missing_ok=True)  # It showed what is measured no more.
+        plot.unlink(missing_ok=True)  # An older one is out of date.
         return [text, numbers]
-    figure = draw_scatter(points, "milliseconds an image, folded", "AP50 in %", where)
+    figure = draw_scatter(points, "milliseconds per image, folded", "AP50 in %", where)
     save_figure(figure, plot)
     return [text, numbers, plot]
 
 
-def accuracy_points(rows: Sequence[ZooRow]) -> list[Point]:
-    """Return AP50 in per cent over milliseconds for the rows that have both."""
+def accuracy_points(rows: Sequence[ExperimentRow]) -> list[Point]:
+    """Return AP50 in percent over milliseconds for the rows that have both."""
     return [
         Point(row.experiment, row.latency_ms, 100 * mean(row.ap50), row.data, _spread(row.ap50))
         for row in rows
@@ -94,7 +95,7 @@ def accuracy_points(rows: Sequence[ZooRow]) -> list[Point]:
 
 
 def percent(ap50: Sequence[float]) -> str:
-    """Return AP50 in per cent; of several seeds the mean, its standard deviation, their number."""
+    """Return AP50 in percent; for several seeds mean ± standard deviation (number of seeds)."""
     if len(ap50) < 2:
         return f"{100 * ap50[0]:.1f}" if ap50 else _NONE
     return f"{100 * mean(ap50):.1f} ± {_spread(ap50):.1f} ({len(ap50)})"
@@ -104,48 +105,43 @@ def _spread(ap50: Sequence[float]) -> float:
     return 100 * stdev(ap50) if len(ap50) > 1 else 0.0
 
 
-def markdown(rows: Sequence[ZooRow], where: str) -> str:
-    """Return the rows as a Markdown table with a legend above it."""
+def markdown(rows: Sequence[ExperimentRow], where: str) -> str:
+    """Return a Markdown page: the rows as a table, with explanations."""
     lines = [
         f"Timed on {where}: one image at a time, forward and post-processing, random weights.",
-        "AP50 in % is that of the newest finished run of the same network, which the command "
-        "repeats; of several seeds (--seed) the mean ± the standard deviation of one and their "
-        f"number; {_NONE} is not measured.",
+        "AP50 in % is from the newest finished run of the same network, which the command repeats; "
+        "for several seeds (--seed) the mean ± the standard deviation of one, and their number; "
+        f"{_NONE} is not measured.",
         "",
-        _line(_HEADER),
-        _line(["---"] + ["---:"] * 7 + ["---"] * 2),
-        *(_line(_cells(row)) for row in rows),
+        *markdown_table(_HEADER, [_cells(row) for row in rows], right=range(1, 8)),
     ]
     counters = [
-        f"- {row.experiment}{form}: {told}"
+        f"- {row.experiment}{form}: {line}"
         for row in rows
-        for form, told in (("", row.counters_training), (", folded", row.counters_deploy))
-        if told
+        for form, line in (("", row.counters_training), (", folded", row.counters_deploy))
+        if line
     ]
     if counters:
-        lines += ["", "Multiply-adds are torch's count; thop's beside it:", "", *counters]
+        lines += ["", "Multiply-adds are torch's count; thop's for comparison:", "", *counters]
     failed = [f"- {row.experiment}: {row.error}" for row in rows if row.error]
-    return "\n".join(lines + (["", "Not right:", "", *failed] if failed else []))
+    return "\n".join(lines + (["", "Failed:", "", *failed] if failed else []))
 
 
-def _cells(row: ZooRow) -> list[str]:
+def _cells(row: ExperimentRow) -> list[str]:
     return [
         row.experiment,
         f"{row.size[0]}x{row.size[1]}" if row.size else _NONE,
-        _number(row.params_training, 1e-6),
-        _number(row.params_deploy, 1e-6),
-        _number(row.macs_training, 1e-9),
-        _number(row.macs_deploy, 1e-9),
-        _number(row.latency_ms),
+        number(row.params_training, 1e-6),
+        number(row.params_deploy, 1e-6),
+        number(row.macs_training, 1e-9),
+        number(row.macs_deploy, 1e-9),
+        number(row.latency_ms),
         percent(row.ap50),
         row.data or _NONE,
         f"`{row.command}`",
     ]
 
 
-def _number(value: float | None, factor: float = 1.0) -> str:
+def number(value: float | None, factor: float = 1.0) -> str:
+    """Return a multiple of a value with two decimals, or a dash if it is None."""
     return _NONE if value is None else f"{value * factor:.2f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

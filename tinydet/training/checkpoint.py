@@ -1,16 +1,17 @@
-"""Checkpoints: tensors, numbers and strings, written whole or not at all.
+"""Checkpoint files: tensors, numbers and strings, written atomically.
 
 A checkpoint is a dict:
     version: of TinyDet.
     form: "training" (the network with its branches and norms) or "deploy" (folded).
     experiment: the resolved experiment as nested dicts.
     classes: class names in label order.
-    model: the state dict to evaluate and ship: the averaged weights where there are any.
-    epoch: epochs done and evaluated, and in the training form what a run needs to go on, exactly
-    from where it was: step (batches done of the next epoch, of batches_an_epoch), steps_done (of
-    the whole run), raw_model, optimizer, scaler, ema_updates, best_ap50, train_seconds,
-    images_seen. Random numbers need no state: each step's and each image's are seeded by what they
-    are for.
+    model: the state dict to evaluate and deploy: the averaged weights if the run averages them.
+    epoch: epochs trained and evaluated.
+
+A training checkpoint also holds what an exact resume needs: step (batches done of the next epoch,
+of batches_an_epoch), steps_done (of the whole run), raw_model, optimizer, scaler, ema_updates,
+best_ap50, train_seconds, images_seen. Random number generators need no state: each step and each
+image has a seed of its own.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import logging
 import os
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tinydet import __version__
 from tinydet.atomic import replacing
 from tinydet.config import Experiment, Model
-from tinydet.experiment_file import experiment_from_dict
+from tinydet.experiment_file import experiment_from_dict, override
 from tinydet.reparam.fold import fold
 from tinydet.yolof.detector import Detector, build_detector
 
@@ -36,19 +38,19 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says which, why and what to do."""
+    """A checkpoint cannot be used; the message names the file, the reason and the remedy."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that `path` always holds a whole one, whenever the process dies."""
+    """Write a checkpoint atomically: if the process dies, `path` still holds a complete one."""
     with replacing(path) as temporary:
         _write(temporary, content)
 
 
 def save_last(path: Path, content: dict[str, Any]) -> None:
-    """Write a run's last.pt; what it was becomes last.previous.pt.
+    """Write a run's last.pt; the old one becomes last.previous.pt.
 
-    Whenever the process dies, a whole one is left where `read_last` looks.
+    If the process dies, `read_last` still finds a complete checkpoint.
     """
     with replacing(path) as temporary:
         _write(temporary, content)
@@ -57,7 +59,7 @@ def save_last(path: Path, content: dict[str, Any]) -> None:
 
 
 def previous_of(last: Path) -> Path:
-    """Return the name under which the last.pt before this one is kept."""
+    """Return the path of the checkpoint that was last.pt before this one."""
     return last.with_name(f"{last.stem}.previous{last.suffix}")
 
 
@@ -66,25 +68,25 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain data, for `torch.load(path, weights_only=True)`.
+    """Write tensors and plain data for `torch.load(path, weights_only=True)`.
 
     Raises:
-        OSError: the file cannot be written; torch alone would often say something else.
+        OSError: the file cannot be written; torch itself often raises a RuntimeError instead.
     """
     try:
         with path.open("wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
-        # Closing the archive that the disk has cut short, torch finds it at fault instead.
+        # torch fails again as it closes the truncated archive, which hides the first error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def read_last(path: Path) -> dict[str, Any]:
-    """Read a run's last.pt, or the one before where it is damaged or was about to be replaced.
+    """Read a run's last.pt; if it is corrupt or missing, fall back to last.previous.pt.
 
-    A damaged last.pt is put aside as last.damaged.pt.
+    A corrupt last.pt is renamed last.damaged.pt.
 
     Raises:
         CheckpointError: neither can be used.
@@ -99,18 +101,19 @@ def read_last(path: Path) -> dict[str, Any]:
             content = read_checkpoint(previous)
         except CheckpointError as other:
             raise CheckpointError(f"{error}; and {other}") from None
-        logger.warning("%s: going on from %s (epoch %d)", error, previous, content["epoch"])
+        logger.warning("%s: falling back to %s (epoch %d)", error, previous, content["epoch"])
     if path.is_file():
-        # Else the next save would put it in the place of the good one.
+        # Otherwise the next save would replace the good last.previous.pt with it.
         os.replace(path, path.with_name("last.damaged.pt"))
     return content
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code in it; every byte is checked by its checksum.
+    """Read a checkpoint without executing code from it, after verifying its checksums.
 
     Raises:
-        CheckpointError: it is missing, damaged, not ours, or holds more than plain data.
+        CheckpointError: it is missing, damaged, not a TinyDet checkpoint, or holds more than
+            tensors and plain data.
     """
     path = Path(path)
     if path.is_dir():
@@ -120,7 +123,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     _check_whole(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # What a crafted file makes the reader raise is of many types.
+    except Exception as error:  # A crafted file can make torch raise anything.
         raise CheckpointError(
             f"{path}: refused: it is no checkpoint, or holds more than tensors, numbers and strings"
         ) from error
@@ -133,16 +136,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_whole(path: Path) -> None:
-    """Compare every part of the archive with its CRC-32, which torch writes and does not read.
+    """Verify every member of the archive against its CRC-32, which torch writes but never checks.
 
-    torch's formats of old, a tar and a bare pickle, have none and were never ours.
+    torch's legacy formats (tar, bare pickle) have no checksums, and TinyDet never wrote them.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
     except PermissionError:
         raise
-    except Exception as error:  # A damaged archive raises many types, and disks fail too.
+    except Exception as error:  # A damaged archive raises many types of errors.
         raise CheckpointError(
             f"{path}: damaged or cut short, or no checkpoint; use another one"
         ) from error
@@ -150,24 +153,50 @@ def _check_whole(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged ({bad}); use another checkpoint")
 
 
-def load_detector(
-    path: str | Path, experiment: Experiment | None = None, device: str | torch.device = "cpu"
-) -> Detector:
-    """Rebuild the detector of a checkpoint, of either form, in evaluation mode.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, with its detector rebuilt.
+
+    Attributes:
+        detector: in evaluation mode.
+        experiment: the stored one, or what `load_checkpoint` was given in its place.
+        content: the whole dict of the file, tensors on the CPU.
+    """
+
+    detector: Detector
+    experiment: Experiment
+    content: dict[str, Any]
+
+    @property
+    def folded(self) -> bool:
+        """Whether the file holds the deploy form."""
+        return bool(self.content["form"] == "deploy")
+
+
+def load_checkpoint(
+    path: str | Path,
+    experiment: Experiment | None = None,
+    device: str | torch.device = "cpu",
+    overrides: Sequence[str] = (),
+) -> Checkpoint:
+    """Read a checkpoint of either form and rebuild its detector.
 
     Args:
         path: the checkpoint.
-        experiment: takes the place of the one stored in it; its model must have the same weights.
+        experiment: replaces the stored one; its model must have the same weights.
         device: where the detector goes.
+        overrides: "a.b=value" assignments applied to the experiment.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or its weights are not this model's.
+        CheckpointError: the checkpoint cannot be read, or its weights do not fit the experiment.
+        ConfigError: an override is wrong.
     """
     content = read_checkpoint(path)
-    experiment = experiment or experiment_from_dict(content["experiment"])
+    experiment = override(experiment or experiment_from_dict(content["experiment"]), overrides)
     detector = build_unloaded(experiment.model, content["classes"])
     if content["form"] == "deploy":
-        detector, _ = fold(detector.eval(), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        folded, _ = fold(detector.eval(), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        detector = cast(Detector, folded)
     try:
         detector.load_state_dict(content["model"])
     except RuntimeError as error:
@@ -176,9 +205,9 @@ def load_detector(
             f"{path}: its weights are not those of experiment {experiment.name!r}; it was trained "
             f"as {own!r}: give that experiment (experiment.json beside the checkpoint)"
         ) from error
-    return detector.eval().to(device)
+    return Checkpoint(detector.eval().to(device), experiment, content)
 
 
 def build_unloaded(model: Model, classes: Sequence[str]) -> Detector:
-    """Build a detector whose weights are about to be replaced: nothing is fetched."""
+    """Build a detector whose weights are about to be replaced: no weights are downloaded."""
     return build_detector(dataclasses.replace(model, weights="random"), classes)

@@ -10,11 +10,11 @@ from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
 from tinydet.training.distributed import all_gather_dict, rank, world_size
-from tinydet.yolof.network import Network
+from tinydet.yolof.detection_model import DetectionModel
 
 
 def evaluate_detector(
-    detector: Network, index: Index, data: Data, batch_size: int, device: torch.device
+    detector: DetectionModel, index: Index, data: Data, batch_size: int, device: torch.device
 ) -> Metrics:
     """Return the metrics of a detector, in float32, on every image of a split."""
     detections = detect_split(detector, index, data, batch_size, device)
@@ -22,7 +22,7 @@ def evaluate_detector(
 
 
 def detect_split(
-    detector: Network, index: Index, data: Data, batch_size: int, device: torch.device
+    detector: DetectionModel, index: Index, data: Data, batch_size: int, device: torch.device
 ) -> list[ImageDetections]:
     """Return the detections of every image of a split, in the index's order, in original pixels.
 

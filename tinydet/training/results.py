@@ -20,7 +20,7 @@ from tinydet.evaluation.voc import interpolated_precision
 from tinydet.experiment_file import experiment_to_dict, load_experiment
 from tinydet.report.page import write_page
 from tinydet.report.run_folder import read_json
-from tinydet.training.checkpoint import load_detector
+from tinydet.training.checkpoint import load_checkpoint
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import evaluate_detector, ground_truth
 from tinydet.training.pictures import worst_images
@@ -127,7 +127,7 @@ def evaluate_again(run_dir: Path, device: str) -> None:
     """
     experiment = load_experiment(run_dir / "experiment.json")
     where = pick_device(device)
-    detector = load_detector(run_dir / "best.pt", experiment, where)
+    detector = load_checkpoint(run_dir / "best.pt", experiment, where).detector
     data = replace(experiment.data, classes=detector.classes)
     train_index, test_index = load_split(data, data.train_split), load_split(data, data.test_split)
     size = experiment.train.eval_batch_size

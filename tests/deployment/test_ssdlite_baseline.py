@@ -9,11 +9,11 @@ pytest.importorskip("onnxscript")
 
 from tinydet.config import Model
 from tinydet.deployment.images import random_images
-from tinydet.deployment.onnx import RAW
-from tinydet.deployment.onnx_form import OnnxForm
-from tinydet.deployment.peers import ssdlite
+from tinydet.deployment.onnx_detector import RAW, SplitOnnxDetector
+from tinydet.deployment.ssdlite_baseline import ssdlite
 
 
+@pytest.mark.slow
 def test_every_detection_of_torchvision_is_there():
     torch.manual_seed(0)
     model, network = ssdlite((320, 320), Model())
@@ -23,7 +23,7 @@ def test_every_detection_of_torchvision_is_there():
     with torch.inference_mode():
         expected = peer([image / 255 for image in images])
         scores, boxes = network(images)
-    found = [torch.from_numpy(value) for value in OnnxForm(model)(images)]
+    found = [torch.from_numpy(value) for value in SplitOnnxDetector(model)(images)]
     for name, one, other in zip(RAW, (scores, boxes), found, strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=1e-3, msg=name)
     scores = scores.unflatten(1, (boxes.shape[1], -1))  # (B, A, K)

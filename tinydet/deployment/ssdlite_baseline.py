@@ -1,24 +1,29 @@
-"""Other people's detectors, exported as ours are, to be timed beside them."""
+"""torchvision's SSDLite, exported like TinyDet's detectors, as a baseline for speed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.image_list import ImageList
 
 from tinydet.config import Model
 from tinydet.deployment.images import random_images
-from tinydet.deployment.onnx import RAW, export_network, with_selection
+from tinydet.deployment.onnx import export_network
+from tinydet.deployment.onnx_detector import RAW
+from tinydet.deployment.onnx_selection import with_selection
 from tinydet.reparam import fold
 
 
 def ssdlite(size: tuple[int, int], config: Model) -> tuple[ModelProto, nn.Module]:
     """Return torchvision's SSDLite (arXiv 1801.04381) with random weights as an ONNX model.
 
-    It is folded, and its detections are selected by the same graph with the same thresholds as our
-    own detectors'; its default boxes are constants.
+    It is folded, and its detections are selected by the same graph with the same thresholds as
+    TinyDet's; its default boxes are constants.
 
     Args:
         size: (H, W) of the input.
@@ -36,14 +41,20 @@ def ssdlite(size: tuple[int, int], config: Model) -> tuple[ModelProto, nn.Module
 
 
 class _ScoresAndBoxes(nn.Module):
-    def __init__(self, model: nn.Module, size: tuple[int, int]) -> None:
+    anchors: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, size: tuple[int, int]) -> None:
         super().__init__()
         images = torch.zeros(1, 3, *size)
         with torch.no_grad():
             features = list(model.backbone(images).values())
             (anchors,) = model.anchor_generator(ImageList(images, [size]), features)
             self.classes = model.head(features)["cls_logits"].shape[-1] - 1  # without background
-        self.backbone, self.head, self.box_coder = model.backbone, model.head, model.box_coder
+        self.backbone: nn.Module = model.backbone
+        self.head: nn.Module = model.head
+        self.box_coder: BoxCoder = model.box_coder
         self.size = size
         self.register_buffer("anchors", anchors)  # (A, 4)
         mean, std = model.transform.image_mean, model.transform.image_std

@@ -1,4 +1,4 @@
-"""What runs have measured: the accuracy of an experiment, and the command that measured it."""
+"""The accuracy that past runs of an experiment reached, and the command that repeats them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from tinydet.config import Experiment
-from tinydet.deployment.forms import assumed_classes
+from tinydet.deployment.fold_checkpoint import assumed_classes
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.runs import RUNS
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The accuracy of an experiment's finished runs, which differ in nothing but the seed.
+class PastRuns:
+    """An experiment's finished runs, which differ only in the seed.
 
     Attributes:
         ap50: of each run's best checkpoint, in 0..1, the newest run first.
-        run: the newest run's folder.
-        experiment: as the newest was run.
+        folder: the newest run's folder.
+        experiment: what the newest run trained.
     """
 
     ap50: tuple[float, ...]
-    run: Path
+    folder: Path
     experiment: Experiment
 
 
-def newest_measured(experiment: Experiment, runs: Path = RUNS) -> Measured | None:
-    """Return the newest finished run of this very network and the same with other seeds, or None.
+def find_past_runs(experiment: Experiment, runs: Path = RUNS) -> PastRuns | None:
+    """Return the newest finished run of this network and its repetitions with other seeds, or None.
 
-    A run that was killed, or whose model was changed (but for the weights it began from), says
-    nothing about the experiment. Of two runs with the same seed the newer counts.
+    Unfinished runs and runs of a modified model (other than its initial weights) are ignored. Of
+    two runs with the same seed the newer one counts.
 
     Args:
-        experiment: runs are looked for under its name.
+        experiment: runs are looked up by its name.
         runs: the folder of runs.
     """
     ap50s: dict[int, float] = {}
@@ -48,25 +48,24 @@ def newest_measured(experiment: Experiment, runs: Path = RUNS) -> Measured | Non
     for path in sorted(runs.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             metrics = json.loads(path.read_text())
-            values = json.loads((path.parent / "experiment.json").read_text())
-            ran = experiment_from_dict(values)
+            ran = experiment_from_dict(json.loads((path.parent / "experiment.json").read_text()))
             ap50, epochs = metrics["AP50"], metrics["epochs"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # Not a whole run, or one of another version.
+            continue  # An incomplete run, or one of another version.
         if ap50 is None or epochs < ran.train.epochs or _network(ran) != _network(experiment):
             continue
         newest = newest or (path.parent, ran)
-        if _but_for_the_seed(ran) == _but_for_the_seed(newest[1]):
+        if _without_seed(ran) == _without_seed(newest[1]):
             ap50s.setdefault(ran.train.seed, float(ap50))
-    return Measured(tuple(ap50s.values()), *newest) if newest else None
+    return PastRuns(tuple(ap50s.values()), *newest) if newest else None
 
 
 def train_command(file: Path, experiment: Experiment, ran: Experiment) -> str:
-    """Return the command line that runs an experiment file as it was run.
+    """Return the command line that repeats a run.
 
     Args:
         file: the experiment's file.
-        experiment: what the file holds.
+        experiment: the content of the file.
         ran: what was run.
     """
     words = ["python", "tools/train.py", str(file)]
@@ -79,7 +78,7 @@ def train_command(file: Path, experiment: Experiment, ran: Experiment) -> str:
     return shlex.join([*words, "--set", *changed] if changed else words)
 
 
-def _but_for_the_seed(experiment: Experiment) -> Experiment:
+def _without_seed(experiment: Experiment) -> Experiment:
     return replace(experiment, name="", train=replace(experiment.train, seed=0))
 
 
@@ -97,7 +96,7 @@ def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as --set reads it."""
+    """Return a value in the syntax of --set."""
     if isinstance(value, tuple):
         return ",".join(map(_text, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,14 +10,15 @@ from torch import Tensor
 from tinydet.yolof.decode import Detections
 
 
-class Network(Protocol):
-    """A network that detects objects, such as `Detector` or `deployment.runtime.OnnxNetwork`.
+class DetectionModel(Protocol):
+    """Detects objects in batches of network inputs.
 
-    Attributes:
-        classes: class names in label order.
+    Implemented by `yolof.detector.Detector` and `deployment.onnx_detector.OnnxDetector`.
     """
 
-    classes: tuple[str, ...]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order."""
 
     def detect(
         self,

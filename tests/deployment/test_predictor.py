@@ -1,0 +1,134 @@
+"""A predictor finds the same from an ONNX file and from the checkpoint it was exported from."""
+
+import json
+
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from tinydet.config import Data  # noqa: E402
+from tinydet.data.transforms import network_size  # noqa: E402
+from tinydet.deployment.images import random_images  # noqa: E402
+from tinydet.deployment.predictor import Predictor  # noqa: E402
+from tinydet.training.checkpoint import CheckpointError  # noqa: E402
+
+# Larger and smaller than the network's input, upright and lying, one and three a batch.
+SIZES = [[(200, 150)], [(70, 90), (90, 70), (64, 128)]]
+_RULE = ("image_size", "keep_ratio", "short_side")
+RULES = {
+    "longer side": {"image_size": 128},
+    "short side": {"image_size": 128, "short_side": 64},
+    "square": {"image_size": 96, "keep_ratio": False},
+}
+
+
+@pytest.fixture(params=RULES)
+def files(request, exported, detector, make_checkpoint, tmp_path):
+    """A checkpoint, its ONNX file in a folder of its own, and how images are resized."""
+    data = Data(root=str(tmp_path / "none"), source="folder", **RULES[request.param])
+    checkpoint = make_checkpoint(detector, data)
+    # Exporting takes seconds, and the rules only differ in the metadata.
+    props = {prop.key: prop.value for prop in exported.metadata_props}
+    rule = {name: json.dumps(getattr(data, name)) for name in _RULE}
+    model = onnx.ModelProto()
+    model.CopyFrom(exported)
+    onnx.helper.set_model_props(model, {**props, **rule})
+    (tmp_path / "alone").mkdir()
+    onnx.save(model, tmp_path / "alone" / "net.onnx")
+    return checkpoint, tmp_path / "alone" / "net.onnx", data
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["one", "three"])
+def test_the_file_alone_finds_what_the_checkpoint_finds(files, sizes):
+    checkpoint, file, data = files
+    images = [random_images(1, size, seed=i)[0] for i, size in enumerate(sizes)]
+    first, second = Predictor.load(checkpoint), Predictor.load(file)
+    assert second.classes == first.classes
+    assert all(getattr(second.data, name) == getattr(data, name) for name in _RULE)
+    for a, b, (height, width) in zip(first(images), second(images), sizes, strict=True):
+        assert len(a.scores) > 3
+        torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(b.boxes, a.boxes, rtol=0, atol=0.01 * max(sizes[0]) / 64)
+        assert torch.equal(a.labels, b.labels)
+        assert a.boxes.min() >= 0
+        assert (a.boxes.amax(0) <= torch.tensor([width, height] * 2)).all()
+
+
+def test_boxes_are_in_pixels_of_the_image(files):
+    checkpoint, file, data = files
+    size = (128, 128)
+    height, width = network_size(size, data.image_size, data.keep_ratio, data.short_side)
+    image = random_images(1, size)[0]
+    for path in (checkpoint, file):
+        predictor = Predictor.load(path)
+        (found,) = predictor([image])
+        small = (
+            torch.nn.functional.interpolate(
+                image[None].float(), (height, width), mode="bilinear", antialias=True
+            )
+            .round()
+            .to(torch.uint8)
+        )
+        (raw,) = predictor.model.detect(small, [(height, width)])
+        factor = torch.tensor([width / 128, height / 128] * 2)
+        torch.testing.assert_close(found.boxes * factor, raw.boxes, rtol=0, atol=0.05)
+
+
+def test_a_score_threshold_drops_the_lower_ones(files):
+    image = random_images(1, (128, 96))[0]
+    for path in files[:2]:
+        (every,) = Predictor.load(path)([image])
+        middle = float(every.scores.median())
+        (some,) = Predictor.load(path, score_threshold=middle)([image])
+        kept = every.scores > middle
+        assert 0 < kept.sum() < len(kept)
+        torch.testing.assert_close(some.boxes, every.boxes[kept])
+
+
+def test_mistakes_are_one_line(files, tmp_path):
+    file = files[1]
+    (tmp_path / "text.onnx").write_text("no model")
+    other = onnx.load(file)
+    kept = [prop for prop in other.metadata_props if prop.key != "image_size"]
+    del other.metadata_props[:]
+    other.metadata_props.extend(kept)
+    onnx.save(other, tmp_path / "other.onnx")
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    for load, words in [
+        (lambda: Predictor.load(tmp_path / "none.onnx"), r"none\.onnx: no such file"),
+        (lambda: Predictor.load(tmp_path / "text.onnx"), r"text\.onnx: ONNX Runtime rejects it"),
+        (lambda: Predictor.load(tmp_path / "other.onnx"), "has no 'image_size'"),
+        (lambda: Predictor.load(file, score_threshold=0.01), r"exported with 0\.05"),
+        (lambda: Predictor.load(file, device="meta"), "device meta: this ONNX Runtime only has"),
+        (lambda: Predictor.load(file)([image[:1]]), r"must be uint8 \(3, H, W\)"),
+        (lambda: Predictor.load(file)([image.float()]), r"must be uint8 \(3, H, W\)"),
+    ]:
+        with pytest.raises(ValueError, match=words) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError):
+        Predictor.load(tmp_path / "none.pt")
+
+
+def test_a_checkpoint_is_read_once_also_with_overrides(
+    make_checkpoint, detector, tmp_path, monkeypatch
+):
+    checkpoint = make_checkpoint(detector)
+    read, torch_load = [], torch.load
+
+    def load(path, **options):
+        read.append(path)
+        return torch_load(path, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    overrides = ["model.max_detections=3", "data.image_size=96"]
+    predictor = Predictor.load(checkpoint, score_threshold=0.1, overrides=overrides)
+    assert read == [checkpoint]
+    assert predictor.data.image_size == 96
+    (found,) = predictor([random_images(1, (96, 96))[0]])
+    assert len(found.scores) == 3
+    assert found.scores.min() > 0.1
+    with pytest.raises(ValueError, match="--set changes an experiment"):
+        Predictor.load(tmp_path / "net.onnx", overrides=overrides)
