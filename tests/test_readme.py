@@ -49,7 +49,14 @@ def commands(text):
         part for line in lines.replace("\\\n", " ").splitlines() for part in line.split(" && ")
     )
     split = (shlex.split(part, comments=True) for part in parts if not part.startswith(NOT_OURS))
-    return [tuple(without_variables(words)) for words in split if words]
+    return [tuple(expanded(without_variables(words))) for words in split if words]
+
+
+def expanded(words):
+    """Expand braces as a shell does: `a/{b,c}.py` is `a/b.py a/c.py`."""
+    for word in words:
+        before, choices, after = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", word).groups()
+        yield from (before + choice + after for choice in (choices or "").split(","))
 
 
 def without_variables(words):
