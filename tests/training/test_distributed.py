@@ -49,6 +49,7 @@ def told(tiny_experiment, folder):
     ]
 
 
+@pytest.mark.slow
 def test_three_processes_learn_what_one_learns_from_the_whole_batch(told):
     losses, weights = _script().learn()
     assert len(set(losses)) > 1
@@ -59,6 +60,7 @@ def test_three_processes_learn_what_one_learns_from_the_whole_batch(told):
             assert torch.equal(found[name], told[0][1][name]), name
 
 
+@pytest.mark.slow
 def test_a_split_evaluated_in_three_processes_has_the_numbers_of_one(told, tiny_experiment):
     expected = _script().score(tiny_experiment.data)
     assert expected["images"] == 8
@@ -67,6 +69,7 @@ def test_a_split_evaluated_in_three_processes_has_the_numbers_of_one(told, tiny_
         assert said["metrics"] == expected
 
 
+@pytest.mark.slow
 def test_a_run_of_three_processes_is_that_of_one(folder, told, tiny_experiment, tmp_path):
     del told  # The run is there once it is.
     run = folder / "run"
@@ -94,10 +97,12 @@ def test_a_run_of_three_processes_is_that_of_one(folder, told, tiny_experiment, 
     assert len(list(run.glob("events.*"))) == 1
 
 
+@pytest.mark.slow
 def test_processes_time_steps_together_and_choose_the_same(told):
     assert len({tuple(said["precision"]) for said, _ in told}) == 1
 
 
+@pytest.mark.slow
 def test_what_processes_tell_one_another(told):
     for n, (said, _) in enumerate(told):
         assert said["rank"] == n
@@ -112,6 +117,7 @@ def test_what_processes_tell_one_another(told):
         assert said["agreed"] == [[answer, False] for answer in asked]
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_the_same_step_and_save_once_where_one_was_told(told, folder):
     for n, (said, _) in enumerate(told):
         for stopped, step, path in zip(said["stopped"], (3, 8), ("at_2", "at_7"), strict=True):

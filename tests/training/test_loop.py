@@ -182,6 +182,7 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(tiny_experiment, tmp
         _run(hot, tmp_path / "hot")
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tiny_experiment, tmp_path):
     longer = replace(
         tiny_experiment,

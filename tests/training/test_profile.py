@@ -18,6 +18,7 @@ def test_a_profile_tells_of_every_part_and_leaves_no_run(tiny_experiment, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_waiting_for_data_is_told_apart(tiny_experiment, monkeypatch):
     read = TrainingImages.read
 
