@@ -5,4 +5,4 @@ set -euo pipefail
 
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python}" -m tinydet.data.download --root "$project/datasets" "$@"
+exec "${PYTHON:-python}" "$project/tools/download_voc07.py" --root "$project/datasets" "$@"

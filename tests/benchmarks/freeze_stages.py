@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Time forward and backward pass and optimiser step of each setting in turns, and print."""
+    """Time forward and backward pass and optimizer step of each setting in turns, and print."""
     import torch
 
     from tinydet.experiment_file import load_experiment

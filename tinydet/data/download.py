@@ -1,20 +1,12 @@
-"""Download of PASCAL VOC 2007 by torchvision, which knows addresses and checksums.
-
-Run as `python -m tinydet.data.download [--root DIR]`; `tools/download_voc07.sh` does that.
-"""
+"""Download of PASCAL VOC 2007 by torchvision, which knows addresses and checksums."""
 
 from __future__ import annotations
 
-import argparse
-import logging
 import shutil
 import tempfile
 from pathlib import Path
 
-from tinydet.cli import run
 from tinydet.data.voc import split_names
-
-logger = logging.getLogger(__name__)
 
 
 class DownloadError(OSError):
@@ -70,18 +62,3 @@ def _move(source: Path, target: Path) -> None:
             copy_function=shutil.move,
             dirs_exist_ok=True,
         )
-
-
-def main(args: argparse.Namespace) -> None:
-    """Download the data set."""
-    logger.info("PASCAL VOC 2007 is in %s", download_voc07(args.root))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Download PASCAL VOC 2007 (0.9 GB).")
-    parser.add_argument("--root", default="datasets", help="folder for VOCdevkit/VOC2007")
-    return parser
-
-
-if __name__ == "__main__":
-    run(main, _parser())
