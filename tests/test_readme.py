@@ -137,7 +137,7 @@ def test_script_takes_the_options_named_in_prose(page):
 def test_the_table_of_commands_is_complete():
     page = TEXTS[Path("tools/README.md")]
     rows = re.findall(
-        r"^\| `python (\S+)(?: (plot_curve|summary))?.*?` \| (.*?) \|", page, re.MULTILINE
+        r"^\| `python ([^\s`]+)(?: (plot_curve|summary))?.*?` \| (.*?) \|", page, re.MULTILINE
     )
     scripts = {
         f"{folder}/{p.name}" for folder in ("tools", "deploy") for p in (ROOT / folder).glob("*.py")
