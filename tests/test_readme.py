@@ -20,7 +20,7 @@ PAGES = [
         [ROOT / "README.md", *(ROOT / "tests" / "benchmarks").glob("*.md")]
         + [
             page
-            for folder in ("tools", "deploy", "experiments", "tinydet/*")
+            for folder in ("tools", "deploy", "experiments", "tinydet", "tinydet/*")
             for page in ROOT.glob(f"{folder}/README.md")
         ]
     )

@@ -323,7 +323,7 @@ class Train(Checked, path="train"):
     epochs: int = option(12, "passes over the training split", at_least=1)
     batch_size: int = option(16, "images per step and process", at_least=1)
     accumulate: int = option(
-        1, "batches whose gradients are summed for one optimizer step", at_least=1
+        1, "batches whose gradients make one optimizer step, as one large batch", at_least=1
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the forward pass (autocast)"

@@ -1,4 +1,4 @@
-"""Draw the detections of images: python tools/image_demo.py IMAGE ... [EXPERIMENT CHECKPOINT]."""
+"""Draw the detections of images: python tools/image_demo.py IMAGE ... [EXPERIMENT] [CHECKPOINT]."""
 
 from __future__ import annotations
 

@@ -10,11 +10,11 @@ from tinydet.cli import run
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="folder of a run; no data set is needed")
+    parser.add_argument("run_dir", type=Path, help="folder of a run")
     parser.add_argument(
         "--evaluate",
         action="store_true",
-        help="first evaluate best.pt again for curves, kinds of errors and worst images",
+        help="first evaluate best.pt again, which needs the data, for curves and worst images",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N, for --evaluate")
     return parser

@@ -1,4 +1,4 @@
-"""Time a detector, forward and post-processing: python tools/speed.py [EXPERIMENT CHECKPOINT]."""
+"""Time a detector, forward and post-processing: python tools/speed.py [EXPERIMENT] [CHECKPOINT]."""
 
 from __future__ import annotations
 

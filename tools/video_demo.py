@@ -1,4 +1,4 @@
-"""Draw detections into a video: python tools/video_demo.py VIDEO [EXPERIMENT CHECKPOINT]."""
+"""Draw detections into a video: python tools/video_demo.py VIDEO [EXPERIMENT] [CHECKPOINT]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show detections in a camera's picture: python tools/webcam_demo.py [EXPERIMENT CHECKPOINT]."""
+"""Show detections in a camera's picture: python tools/webcam_demo.py [EXPERIMENT] [CHECKPOINT]."""
 
 from __future__ import annotations
 

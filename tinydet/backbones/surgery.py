@@ -32,7 +32,8 @@ Make = Callable[[int], nn.Module]
 """From a number of channels to a layer on (B, channels, H, W)."""
 
 ACTIVATIONS = ("acon-a", "acon-b", "acon-c", "meta-acon")
-ATTENTIONS = ("coord",)
+# Each is made for a number of channels; `identity_start`: the function does not change at first.
+ATTENTIONS = {"coord": CoordinateAttention}
 PLACES = {"se": channel_gates, "block": residual_blocks, "stage": stage_ends}
 
 # Gates (sigmoid, hard sigmoid, tanh, softmax) are not replaced, since they need their bounds.
@@ -157,7 +158,7 @@ def add_attention(
         ValueError: the kind or place is unknown, or the network has no such place.
     """
     if isinstance(kind, str):
-        _check_choice("kind", kind, ATTENTIONS, " or a callable")
+        _check_choice("kind", kind, tuple(ATTENTIONS), " or a callable")
     _check_choice("place", place, PLACES)
     arguments = example if isinstance(example, tuple) else (example,)
     changed = copy.deepcopy(model)
@@ -229,7 +230,7 @@ def _acon(old: nn.Module, kind: str, channels: int) -> nn.Module:
 def _new_attention(kind: str | Make, found: Place, place: str) -> nn.Module:
     body: nn.Module
     if isinstance(kind, str):
-        body = CoordinateAttention(found.channels, identity_start=place != "se")
+        body = ATTENTIONS[kind](found.channels, identity_start=place != "se")
     else:
         body = kind(found.channels)
     return body if found.axis == 1 else ChannelsAlong(body, found.axis)

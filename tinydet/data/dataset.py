@@ -19,6 +19,14 @@ from tinydet.data.seeding import seeded_generator
 
 logger = logging.getLogger(__name__)
 
+# By `data.source`: "folder" is a user's own data in VOC layout.
+_READERS = {
+    "voc07": voc.read_index,
+    "shapes": voc.read_index,
+    "folder": voc.read_index,
+    "coco": coco.read_index,
+}
+
 
 class DetectionDataset(Dataset[Sample]):
     """The images of an index as samples; one that cannot be decoded raises ValueError.
@@ -127,7 +135,7 @@ def load_split(data: Data, split: str) -> Index:
         if data.source != "shapes":
             raise FileNotFoundError(_missing(data))
         fetch(data)
-    read_index = coco.read_index if data.source == "coco" else voc.read_index
+    read_index = _READERS[data.source]
     classes = data.classes
     if not classes and split != data.train_split:
         classes = read_index(data.root, data.train_split).classes

@@ -171,7 +171,7 @@ def _train_epochs(
         Signals().catch() as signals,
     ):
         while state.epoch < settings.epochs:
-            with signals.deferred():
+            with signals.deferred():  # A signal raises at its end, before the epoch is counted.
                 train_epoch(state, loader, device, log, guard, saver, signals)
                 saver.try_save_last()
                 # All ranks wait for last.pt, and stop together.
@@ -195,28 +195,35 @@ def train_epoch(
     saver: Saver,
     signals: Signals,
 ) -> None:
-    """Train to the end of the epoch, or to the end of the optimizer step in which a signal came."""
+    """Train to the end of the epoch, or until a signal ends it after an optimizer step.
+
+    A single process stops and saves after the step in which it was asked to; several processes
+    agree on it in every tenth step.
+    """
     settings = state.experiment.train
     loader.set_epoch(state.epoch, state.step)
     state.network.train()
     log.start_epoch()
     start = time.perf_counter()
     for batches in _groups(loader, settings.accumulate):  # an optimizer step each
-        guard.snapshot()
+        guard.snapshot()  # of the norms' running statistics, should the step be skipped
         losses: list[Mapping[str, Tensor]] = []
         loss_weights: list[Tensor] = []
         for batch in batches:
             batch = batch.to(device, non_blocking=True)
             images = batch.images.contiguous(memory_format=state.precision.torch_format)
+            # So that a resumed run draws what an uninterrupted one does, in dropout for example.
             seed_globally(device, "step", settings.seed, state.epoch, state.step, rank())
             with state.precision.autocast(device):
                 batch_losses, num_positives = state.network(images, batch.targets)
             loss: Tensor = sum(batch_losses.values())
             if settings.accumulate > 1:
-                # A mean over the batch's positives: weighted by their number, and the gradient
-                # divided by the sum of the weights, it adds up to that of one large batch.
+                # A mean over the batch's positives (of all ranks): weighted by their number, and
+                # the gradient divided by the sum of the weights, it adds up to that of one large
+                # batch. Dividing by the batch size keeps float16 in range.
                 loss_weights.append(num_positives / settings.batch_size)
                 loss = loss * loss_weights[-1]
+            # DDP averages every batch: `no_sync` would give the same sum.
             state.scaler.scale(loss).backward()
             losses.append(batch_losses)
             images_done = len(batch) * world_size()
@@ -229,7 +236,7 @@ def train_epoch(
         if stop:
             break
         if save:
-            guard.settle()
+            guard.settle()  # Verdicts of a GPU come a step late.
             log.flush()
             saver.try_save_last()
         start = time.perf_counter()
@@ -246,15 +253,16 @@ def _optimizer_step(
 ) -> None:
     """Clip the gradient, update the weights and their average, and set the next learning rate."""
     clip_norm = state.experiment.optim.clip_norm
-    weights = [p for p in state.detector.parameters() if p.grad is not None]
-    gradients = [p.grad for p in weights if p.grad is not None]
+    parameters = [p for p in state.detector.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     state.scaler.unscale_(state.optimizer)
     if loss_weights:
         torch._foreach_div_(gradients, torch.stack(loss_weights).sum())
     norm = get_total_norm(gradients)
     # Comparing would make the host wait for a GPU: there the gradient is always multiplied.
     if clip_norm and (norm.is_cuda or norm > clip_norm):
-        clip_grads_with_norm_(weights, clip_norm, norm)
+        clip_grads_with_norm_(parameters, clip_norm, norm)
+    # On a GPU always True: there the fused optimizer skips a non-finite step by itself.
     if guard.accepts(batches, losses, norm):
         state.scaler.step(state.optimizer)
         if state.ema is not None:
@@ -287,8 +295,8 @@ def _evaluate(
     if is_best and not saver.save_best():
         is_best, state.best_ap50 = False, best_before
     if rank() == 0:
-        with warn_on_oserror(found := run_dir / "detections.npz"):
-            save_detections(found, test_index.image_ids, metrics.classes, metrics.detections)
+        with warn_on_oserror(path := run_dir / "detections.npz"):
+            save_detections(path, test_index.image_ids, metrics.classes, metrics.detections)
         with warn_on_oserror(run_dir / "metrics.json"):
             write_results(run_dir, state, metrics, is_best, train_index, test_index)
     best = f"best AP50 {state.best_ap50:.4f}, " if state.best_ap50 >= 0 else ""

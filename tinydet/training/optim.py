@@ -60,8 +60,10 @@ def learning_rate_factor(optim: Optim, schedule: Schedule, iteration: int) -> fl
     done = iteration / schedule.iterations
     if optim.schedule == "cosine":
         factor = (1 + math.cos(math.pi * min(done, 1.0))) / 2
-    else:
+    elif optim.schedule == "step":
         factor = optim.gamma ** sum(done >= milestone for milestone in optim.milestones)
+    else:
+        raise ValueError(f"optim.schedule={optim.schedule}: not implemented")
     if iteration < schedule.warmup_iters:
         risen = iteration / schedule.warmup_iters
         factor *= optim.warmup_factor + (1 - optim.warmup_factor) * risen
