@@ -88,7 +88,9 @@ def test_copies_of_an_image_whose_right_and_wrong_detections_tie():
 def test_the_scale_of_weights_says_nothing(seed, scale, digits):
     detections, truth = split(seed, 7, digits=digits)
     if digits:  # Equal scores in different images alone: their copies keep their order.
-        detections = [f._replace(scores=f.scores + np.arange(len(f.scores))) for f in detections]
+        detections = [
+            f._replace(scores=f.scores + 2 * np.arange(len(f.scores))) for f in detections
+        ]
     weights = np.random.default_rng(seed).integers(0, 4, (3, 7)) * np.array([[1], [0.5], [0.3]])
     matches = voc_matches(detections, truth, _CLASSES)
     expected, scaled = (weighted_area_ap(matches, factor * weights) for factor in (1, scale))
