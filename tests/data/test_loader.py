@@ -222,6 +222,9 @@ def test_dead_workers_named__says_in_one_line_what_to_do(dataset):
     with pytest.raises(WorkerDiedError, match=r"data\.workers") as caught, dead_workers_named():
         list(make_train_loader(dataset, data, batch_size=2))
     assert "\n" not in str(caught.value)
+    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        with pytest.raises(WorkerDiedError, match=r"data\.workers"), dead_workers_named():
+            raise error
     with pytest.raises(RuntimeError, match="another"), dead_workers_named():
         raise RuntimeError("another")
 

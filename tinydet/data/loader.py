@@ -64,14 +64,16 @@ def dead_workers_named() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    # A process that dies while it sends a batch is a broken connection.
+    except (RuntimeError, ConnectionError, EOFError) as error:
         found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        if not found:
+        if not found and isinstance(error, RuntimeError):
             raise
         signalled = re.search(r"killed by signal: ([\w ]+)", str(error))
+        who = f"loader process {found[1]}" if found else "a loader process"
         how = f"was killed ({signalled[1]})" if signalled else "died"
         raise WorkerDiedError(
-            f"loader process {found[1]} {how}: it probably ran out of memory; use fewer loader "
+            f"{who} {how}: it probably ran out of memory; use fewer loader "
             "processes (--set data.workers=N; 0 loads in the main process) or smaller images"
         ) from error
 
