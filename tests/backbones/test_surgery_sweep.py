@@ -117,7 +117,7 @@ def _check(name, modification):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     new = {key: p for key, p in changed.named_parameters() if key not in before}
     assert new
-    # A checkpoint loads into a network that was changed anew.
+    # A checkpoint loads into a network with the same changes.
     again = _change(_create(name), modification, x[:1])
     again.load_state_dict(_move(changed, before).state_dict())
     with torch.no_grad():

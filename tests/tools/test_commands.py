@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Run a script in this process, in the working folder: importing torch anew takes seconds."""
+    """Run a script in this process, in the working folder: a new process would import torch for seconds."""
 
     def run(script, *arguments, status=0):
         monkeypatch.chdir(folder)

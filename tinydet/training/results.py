@@ -82,7 +82,7 @@ def write_results(
             notes = [f"{state.precision.dtype}: {state.precision.reason}", *state.schedule.lines]
             write_details(run_dir, metrics, train_index, test_index, notes)
         write_page(run_dir)
-    except (OSError, ValueError) as error:  # A run must not end for want of a page.
+    except (OSError, ValueError) as error:  # A missing page must not end the run.
         logger.warning("report.html cannot be written: %s", error)
 
 

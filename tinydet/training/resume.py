@@ -59,7 +59,8 @@ def check_resumable(experiment: Experiment, content: dict[str, Any], path: Path)
             "give it more with --set train.epochs=N"
         )
     before = experiment_from_dict(content["experiment"])
-    changed = [line for line in _changes(before, experiment) if line.split()[0] in FIXED_FIELDS]
+    changes = _changes(before, experiment)
+    changed = [changes[path] for path in FIXED_FIELDS if path in changes]
     if changed:
         raise CheckpointError(
             f"{path}: a resumed run cannot change {', '.join(changed)}; "
@@ -90,7 +91,7 @@ def changed_settings(
 ) -> list[str]:
     """Return what a resumed run trains differently from here on, such as "train.epochs 2 -> 3"."""
     before = keep_precision(experiment_from_dict(content["experiment"]), content, device)
-    return _changes(without_side_settings(before), without_side_settings(experiment))
+    return [*_changes(without_side_settings(before), without_side_settings(experiment)).values()]
 
 
 def without_side_settings(experiment: Experiment) -> Experiment:
@@ -163,14 +164,14 @@ def _position(state: TrainingState, step: int, batches_an_epoch: int) -> int:
     return now
 
 
-def _changes(before: Experiment, after: Experiment) -> list[str]:
-    """Return "path old -> new" for each field that differs, without the experiment's name."""
+def _changes(before: Experiment, after: Experiment) -> dict[str, str]:
+    """Return "path old -> new" by path for each field that differs, without the name."""
     one, two = (_fields(dataclasses.asdict(e)) for e in (before, after))
-    return [
-        f"{path} {value!r} -> {two[path]!r}"
+    return {
+        path: f"{path} {value!r} -> {two[path]!r}"
         for path, value in one.items()
         if path != "name" and value != two[path]
-    ]
+    }
 
 
 def _fields(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
