@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Run a script in this process, in the working folder: a new process would import torch for seconds."""
+    """Run a script in this process, in the working folder: it need not import torch again."""
 
     def run(script, *arguments, status=0):
         monkeypatch.chdir(folder)
