@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from tinydet.reparam.dataflow import DataFlow, observe
+from tinydet.reparam.examples import Example
 from tinydet.reparam.norms import is_norm
 from tinydet.reparam.report import Step
-from tinydet.reparam.verify import copied, why_different
+from tinydet.reparam.snapshot import Snapshot
+from tinydet.reparam.verify import difference, nudged, why_different
+
+_SHOW_SECONDS = 5.0
 
 
 class RefusedError(ValueError):
@@ -29,7 +33,7 @@ class Change:
         name: what is changed; unique.
         touches: modules that no other change of the same round may touch.
         make: changes a network in place, or returns another one, and returns a description; raises
-            `RefusedError`.
+            `RefusedError`. It must assign new parameters instead of writing into existing ones.
     """
 
     name: str
@@ -41,37 +45,96 @@ Finder = Callable[[nn.Module, DataFlow, Mapping[str, str]], list[Change]]
 """Proposes changes, given the network, its data flow, and the refused changes with the reasons."""
 
 
-def apply_changes(
-    model: nn.Module, checks: list[tuple[Any, ...]], find: Finder
-) -> tuple[nn.Module, list[Step], dict[str, str]]:
+@dataclass
+class Network:
+    """A network that is changed step by step, and the outputs that must stay.
+
+    Attributes:
+        model: the network in eval mode and float64.
+        examples: inputs whose outputs are compared; the data flow is observed on the first.
+        expected: the outputs for them.
+        original: returns a new copy of the unchanged network.
+        where: whether a module of that name may be changed; None if all may.
+        flow: the data flow of the network as it is now.
+        max_rel: the largest difference of the outputs that the last update found.
+    """
+
+    model: nn.Module
+    examples: Sequence[Example]
+    expected: Sequence[Any]
+    original: Callable[[], nn.Module]
+    where: Callable[[str, nn.Module], bool] | None = None
+    flow: DataFlow = field(init=False)
+    max_rel: float = 0.0
+    _begin: float = field(init=False, default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._shown = self._begin
+        self.flow = observe(self.model, self.examples[0], is_leaf=is_norm)
+
+    def update(self) -> str:
+        """Observe the network again; return how its outputs differ, empty if they do not."""
+        self.max_rel = 0.0
+        try:
+            self.flow = observe(self.model, self.examples[0], is_leaf=is_norm)
+            for number, (example, expected) in enumerate(
+                zip(self.examples, self.expected, strict=True)
+            ):
+                found = example.run(self.model) if number else self.flow.returned
+                if problem := why_different(expected, found, partial(self._nudged, example)):
+                    return problem
+                self.max_rel = max(self.max_rel, difference(expected, found).max_rel)
+        except Exception as error:
+            # Other code of the network may depend on what was changed, and fail in any way.
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            return f"the network no longer runs ({what})"
+        return ""
+
+    def _nudged(self, example: Example) -> Any:
+        return example.mapped(nudged).run(self.original())
+
+    def may_touch(self, modules: frozenset[nn.Module], names: Mapping[nn.Module, str]) -> bool:
+        """Return whether all of some modules may be changed."""
+        where = self.where
+        return where is None or all(where(names[m], m) for m in modules if m in names)
+
+    def say(self, what: str) -> None:
+        """Show a step on the screen, every few seconds."""
+        now = time.monotonic()
+        if now - self._shown > _SHOW_SECONDS:
+            self._shown = now
+            sys.stderr.write(f"fold: at {what}, {now - self._begin:.0f} s so far\n")
+
+
+def apply_changes(network: Network, find: Finder) -> tuple[list[Step], dict[str, str]]:
     """Apply changes until no more are proposed.
 
     A change after which the network fails or computes a different function is undone.
 
     Args:
-        model: the network in eval mode and float64; changed in place.
-        checks: positional arguments of the forward passes that are compared; the data flow is
-            observed on the first.
+        network: changed in place.
         find: proposes changes; called again after each round, as one change may enable another.
 
     Returns:
-        The network (another object if it was replaced), the changes made, and the refused changes
-        with the reasons.
+        The changes made, and the refused changes with the reasons.
     """
     done: list[Step] = []
     refused: dict[str, str] = {}
-    flow = observe(model, checks[0], is_leaf=is_norm)
-    references = [flow.returned, *(_output(model, inputs) for inputs in checks[1:])]
-    one_by_one = False
+    most = sys.maxsize  # changes in a round
     while True:
+        model, snapshot, known = network.model, Snapshot(network.model), len(refused)
+        names = {module: name for name, module in model.named_modules()}
         last: list[Step] = []
-        backup, known = copy.deepcopy(model), len(refused)
         taken: set[nn.Module] = set()
-        for change in find(model, flow, refused):
-            if change.name in refused or change.touches & taken or (one_by_one and last):
+        for change in find(model, network.flow, refused):
+            if change.name in refused or change.touches & taken or len(last) >= most:
                 continue
+            if not network.may_touch(change.touches, names):
+                refused[change.name] = "it is outside of the part to fold"
+                continue
+            network.say(change.name)
             try:
-                model, what = change.make(model)
+                network.model, what = change.make(network.model)
             except RefusedError as error:
                 refused[change.name] = str(error)
                 continue
@@ -79,28 +142,17 @@ def apply_changes(
             last.append(Step(change.name, what))
         if not last:
             if len(refused) == known:
-                return model, done, refused
+                return done, refused
             continue  # `find` may propose another change in place of a refused one.
-        try:
-            flow = observe(model, checks[0], is_leaf=is_norm)
-            outputs = [flow.returned, *(_output(model, inputs) for inputs in checks[1:])]
-            problems = map(partial(why_different, backup), checks, references, outputs)
-            problem = next(filter(None, problems), "")
-        except Exception as error:
-            # Other code of the network may depend on what was changed, and fail in any way.
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            problem = f"the network no longer runs ({what})"
-        if problem:
-            # Undo this round; from now on apply one change a round, to find the one at fault.
-            model = backup
-            flow = observe(model, checks[0], is_leaf=is_norm)
-            if one_by_one:
-                refused[last[0].name] = f"changed, {problem}"
-            one_by_one = True
-        else:
+        problem = network.update()
+        if not problem:
             done += last
-
-
-def _output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    with torch.no_grad():
-        return model(*copied(inputs))
+            most = min(2 * most, sys.maxsize)
+            continue
+        # Undo this round and make fewer changes at a time, to find the one at fault.
+        snapshot.restore()
+        network.model = model
+        network.flow = observe(network.model, network.examples[0], is_leaf=is_norm)
+        if len(last) == 1:
+            refused[last[0].name] = f"changed, {problem}"
+        most = max(1, len(last) // 2)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinydet.reparam.verify import tensors_in
+from tinydet.reparam.examples import Example, seeded
+from tinydet.reparam.verify import copied, tensors_in
 
 # These read only their input's size.
 SIZE_ONLY = {
@@ -279,7 +280,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[in
 
 
 def observe(
-    model: nn.Module, inputs: tuple[Any, ...], is_leaf: Callable[[nn.Module], bool]
+    model: nn.Module,
+    inputs: Example | tuple[Any, ...],
+    is_leaf: Callable[[nn.Module], bool],
 ) -> DataFlow:
     """Run a network once and record what each operation reads and produces.
 
@@ -287,13 +290,15 @@ def observe(
 
     Args:
         model: the network; its hooks run as usual.
-        inputs: positional arguments.
+        inputs: an example, or positional arguments.
         is_leaf: whether a module with children counts as one unit; one without always does.
     """
     recorder = Recorder()
-    with torch.no_grad(), calls_noted(model, recorder, is_leaf), recorder:
-        recorder.flow.inputs = recorder.views(inputs)
-        recorder.flow.returned = model(*inputs)
+    example = inputs if isinstance(inputs, Example) else Example(inputs)
+    args, kwargs = copied((example.args, example.kwargs))
+    with torch.no_grad(), seeded(), calls_noted(model, recorder, is_leaf), recorder:
+        recorder.flow.inputs = recorder.views((args, kwargs))
+        recorder.flow.returned = model(*args, **kwargs)
         recorder.flow.outputs = recorder.views(recorder.flow.returned)
     return recorder.flow
 

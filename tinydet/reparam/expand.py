@@ -156,7 +156,7 @@ def _parse(where: str) -> Where:
         return (
             (not sizes or conv.kernel_size in sizes)
             and (not kinds or _kind(conv) in kinds)
-            and (not patterns or any(_matches(name, pattern) for pattern in patterns))
+            and (not patterns or any(matches(name, pattern) for pattern in patterns))
         )
 
     return selects
@@ -168,7 +168,8 @@ def _kind(conv: nn.Conv2d) -> str:
     return "depthwise" if conv.groups == conv.in_channels else f"{conv.groups} groups"
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a module's name, or that of a module around it, has a pattern."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
@@ -180,7 +181,7 @@ def _nothing_selected(
     modules = [name for name, _ in model.named_modules() if name]
     hint = ""
     for word in where.split() if isinstance(where, str) else ():
-        if not any(_matches(name, word) for name in modules):
+        if not any(matches(name, word) for name in modules):
             near = difflib.get_close_matches(word, ["depthwise", "dense", *modules], 1)
             hint = f"; did you mean {near[0]} for {word}?" if near else hint
     examples = [f"{names[0]} ({_describe(conv)})" for conv, names in islice(convs.items(), 3)]

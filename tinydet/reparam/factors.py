@@ -12,6 +12,7 @@ from tinydet.reparam.affine import is_affine, is_layer
 from tinydet.reparam.apply_changes import Change, RefusedError
 from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
 from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, storage_of
+from tinydet.reparam.examples import Example
 from tinydet.reparam.fuse_affine import SUMS, Fusion, apply_fusions, one_per_layer, producer_fusions
 from tinydet.reparam.fx_graph import (
     NotTraceableError,
@@ -42,13 +43,13 @@ def only_scales(call: Call, data: set[Value]) -> bool:
 
 
 def find_factors(
-    model: nn.Module, inputs: tuple[Any, ...], flow: DataFlow, refused: Mapping[str, str]
+    model: nn.Module, example: Example, flow: DataFlow, refused: Mapping[str, str]
 ) -> list[Change]:
     """Find multiplications by constants in the code of modules that can be fused into layers.
 
     Args:
         model: the network.
-        inputs: positional arguments of a forward pass.
+        example: the inputs of a forward pass.
         flow: the data flow observed in it.
         refused: names of the changes that were refused, with the reasons.
     """
@@ -73,8 +74,8 @@ def find_factors(
         found.append((name, module, op, fusions))
     if not found:
         return []
-    with record_calls([module for _, module, _, _ in found]) as records, torch.no_grad():
-        model(*copied(inputs))
+    with record_calls([module for _, module, _, _ in found]) as records:
+        example.run(model)
 
     def change(name: str, module: nn.Module, op: Op, fusions: list[Fusion]) -> Change:
         def make(model: nn.Module) -> tuple[nn.Module, str]:

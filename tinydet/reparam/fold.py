@@ -9,69 +9,111 @@ weights are cast back.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from tinydet.reparam.affine import branch_sums, multiply_adds
-from tinydet.reparam.dataflow import observe
+from tinydet.reparam.apply_changes import Network
+from tinydet.reparam.compared import (
+    OperationNames,
+    choose_examples,
+    floating_tensors,
+    run_in_own_dtype,
+    why_imprecise,
+)
+from tinydet.reparam.dataflow import DataFlow
+from tinydet.reparam.exact import exact_arithmetic, exact_copy, plain_tensors
+from tinydet.reparam.examples import ExampleInput, as_examples
+from tinydet.reparam.expand import matches
 from tinydet.reparam.factors import count_scales
 from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
 from tinydet.reparam.report import FoldReport
 from tinydet.reparam.scales import fold_scales
-from tinydet.reparam.verify import copied, difference, why_different
+
+Where = Callable[[str, nn.Module], bool]
+
+# Arithmetic in float64 changes settings of the whole process: one fold at a time.
+_LOCK = threading.RLock()
 
 
-def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.Module, FoldReport]:
+def fold(
+    model: nn.Module,
+    example_input: ExampleInput | list[ExampleInput],
+    where: str | Where = "",
+) -> tuple[nn.Module, FoldReport]:
     """Return a copy of a network with its branches merged and its batch norms folded.
 
     The structure of the result depends on the network's architecture and not on its weights: a
     folded state dict loads strictly into another folded copy. Folding twice changes nothing.
 
+    The data flow is observed for the first example, on random values of as small a size as the
+    network takes with the same operations. The result is compared in float64 on these and, where
+    the network takes them, on odd, larger and smaller sizes and another batch size; for further
+    examples on random values and their own. In its own dtype it is compared on all examples.
+    What no example reaches is not compared: give several, `[first, second]`, if arguments decide
+    which code runs. The result takes every input that the original takes.
+
+    Threads may call this at the same time, but one waits for the other. Meanwhile new tensors of
+    the process are of float64 by default.
+
     Args:
         model: the network, in eval mode; it is not modified. Its forward pass must work in float64
             and on the CPU, where the folding is done.
-        example_input: a small input, or a tuple of positional arguments. The data flow is observed
-            on random values of its shape; the result is checked on these, on the example itself
-            and, for a batch of images, on a larger batch. The result takes every input that the
-            original takes.
+        example_input: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
+            or a list of several such examples.
+        where: what to fold: name patterns separated by spaces, where a module's name covers
+            everything in it ("stages.2 stages.3"), or a function of a module's qualified name and
+            the module. A change is made if all modules it touches are selected. The empty string
+            means all.
 
     Returns:
         The folded network, with the original's dtypes and devices, and the report.
 
     Raises:
-        ValueError: the model is in training mode, or the folded one computes another function.
+        ValueError: the model is in training mode, nothing is selected, the outputs hold no numbers
+            to compare, or the folded network computes another function, also in its own dtype.
     """
     _check_eval_mode(model)
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    with torch.inference_mode(False), torch.no_grad():
+    selects = _selection(model, where)
+    given = as_examples(example_input)
+    with _LOCK, torch.inference_mode(False), torch.no_grad(), _one_thread():
+        names = OperationNames()
+        own = [run_in_own_dtype(model, x, names if x is given[0] else None) for x in given]
         with exact_arithmetic():
-            original = copy.deepcopy(model).cpu().double()
-            # Random values first: an all-zero example would hide most differences.
-            checks = [_random_like(arguments), _as_float64(arguments)]
-            if other := _of_another_size(original, checks[0]):
-                checks.append(other)
-            before = _Counts.of(original, checks[0])
+            original = exact_copy(model)
+            examples, expected = choose_examples(original, given, names.names)
             # First compare on one input after each change, which is fast, and on all in the end.
             # If that fails, start over and compare on all inputs after each change.
-            for compared in (checks[:1], checks):
-                folded, merged, branches = merge_branches(copy.deepcopy(original), compared)
-                folded, moved, norms = fold_scales(folded, compared)
-                folded, rows = merge_series(folded, compared)
-                problem, max_rel = _compared(original, folded, checks)
+            for compared in (1, len(examples)):
+                network = Network(
+                    original if compared == 1 else exact_copy(model),
+                    examples[:compared],
+                    expected[:compared],
+                    partial(exact_copy, model),
+                    selects,
+                )
+                before = _Counts.of(network.flow)
+                merged, branches = merge_branches(network)
+                moved, norms = fold_scales(network)
+                rows = merge_series(network)
+                after = _Counts.of(network.flow)
+                network.examples, network.expected = examples, expected
+                problem = network.update()
                 if not problem:
                     break
-            if problem:
-                raise ValueError(f"{type(model).__name__}: folded, {problem}; not folded")
-            after = _Counts.of(folded, checks[0])
+        folded, max_rel = network.model, network.max_rel
         _restore_dtype_and_device(folded, model)
+        for output, example in zip(own, given, strict=True):
+            problem = problem or why_imprecise(model, folded, example, output)
+    if problem:
+        raise ValueError(f"{type(model).__name__}: folded, {problem}; not folded")
     report = FoldReport(
         folded=(*merged, *moved, *rows),
         kept=(*branches, *norms),
@@ -90,24 +132,6 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
     return folded.eval(), report
 
 
-def _compared(
-    original: nn.Module, folded: nn.Module, checks: list[tuple[Any, ...]]
-) -> tuple[str, float]:
-    """Return how a folded network's outputs are wrong, if they are, and the largest difference."""
-    max_rel = 0.0
-    for given in checks:
-        try:
-            expected, found = (form(*copied(given)) for form in (original, folded))
-            problem = why_different(original, given, expected, found)
-            max_rel = max(max_rel, difference(expected, found).max_rel)
-        except (RuntimeError, ValueError) as error:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            return f"it does not run as before ({what})", math.inf
-        if problem:
-            return problem, max_rel
-    return "", max_rel
-
-
 @dataclass(frozen=True)
 class _Counts:
     macs: int
@@ -115,9 +139,29 @@ class _Counts:
     scales: int
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: tuple[Any, ...]) -> _Counts:
-        flow = observe(model, inputs, is_leaf=is_norm)
+    def of(cls, flow: DataFlow) -> _Counts:
         return cls(multiply_adds(flow.ops), len(branch_sums(flow)), count_scales(flow))
+
+
+def _selection(model: nn.Module, where: str | Where) -> Where | None:
+    if not isinstance(where, str) or not where:
+        return where or None
+    patterns = where.split()
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name, _ in model.named_modules()):
+            raise ValueError(f"where={where!r}: no module of the network is named {pattern!r}")
+    return lambda name, _: any(matches(name, pattern) for pattern in patterns)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one thread: on inputs as small as these, several mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_eval_mode(model: nn.Module) -> None:
@@ -128,87 +172,10 @@ def _check_eval_mode(model: nn.Module) -> None:
             raise ValueError(f"{where} is in training mode; call model.eval() before fold(model)")
 
 
-class _CastsToFloat64(TorchDispatchMode):
-    """Makes `x.float()` and the like cast to float64.
-
-    Networks contain such casts for mixed precision; here they would reduce the precision of checks.
-    """
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
-        dtype = kwargs.get("dtype")
-        if func.overloadpacket is torch.ops.aten._to_copy and dtype and dtype.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Compute in float64, also where a module's code creates tensors of the default dtype.
-
-    Uses one thread: on inputs this small, several mostly wait for each other.
-    """
-    default, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    try:
-        with torch.autocast("cpu", enabled=False), _CastsToFloat64():
-            yield
-    finally:
-        torch.set_default_dtype(default)
-        torch.set_num_threads(threads)
-
-
-def _as_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(_moved(x) if isinstance(x, Tensor) else x for x in arguments)
-
-
-def _moved(x: Tensor) -> Tensor:
-    x = x.detach().cpu()
-    return x.double() if x.is_floating_point() else x.clone()
-
-
-def _random_like(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if x.is_floating_point():
-            return torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        if x.dtype == torch.uint8:
-            return torch.randint(0, 256, x.shape, generator=generator, dtype=torch.uint8)
-        return _moved(x)  # Indices and masks: other values may not be legal.
-
-    return tuple(random(x) for x in arguments)
-
-
-def _of_another_size(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return more and larger images, if the model takes one batch of images of any size."""
-    if len(arguments) != 1 or not isinstance(arguments[0], Tensor) or arguments[0].ndim != 4:
-        return None
-    images, channels, height, width = arguments[0].shape
-    larger = torch.empty(images + 1, channels, height + 32, width + 64, dtype=arguments[0].dtype)
-    given = _random_like((larger,))
-    try:
-        model(*copied(given))
-    except Exception:
-        # Any model may reject other sizes, with any exception.
-        return None
-    return given
-
-
 def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
     """Restore each weight's dtype and device; a new weight gets those of its block's first one."""
-    like = dict(_floating(original))
-    for path, tensor in _floating(folded):
+    like = dict(floating_tensors(original))
+    for path, tensor in floating_tensors(folded):
         source = like.get(path)
         scope = path
         while source is None and scope:
@@ -219,12 +186,15 @@ def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
             source = next((t for t in inside if t.ndim > 1), inside[0] if inside else None)
         if source is not None:
             tensor.data = tensor.data.to(device=source.device, dtype=source.dtype)
+    originals = dict(original.named_modules())
+    for path, module in folded.named_modules():
+        known = plain_tensors(originals[path]) if path in originals else {}
+        vars(module).update(
+            (name, copy.deepcopy(known[name])) for name in plain_tensors(module) if name in known
+        )
     devices = {p: t.device for p, t in original.named_buffers() if not t.is_floating_point()}
     for path, buffer in folded.named_buffers():
         if path in devices:
             buffer.data = buffer.data.to(devices[path])
 
 
-def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for named in (model.named_parameters(), model.named_buffers()):
-        yield from ((name, tensor) for name, tensor in named if tensor.is_floating_point())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tinydet.reparam import affine
-from tinydet.reparam.apply_changes import Change, RefusedError, apply_changes
+from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
 from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, observe
 from tinydet.reparam.equivalent_layer import (
     Geometry,
@@ -42,18 +42,14 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOLERANCE = 1e-9
 
 
-def merge_branches(
-    model: nn.Module, checks: list[tuple[Any, ...]]
-) -> tuple[nn.Module, list[Step], list[Step]]:
+def merge_branches(network: Network) -> tuple[list[Step], list[Step]]:
     """Replace linear subgraphs with parallel branches by their equivalent layers.
 
     Args:
-        model: the network in eval mode and float64; changed in place.
-        checks: positional arguments for forward passes; the data flow is observed on the first.
+        network: changed in place.
 
     Returns:
-        The network (another object if its own code was changed), what was merged, and the branches
-        that remain with the reason.
+        What was merged, and the branches that remain with the reason.
     """
     left: set[str] = set()
 
@@ -69,15 +65,15 @@ def merge_branches(
         modules = {name: model.get_submodule(name) for name in sorted(scopes, key=_depth)}
         if not modules:
             return []
-        with record_calls(list(modules.values())) as records, torch.no_grad():
-            model(*copied(checks[0]))
+        with record_calls(list(modules.values())) as records:
+            network.examples[0].run(model)
         return [
             Change(name, frozenset(module.modules()), partial(_merge, name, records.get(module)))
             for name, module in modules.items()
         ]
 
-    model, done, refused = apply_changes(model, checks, find)
-    return model, done, [Step(n, f"branches stay: {refused.get(n)}") for n in sorted(left)]
+    done, refused = apply_changes(network, find)
+    return done, [Step(n, f"branches stay: {refused.get(n)}") for n in sorted(left)]
 
 
 def _ancestors(scope: str) -> list[str]:
@@ -190,18 +186,17 @@ def _merge_one(graph: fx.GraphModule, args: Any, tried: set[str], reasons: list[
     return None
 
 
-def merge_series(model: nn.Module, checks: list[tuple[Any, ...]]) -> tuple[nn.Module, list[Step]]:
+def merge_series(network: Network) -> list[Step]:
     """Merge pairs of layers of which the second is the only reader of the first, where cheaper.
 
     Cheaper means fewer multiply-adds, or as many and fewer weights: two 1x1 convolutions around a
     bottleneck stay, two with an expansion between them become one.
 
     Args:
-        model: the network in eval mode and float64; changed in place.
-        checks: positional arguments for forward passes; the data flow is observed on the first.
+        network: changed in place.
 
     Returns:
-        The network, and what was merged.
+        What was merged.
     """
 
     def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
@@ -215,8 +210,8 @@ def merge_series(model: nn.Module, checks: list[tuple[Any, ...]]) -> tuple[nn.Mo
             for first, second in _series(flow)
         ]
 
-    model, done, _ = apply_changes(model, checks, find)
-    return model, done
+    done, _ = apply_changes(network, find)
+    return done
 
 
 def _merge_pair(first: Call, second: Call, model: nn.Module) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinydet.reparam.apply_changes import Change, apply_changes
+from tinydet.reparam.apply_changes import Change, Network, apply_changes
 from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
 from tinydet.reparam.dataflow import Call, DataFlow
 from tinydet.reparam.factors import find_factors, only_scales
@@ -35,18 +35,14 @@ from tinydet.reparam.norms import is_norm, scale_and_shift, why_not_linear, with
 from tinydet.reparam.report import Step
 
 
-def fold_scales(
-    model: nn.Module, checks: list[tuple[Any, ...]]
-) -> tuple[nn.Module, list[Step], list[Step]]:
+def fold_scales(network: Network) -> tuple[list[Step], list[Step]]:
     """Fold every norm and every constant factor that can be fused into a layer.
 
     Args:
-        model: the network in eval mode and float64; changed in place.
-        checks: positional arguments for forward passes; the data flow is observed on the first.
+        network: changed in place.
 
     Returns:
-        The network (another object if a factor was in its own code), what was folded, and every
-        norm that remains with the reason.
+        What was folded, and every norm that remains with the reason.
     """
     kept: dict[str, str] = {}
 
@@ -55,12 +51,12 @@ def fold_scales(
         return [
             *_norms(model, flow, kept),
             *_scale_modules(flow),
-            *find_factors(model, checks[0], flow, refused),
+            *find_factors(model, network.examples[0], flow, refused),
         ]
 
-    model, done, refused = apply_changes(model, checks, find)
-    norms = [name for name, module in model.named_modules() if is_norm(module)]
-    return model, done, [Step(n, refused.get(n) or kept[n]) for n in norms]
+    done, refused = apply_changes(network, find)
+    norms = [name for name, module in network.model.named_modules() if is_norm(module)]
+    return done, [Step(n, refused.get(n) or kept[n]) for n in norms]
 
 
 def _norms(model: nn.Module, flow: DataFlow, kept: dict[str, str]) -> list[Change]:

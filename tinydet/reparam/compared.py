@@ -1,0 +1,173 @@
+"""The inputs on which a folded network is compared with the original, and its own precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinydet.reparam.exact import exact_arithmetic, exact_copy
+from tinydet.reparam.examples import Example
+from tinydet.reparam.verify import difference, tensors_in
+
+# Kernels of one operation have names of their own on each device.
+_KERNELS = ("batch_norm", "scaled_dot_product", "convolution", "layer_norm")
+
+
+class OperationNames(TorchDispatchMode):
+    """Lists the names of the operations that run, apart from casts.
+
+    Attributes:
+        names: the names, the same for all kernels of one operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if func.overloadpacket is not torch.ops.aten._to_copy:
+            name = str(func.overloadpacket)
+            self.names.append(next((kernel for kernel in _KERNELS if kernel in name), name))
+        return func(*args, **(kwargs or {}))
+
+
+def run_in_own_dtype(
+    model: nn.Module, example: Example, mode: OperationNames | None = None
+) -> Any | None:
+    """Run a network as it is on an example; None if it cannot, as half precision on some CPUs."""
+    weight = next((t for _, t in floating_tensors(model)), torch.empty(0))
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(weight.device)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(weight) if x.is_floating_point() else x.to(weight.device)
+
+    for change in (moved, cast):
+        try:
+            with mode or torch.no_grad():
+                return example.mapped(change).run(model)
+        except Exception:
+            # Any network may reject an input, or a device a dtype, with any exception.
+            if mode:
+                mode.names.clear()
+    return None
+
+
+def choose_examples(
+    original: nn.Module, given: Sequence[Example], names: Sequence[str]
+) -> tuple[list[Example], list[Any]]:
+    """Return the inputs to compare on, and the original's output for each.
+
+    The first is random and as small as the network allows without running other operations; then
+    come odd, larger and smaller sizes and another batch size as far as the network takes them, and
+    random values for the other examples.
+
+    Args:
+        original: the network in eval mode and float64, on the CPU.
+        given: the caller's examples.
+        names: the operations that run for the first of them; empty if they are not known.
+            Then it is compared on as well, as it does not run in its own dtype.
+
+    Raises:
+        ValueError: nothing can be compared, as the outputs hold no number.
+    """
+    base = given[0].random()
+    output: Any = None
+    for small in base.smaller():
+        mode = OperationNames()
+        output = _output(original, small, mode)
+        if output is not None and mode.names == list(names):
+            base = small
+            break
+    else:
+        output = base.run(original)
+    examples, outputs = [base], [output]
+    for other in base.of_other_sizes():
+        output = _output(original, other)
+        if output is not None:
+            examples.append(other)
+            outputs.append(output)
+    more = [given[0].in_float64()] if not names else []
+    more += [form for example in given[1:] for form in (example.random(), example.in_float64())]
+    examples += more
+    outputs += [example.run(original) for example in more]
+    if not any(t.numel() for output in outputs for t in tensors_in(output)):
+        raise ValueError(
+            f"{type(original).__name__} returns no numbers for the example input, so there is "
+            "nothing to compare; give an example for which it does"
+        )
+    return examples, outputs
+
+
+def _output(model: nn.Module, example: Example, mode: OperationNames | None = None) -> Any | None:
+    """Return a network's output, or None if it does not take the input."""
+    try:
+        with mode or torch.no_grad():
+            return example.run(model)
+    except Exception:
+        # Any network may reject other sizes, with any exception.
+        return None
+
+
+def why_imprecise(model: nn.Module, folded: nn.Module, example: Example, expected: Any) -> str:
+    """Return what is wrong with a folded network in its own dtype; empty if nothing is.
+
+    Args:
+        model: the original.
+        folded: the folded network, cast to the original's dtypes.
+        example: the caller's example.
+        expected: the original's output for it in its own dtype; None if it does not run.
+    """
+    for name, tensor in floating_tensors(folded):
+        if not tensor.isfinite().all():
+            return f"{name} does not fit {tensor.dtype}"
+    if expected is None:
+        return ""
+    found = run_in_own_dtype(folded, example)
+    if found is None:
+        return "it does not run in its own dtype"
+    if _is_finite(expected) and not _is_finite(found):
+        return "its output is not finite in its own dtype"
+    kinds = [t.dtype for t in tensors_in(expected) if t.is_floating_point()]
+    allowed = max((math.sqrt(torch.finfo(kind).eps) for kind in kinds), default=0.0)
+    if _apart(expected, found) <= allowed:
+        return ""
+    # The network may amplify rounding, or decide by it as NMS does: compare without it.
+    with exact_arithmetic():
+        exact = [example.in_float64().run(exact_copy(form)) for form in (model, folded)]
+    apart = _apart(*exact)
+    if apart <= allowed:
+        return ""
+    return f"its output in {kinds[0] if kinds else 'its own dtype'} changes by {apart:.1e}"
+
+
+def _apart(expected: Any, found: Any) -> float:
+    try:
+        return difference(expected, found).max_rel
+    except ValueError:
+        return math.inf
+
+
+def _is_finite(output: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors_in(output))
+
+
+def floating_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the names and tensors of all floating-point parameters and buffers."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+
+

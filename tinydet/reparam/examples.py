@@ -1,0 +1,149 @@
+"""Example inputs of a network, and the variations of them on which it is compared when folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinydet.reparam.verify import copied, map_tensors
+
+ExampleInput = Tensor | tuple[Any, ...] | dict[str, Any]
+
+# A map of 2x2 cells at stride 32 is the smallest that still tells a place from a channel.
+_SMALL_SIDES = (64, 96, 128)
+# Added to each spatial size: odd where the example is even, larger, and smaller; the sizes of the
+# axes change differently, so that no shape is square by accident.
+_OTHER_SIZES = ((1, 3, 5), (32, 16, 8), (-29, -31, -3))
+
+
+@dataclass(frozen=True)
+class Example:
+    """The arguments of one forward pass.
+
+    Attributes:
+        args: positional arguments; tensors may be nested in lists, tuples and dicts.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, model: nn.Module) -> Any:
+        """Run a network on a copy of the arguments, with the same random numbers each time."""
+        with torch.no_grad(), seeded():
+            return model(*copied(self.args), **copied(self.kwargs))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """Return the example with each tensor changed."""
+        return Example(*map_tensors((self.args, self.kwargs), change))
+
+    def random(self) -> Example:
+        """Return random values of the same shapes, in float64 where the example has floats.
+
+        Integers (other than images in uint8) and booleans are kept: they may be indices or masks.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def random(x: Tensor) -> Tensor:
+            if x.is_floating_point():
+                return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            if x.dtype == torch.uint8:
+                return torch.randint(0, 256, x.shape, generator=generator, dtype=torch.uint8)
+            return x.detach().cpu().clone()
+
+        return self.mapped(random)
+
+    def in_float64(self) -> Example:
+        """Return the example on the CPU, with floats in float64."""
+
+
+        def exact(x: Tensor) -> Tensor:
+            return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
+
+        return self.mapped(exact)
+
+    def resized(self, resize: Callable[[int, int], int], more_images: int = 0) -> Example:
+        """Return random inputs of other spatial sizes, where the example has images or maps.
+
+        Batches are (B, C, *spatial); inside lists, tuples and dicts, images are (C, H, W).
+
+        Args:
+            resize: new size from the number of a spatial axis and its size.
+            more_images: added to the length of batches.
+        """
+
+        def other(x: Any, nested: bool) -> Any:
+            if isinstance(x, (list, tuple, dict)):
+                items = x.items() if isinstance(x, dict) else enumerate(x)
+                new = [(key, other(item, True)) for key, item in items]
+                return dict(new) if isinstance(x, dict) else type(x)(item for _, item in new)
+            if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
+                return x
+            first = 1 if nested and x.ndim == 3 else 2
+            if x.ndim <= first:
+                return x
+            spatial = [max(1, resize(i, n)) for i, n in enumerate(x.shape[first:])]
+            batch = [x.shape[0] + more_images] if first == 2 else []
+            return x.new_empty(*batch, *x.shape[first - 1 : first], *spatial)
+
+        args = tuple(other(x, False) for x in self.args)
+        return Example(args, {key: other(x, False) for key, x in self.kwargs.items()}).random()
+
+    def smaller(self) -> Iterator[Example]:
+        """Yield random inputs of fewer positions, the smallest first."""
+        for side in _SMALL_SIDES:
+            small = self.resized(lambda _, n, side=side: min(n, side))  # type: ignore[misc]
+            if small.shapes() == self.shapes():
+                return
+            yield small
+
+    def of_other_sizes(self) -> Iterator[Example]:
+        """Yield random inputs of odd, larger and smaller sizes, some with one more image."""
+        for number, change in enumerate(_OTHER_SIZES):
+            yield self.resized(
+                lambda i, n, change=change: n + change[min(i, 2)],  # type: ignore[misc]
+                more_images=int(number == 0),
+            )
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shape of each tensor."""
+        found: list[tuple[int, ...]] = []
+        self.mapped(lambda x: found.append(tuple(x.shape)) or x)  # type: ignore[func-returns-value]
+        return found
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw the same random numbers each time, and leave the caller's generator as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def as_examples(given: ExampleInput | list[ExampleInput]) -> list[Example]:
+    """Return the examples that a caller gave: one, or a list of them.
+
+    Raises:
+        ValueError: one of them is no tensor, tuple of arguments or dict of keyword arguments.
+    """
+    found = []
+    for item in given if isinstance(given, list) else [given]:
+        if isinstance(item, Tensor):
+            found.append(Example((item,)))
+        elif isinstance(item, tuple):
+            found.append(Example(item))
+        elif isinstance(item, dict) and all(isinstance(key, str) for key in item):
+            found.append(Example((), item))
+        else:
+            raise ValueError(
+                f"example_input: got {type(item).__name__}; give a tensor, a tuple of positional "
+                "arguments, a dict of keyword arguments, or a list of these"
+            )
+    if not found:
+        raise ValueError("example_input: the list is empty; give at least one example")
+    return found
