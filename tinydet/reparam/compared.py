@@ -169,5 +169,3 @@ def floating_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the names and tensors of all floating-point parameters and buffers."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
-
-

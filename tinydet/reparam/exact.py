@@ -62,5 +62,3 @@ def exact_arithmetic() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
-
-

@@ -61,7 +61,6 @@ class Example:
     def in_float64(self) -> Example:
         """Return the example on the CPU, with floats in float64."""
 
-
         def exact(x: Tensor) -> Tensor:
             return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
 

@@ -196,5 +196,3 @@ def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
     for path, buffer in folded.named_buffers():
         if path in devices:
             buffer.data = buffer.data.to(devices[path])
-
-

@@ -7,7 +7,6 @@ the layers that produce its input or, if that is impossible, into those that rea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
