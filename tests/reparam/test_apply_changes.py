@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from tinydet.reparam.apply_changes import Change, RefusedError, apply_changes
+from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
+from tinydet.reparam.examples import Example
 
-_CHECKS = [(torch.ones(2, 3, dtype=torch.float64),), (torch.zeros(1, 3, dtype=torch.float64),)]
+_EXAMPLES = [Example((torch.ones(2, 3).double(),)), Example((torch.zeros(1, 3).double(),))]
 
 
 class _Silent(nn.Module):
@@ -32,8 +33,15 @@ def _find(changes):
     return find
 
 
-def _model():
-    return nn.Sequential(*(nn.Dropout() for _ in range(4))).double().eval()
+def _model(layers=4):
+    return nn.Sequential(*(nn.Dropout() for _ in range(layers))).double().eval()
+
+
+def _apply(find, layers=4, where=None):
+    model = _model(layers)
+    expected = [example.run(model) for example in _EXAMPLES]
+    network = Network(model, _EXAMPLES, expected, lambda: _model(layers), where)
+    return network, *apply_changes(network, find)
 
 
 @pytest.mark.parametrize(
@@ -49,14 +57,48 @@ def _model():
 )
 def test_only_the_bad_change_is_undone(bad, why):
     changes = [_sets("0", nn.Identity), _sets("1", bad), _sets("3", nn.Identity)]
-    model, done, refused = apply_changes(_model(), _CHECKS, _find(changes))
-    kinds = [type(m) for m in model]
+    network, done, refused = _apply(_find(changes))
+    kinds = [type(m) for m in network.model]
     assert kinds[0] is kinds[3] is nn.Identity
     assert kinds[2] is nn.Dropout
     assert (kinds[1] is nn.Dropout) == (why is not None)
     assert {step.name for step in done} == ({"0", "3"} if why else {"0", "1", "3"})
     assert set(refused) == ({"1"} if why else set())
     assert why is None or why in refused["1"]
+
+
+def test_one_bad_change_among_many_is_found_in_few_rounds():
+    rounds = []
+    changes = [_sets(str(i), nn.Tanh if i == 37 else nn.Identity) for i in range(64)]
+
+    def find(model, flow, refused):
+        rounds.append(len(refused))
+        return _find(changes)(model, flow, refused)
+
+    network, done, refused = _apply(find, layers=64)
+    assert set(refused) == {"37"}
+    assert len(done) == 63
+    assert [i for i, m in enumerate(network.model) if isinstance(m, nn.Dropout)] == [37]
+    assert len(rounds) < 20
+
+
+def test_only_the_selected_modules_are_touched():
+    def change(name):
+        def make(model):
+            model[int(name)] = nn.Identity()
+            return model, ""
+
+        return lambda model: Change(name, frozenset((model[int(name)],)), make)
+
+    def find(model, flow, refused):
+        del flow
+        left = [n for n, m in model.named_children() if isinstance(m, nn.Dropout)]
+        return [change(n)(model) for n in left if n not in refused]
+
+    network, done, refused = _apply(find, where=lambda name, _: name in "13")
+    assert [type(m) for m in network.model] == 2 * [nn.Dropout, nn.Identity]
+    assert {step.name for step in done} == {"1", "3"}
+    assert refused == dict.fromkeys("02", "it is outside of the part to fold")
 
 
 def test_refused_changes_may_be_proposed_in_another_way():
@@ -68,10 +110,10 @@ def test_refused_changes_may_be_proposed_in_another_way():
             return [_sets("0", nn.Identity)]
         return [Change("first way", frozenset(), _refuse)]
 
-    model, done, refused = apply_changes(_model(), _CHECKS, find)
+    network, done, refused = _apply(find)
     assert [step.name for step in done] == ["0"]
     assert refused == {"first way": "not so"}
-    assert isinstance(model[0], nn.Identity)
+    assert isinstance(network.model[0], nn.Identity)
 
 
 def _refuse(_):
@@ -95,6 +137,6 @@ def test_changes_that_touch_the_same_wait_for_the_next_round():
         seen.append(left)
         return [slow(n, {str(i) for i in range(int(n))}) for n in left]
 
-    _, done, _ = apply_changes(_model(), _CHECKS, find)
+    _, done, _ = _apply(find)
     assert [step.name for step in done] == ["0", "1", "2", "3"]
     assert len(seen) == 5

@@ -108,10 +108,10 @@ def test_fold__refuses_training_mode():
 def test_fold__refuses_a_wrong_fold(monkeypatch, error):
     right = fold_module.fold_scales
 
-    def wrong(model, inputs):
-        folded, *steps = right(model, inputs)
-        folded[0].weight.data *= 1 + error
-        return folded, *steps
+    def wrong(network):
+        steps = right(network)
+        network.model[0].weight.data *= 1 + error
+        return steps
 
     monkeypatch.setattr(fold_module, "fold_scales", wrong)
     with pytest.raises(ValueError, match="its output changes by"):

@@ -22,7 +22,8 @@ class OperationNames(TorchDispatchMode):
     """Lists the names of the operations that run, apart from casts.
 
     Attributes:
-        names: the names, the same for all kernels of one operation.
+        names: the name, the same for all kernels of one operation, and the number of tensors of
+            each operation.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,8 @@ class OperationNames(TorchDispatchMode):
         del types
         if func.overloadpacket is not torch.ops.aten._to_copy:
             name = str(func.overloadpacket)
-            self.names.append(next((kernel for kernel in _KERNELS if kernel in name), name))
+            name = next((kernel for kernel in _KERNELS if kernel in name), name)
+            self.names.append(f"{name} of {sum(isinstance(a, Tensor) for a in args)}")
         return func(*args, **(kwargs or {}))
 
 

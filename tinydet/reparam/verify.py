@@ -54,7 +54,7 @@ def difference(a: Any, b: Any) -> OutputDifference:
 
     Returns:
         The difference; infinite where either side has a value that is not finite, unless both are
-        the same infinity.
+        minus infinity.
 
     Raises:
         ValueError: the two differ in number of tensors or in a shape.
@@ -69,7 +69,7 @@ def difference(a: Any, b: Any) -> OutputDifference:
         if x.numel() == 0:
             continue
         x, y = x.detach().double(), y.detach().double().to(x.device)
-        masked = x.isinf() & (x == y)  # As where attention is masked.
+        masked = (x == -math.inf) & (x == y)  # As where attention is masked.
         x, y = x.masked_fill(masked, 0.0), y.masked_fill(masked, 0.0)
         max_abs = (x - y).abs().max().item()
         if not math.isfinite(max_abs):
