@@ -122,12 +122,16 @@ def apply_changes(network: Network, find: Finder) -> tuple[list[Step], dict[str,
     refused: dict[str, str] = {}
     most = sys.maxsize  # changes in a round
     while True:
-        model, snapshot, known = network.model, Snapshot(network.model), len(refused)
+        model, known = network.model, len(refused)
+        proposed = [c for c in find(model, network.flow, refused) if c.name not in refused]
+        if not proposed:
+            return done, refused
+        snapshot = Snapshot(model)
         names = {module: name for name, module in model.named_modules()}
         last: list[Step] = []
         taken: set[nn.Module] = set()
-        for change in find(model, network.flow, refused):
-            if change.name in refused or change.touches & taken or len(last) >= most:
+        for change in proposed:
+            if change.touches & taken or len(last) >= most:
                 continue
             if not network.may_touch(change.touches, names):
                 refused[change.name] = "it is outside of the part to fold"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -97,9 +98,9 @@ def choose_examples(
     else:
         output = base.run(original)
     examples, outputs = [base], [output]
-    for other in base.of_other_sizes():
-        output = _output(original, other)
-        if output is not None:
+    for sizes in base.of_other_sizes():
+        tried = ((other, _output(original, other)) for other in sizes)
+        for other, output in itertools.islice((x for x in tried if x[1] is not None), 1):
             examples.append(other)
             outputs.append(output)
     more = [given[0].in_float64()] if not names else []

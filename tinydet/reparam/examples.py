@@ -16,9 +16,12 @@ ExampleInput = Tensor | tuple[Any, ...] | dict[str, Any]
 
 # A map of 2x2 cells at stride 32 is the smallest that still tells a place from a channel.
 _SMALL_SIDES = (64, 96, 128)
-# Added to each spatial size: odd where the example is even, larger, and smaller; the sizes of the
-# axes change differently, so that no shape is square by accident.
-_OTHER_SIZES = ((1, 3, 5), (32, 16, 8), (-29, -31, -3))
+# Smaller and larger sizes, odd and even, not square; then those that networks with a fixed stride
+# take. Each is a function of the number of the axis and its size.
+_OTHER_SIZES: tuple[tuple[Callable[[int, int], int], ...], ...] = (
+    (lambda axis, n: (n // 2 | 1) + 2 * axis, lambda _, n: n // 2),
+    (lambda axis, n: n + 32 - 15 * (axis % 2), lambda axis, n: n + 32 * (axis + 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,15 @@ class Example:
                 return
             yield small
 
-    def of_other_sizes(self) -> Iterator[Example]:
-        """Yield random inputs of odd, larger and smaller sizes, some with one more image."""
-        for number, change in enumerate(_OTHER_SIZES):
-            yield self.resized(
-                lambda i, n, change=change: n + change[min(i, 2)],  # type: ignore[misc]
-                more_images=int(number == 0),
-            )
+    def of_other_sizes(self) -> list[list[Example]]:
+        """Return random inputs of smaller, then of larger sizes; of each the first that fits.
+
+        The smaller ones have one more image.
+        """
+        return [
+            [self.resized(resize, more_images=1 - number) for resize in sizes]
+            for number, sizes in enumerate(_OTHER_SIZES)
+        ]
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Return the shape of each tensor."""
