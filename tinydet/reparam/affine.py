@@ -11,7 +11,7 @@ test_aten_tables.py compares the names with those that torch runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 
@@ -67,7 +67,18 @@ def is_affine(op: Op, data: Set[Value]) -> bool:
         return sum(varying[1:]) <= 1
     if op.name == "aten.native_batch_norm":
         return not any(varying[1:]) and op.args[5] is False
-    return False
+    return op.name == "aten._native_batch_norm_legit_no_training" and not any(varying[1:])
+
+
+def sums_a_stack(op: Op, flow: DataFlow) -> bool:
+    """Return whether an operation adds or averages the tensors that `torch.stack` joined."""
+    if op.name not in ("aten.sum", "aten.mean") or op.kwargs or len(op.args) != 2:
+        return False
+    stack = flow.producer(op.inputs[0].value)
+    if stack is None or stack.name != "aten.stack" or stack.outputs != op.inputs:
+        return False
+    ndim, axis = len(stack.outputs[0].shape), stack.args[1] if len(stack.args) > 1 else 0
+    return [a % ndim for a in op.args[1] or ()] == [axis % ndim]
 
 
 def crops(ops: Iterable[Op], data: Set[Value], out: View) -> bool:
@@ -134,14 +145,18 @@ def reach(op: Op) -> int:
     if op.name == "aten.convolution":
         weight, padding, dilation = op.args[1], op.args[4], op.args[5]
         kernel = weight.shape[2:]
-        return max(
-            (d * (k - 1) + p for k, p, d in zip(kernel, padding, dilation, strict=True)), default=0
-        )
+        sizes = zip(kernel, *(each_axis(n, len(kernel)) for n in (padding, dilation)), strict=True)
+        return max((d * (k - 1) + p for k, p, d in sizes), default=0)
     if op.name.startswith("aten.avg_pool"):
         return max(op.args[1]) + max(op.args[3] if len(op.args) > 3 else [0])
     if op.name == "aten.constant_pad_nd":
         return max(abs(p) for p in op.args[1])
     return 0
+
+
+def each_axis(numbers: Sequence[int], axes: int) -> list[int]:
+    """Return one number for each axis; torch accepts a single one for all of them."""
+    return [*numbers] * (axes if len(numbers) == 1 else 1)
 
 
 def stride(op: Op) -> int:
@@ -165,7 +180,10 @@ def branch_sums(flow: DataFlow) -> list[Op]:
     # A position table that the network creates itself is a source like its input.
     for data in (flow.depends_on_input(), flow.depends_on_input(or_created=True)):
         for op in flow.ops:
-            if op.name in _SUMS and len(op.varying(data)) == 2:
+            joined = flow.producer(op.inputs[0].value) if sums_a_stack(op, flow) else None
+            if (op.name in _SUMS and len(op.varying(data)) == 2) or (
+                joined is not None and len(joined.varying(data)) > 1
+            ):
                 between = _back_to_one_source(flow, op, data, order)
                 if any(is_layer(o, data) for o in between):
                     found[id(op)] = op
@@ -182,7 +200,8 @@ def _back_to_one_source(
     while op is not None:
         varying = op.varying(data)
         # A value repeated along an axis, such as an attention bias, is not a convolution.
-        if not is_affine(op, data) or any(view.repeats for view in varying):
+        affine = is_affine(op, data) or sums_a_stack(op, flow)
+        if not affine or any(view.repeats for view in varying):
             return []
         inside.append(op)
         frontier |= {view.value for view in varying}

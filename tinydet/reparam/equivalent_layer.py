@@ -3,12 +3,14 @@
 A function that is affine and shift-invariant is a convolution whose kernel is the function's
 impulse response. It does not matter how the module computes it: parallel branches of any kernel
 size, dilation and number of groups, identities, norms, pools, constant factors, layers in series.
-The bias is the response to zeros, the kernel the response to unit impulses. The resulting layer is
-compared with the module on random inputs of several sizes, including tiny ones, where borders
-matter most.
+The bias is the response to zeros, the kernel the response to unit impulses. This is slow but needs
+no rule for any operation; `kernel_algebra.py` has rules for the usual ones.
 
-The taps of the kernel are determined on a copy of the module with random weights, so the shape of
-the layer depends on the structure only: two trained networks of one structure fold alike.
+However it was found, the layer is compared with the module on random inputs of several sizes,
+including tiny ones, where borders matter most.
+
+The taps of the kernel are determined with random weights, so the shape of the layer depends on
+the structure only: two trained networks of one structure fold alike.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from tinydet.reparam.verify import difference
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Far above the rounding of sums of some thousand terms in float64, far below a wrong tap.
 _TOLERANCE = 1e-9
-_NO_TAP = 1e-12
+NO_TAP = 1e-12
 # Float64 convolutions unfold their whole batch: these bounds keep that to some hundred MiB.
-_CHUNK = 2**20  # most numbers in a batch of impulses
+_CHUNK = 2**24  # most numbers in an unfolded batch of impulses
 _LARGEST = 2**23  # most numbers in one probing input
 _PROBES = 2**26  # most numbers in all probing inputs that find the taps
+_WORK = 2**32  # most multiply-adds of an input that is compared in addition to the small ones
 
 
 class NotAConvolutionError(ValueError):
@@ -117,7 +120,8 @@ def find_geometry(
     """
     generic = randomised(copy.deepcopy(module))
     # A random mixture of all channels is enough to see every tap and to test shift invariance.
-    mixed = _Mixed(generic, torch.rand(in_channels, generator=_generator()).double() + 0.5)
+    mixtures_of_channels = mixtures(in_channels, max(groups))
+    mixed = _Mixed(generic, mixtures_of_channels[0])
     if axes == 0:
         zero = _response_to_zeros(mixed, (1, 1))
         shape = Geometry(1, zero.shape[1], bool(zero.abs().max() > 0))
@@ -129,7 +133,11 @@ def find_geometry(
         # Checked first: the kernel may be huge.
         raise NotAConvolutionError(f"as {cheapest} it costs more")
     equivalent_layer(mixed, shape)
-    count = next((g for g in groups if _keeps_groups_apart(generic, in_channels, shape, g)), 1)
+    if max(groups) == 1:
+        return replace(shape, in_channels=in_channels)
+    with torch.no_grad():
+        responses, _ = _impulse_response(generic, shape, mixtures_of_channels)
+    count = next((g for g in groups if keeps_groups_apart(responses, max(groups), g)), 1)
     return replace(shape, in_channels=in_channels, groups=count)
 
 
@@ -158,14 +166,30 @@ def equivalent_layer(module: nn.Module, geometry: Geometry) -> nn.Module:
     Raises:
         NotAConvolutionError: the two differ.
     """
-    layer = geometry.build()
     columns = geometry.in_channels // geometry.groups
     # One input channel of each group at once: no output sees two of them.
     rows = torch.eye(columns, dtype=torch.float64).repeat(1, geometry.groups)  # (columns, C_in)
     response, zero = _impulse_response(module, geometry, rows)
-    layer.weight.copy_(response.transpose(0, 1))  # (C_out, C_in / groups, *kernel)
+    return checked_layer(module, geometry, response.transpose(0, 1), zero)
+
+
+@torch.no_grad()
+def checked_layer(module: nn.Module, geometry: Geometry, weight: Tensor, bias: Tensor) -> nn.Module:
+    """Return a layer of given weights after comparing it with a module.
+
+    Args:
+        module: as in `find_geometry`.
+        geometry: the shape of the layer.
+        weight: (C_out, C_in / groups, *kernel).
+        bias: (C_out,), unused if the geometry has none.
+
+    Raises:
+        NotAConvolutionError: the two differ.
+    """
+    layer = geometry.build()
+    layer.weight.copy_(weight)
     if layer.bias is not None:
-        layer.bias.copy_(zero)
+        layer.bias.copy_(bias)
     _check(module, layer, geometry)
     return layer
 
@@ -190,7 +214,11 @@ def _impulse_response(module: nn.Module, geometry: Geometry, rows: Tensor) -> tu
     size = [2 * m + s for m, (_, s, _, _) in zip(margin, g, strict=True)]
     zero = module(torch.zeros(1, rows.shape[1], *size, dtype=torch.float64))
     middle = tuple(n // 2 for n in zero.shape[2:])
-    chunk = max(1, _CHUNK // (math.prod(size) * max(rows.shape[1], geometry.out_channels)))
+    unfolded = math.prod(size) * max(
+        math.prod(geometry.kernel_size) * geometry.in_channels // geometry.groups,
+        *(rows.shape[1], geometry.out_channels),
+    )
+    chunk = max(1, _CHUNK // unfolded)
     for phase in itertools.product(*(range(s) for _, s, _, _ in g)):
         at = tuple(m + f for m, f in zip(margin, phase, strict=True))
         # Output o looks at the inputs s o - p + d k for k = 0 .. kernel_size - 1.
@@ -216,21 +244,32 @@ def _impulse_response(module: nn.Module, geometry: Geometry, rows: Tensor) -> tu
     return response, zero[(0, slice(None), *middle)]
 
 
-def _keeps_groups_apart(generic: nn.Module, channels: int, geometry: Geometry, groups: int) -> bool:
-    """Whether no group of input channels affects another group's output channels."""
-    if groups == 1:
-        return True
-    if channels % groups or geometry.out_channels % groups:
-        return False
-    # Any two groups differ in a bit of their number: excite those with the bit, then the others.
-    bits = range((groups - 1).bit_length())
-    member = torch.arange(groups)
-    excited = torch.stack([(member >> bit) % 2 == side for bit in bits for side in (0, 1)])
-    rows = excited.repeat_interleave(channels // groups, dim=1).double()  # (R, C_in)
-    with torch.no_grad():
-        response, _ = _impulse_response(generic, geometry, rows)
-    silent = ~excited.repeat_interleave(geometry.out_channels // groups, dim=1)  # (R, C_out)
-    return bool(response[silent].abs().max() <= _NO_TAP * response.abs().max())
+def mixtures(channels: int, groups: int) -> Tensor:
+    """Return two (2, C) mixtures of channels; the second has another factor for each group."""
+    mixture = torch.rand(channels, generator=seeded(0), dtype=torch.float64) + 0.5
+    return torch.stack([mixture, mixture * _factors(channels, groups)])
+
+
+def keeps_groups_apart(responses: Tensor, of: int, groups: int) -> bool:
+    """Return whether no group of input channels affects another group's output channels.
+
+    Then each output channel sees the factor of its own group only. With random weights, it cannot
+    look so otherwise.
+
+    Args:
+        responses: (2, C_out, *taps), the responses to `mixtures(C_in, of)`.
+        of: the number of groups of which each has its factor.
+        groups: the number of groups that is asked for, `of` or 1.
+    """
+    first, second = responses
+    if groups == 1 or len(first) % of:
+        return groups == 1
+    factors = _factors(len(first), of).view(-1, *[1] * (first.ndim - 1))
+    return bool((second - factors * first).abs().max() <= NO_TAP * responses.abs().max())
+
+
+def _factors(channels: int, groups: int) -> Tensor:
+    return torch.linspace(1, 2, groups, dtype=torch.float64).repeat_interleave(channels // groups)
 
 
 def _probe_size(reach: int, stride: int) -> int:
@@ -257,7 +296,7 @@ def _spatial_shape(mixed: _Mixed, axes: int, reach: int, stride: int) -> Geometr
     steps = tuple(stride // g for g in growth)
     offsets: list[set[int]] = [set() for _ in range(axes)]
     phases = list(itertools.product(*(range(s) for s in steps)))
-    chunk = max(1, _CHUNK // (mixed.mixture.numel() * size**axes))
+    chunk = max(1, _CHUNK // (mixed.mixture.numel() * size ** (2 * axes)))
     responses = []
     for start in range(0, len(phases), chunk):
         chosen = phases[start : start + chunk]
@@ -266,20 +305,38 @@ def _spatial_shape(mixed: _Mixed, axes: int, reach: int, stride: int) -> Geometr
             x[(row, 0, *(reach + f for f in phase))] = 1.0
         responses.append((mixed(x) - zero).abs().amax(1))
     weights = torch.cat(responses)  # (phases, *out)
-    for row, *place in (weights > _NO_TAP * weights.max()).nonzero().tolist():
+    for row, *place in (weights > NO_TAP * weights.max()).nonzero().tolist():
         for found, f, s, o in zip(offsets, phases[row], steps, place, strict=True):
             found.add(reach + f - s * o)
     taps = [sorted(found) for found in offsets]
-    if not all(taps) or any(t[0] > 0 for t in taps):
+    return as_geometry(taps, steps, 1, zero.shape[1], bool(zero.abs().max() > 0))
+
+
+def as_geometry(
+    offsets: list[list[int]], stride: tuple[int, ...], c_in: int, c_out: int, bias: bool
+) -> Geometry:
+    """Return the smallest kernel that has the given taps.
+
+    Args:
+        offsets: the positions that output 0 reads, in order, along each axis.
+        stride: input steps per output step, along each axis.
+        c_in: channels of the input.
+        c_out: channels of the output.
+        bias: whether the layer has a bias.
+
+    Raises:
+        NotAConvolutionError: the kernel does not begin at or before the first input.
+    """
+    if not all(offsets) or any(t[0] > 0 for t in offsets):
         raise NotAConvolutionError("its output does not lie over its input as a convolution's")
-    dilation = tuple(math.gcd(*(b - a for a, b in itertools.pairwise(t))) or 1 for t in taps)
+    dilation = tuple(math.gcd(*(b - a for a, b in itertools.pairwise(t))) or 1 for t in offsets)
     return Geometry(
-        in_channels=1,
-        out_channels=zero.shape[1],
-        bias=bool(zero.abs().max() > 0),
-        kernel_size=tuple((t[-1] - t[0]) // d + 1 for t, d in zip(taps, dilation, strict=True)),
-        stride=steps,
-        padding=tuple(-t[0] for t in taps),
+        in_channels=c_in,
+        out_channels=c_out,
+        bias=bias,
+        kernel_size=tuple((t[-1] - t[0]) // d + 1 for t, d in zip(offsets, dilation, strict=True)),
+        stride=stride,
+        padding=tuple(-t[0] for t in offsets),
         dilation=dilation,
     )
 
@@ -289,27 +346,21 @@ def _response_to_zeros(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
         return module(torch.zeros(shape, dtype=torch.float64))
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def seeded(seed: int) -> torch.Generator:
+    """Return a generator of random numbers."""
+    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()
 def _check(module: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
     """Compare both on random inputs, from a single pixel to more than the kernel covers."""
-    generator = torch.Generator().manual_seed(1)
-    spans = [d * (k - 1) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
-    steps = geometry.stride
-    sizes = [
-        tuple(1 + i for i in range(len(spans))),
-        tuple(span // 2 + 2 for span in spans),
-        tuple(span + s * (3 + i) for i, (span, s) in enumerate(zip(spans, steps, strict=True))),
-        tuple(
-            2 * span + s * 5 + 1 - i for i, (span, s) in enumerate(zip(spans, steps, strict=True))
-        ),
-    ]
+    generator = seeded(1)
     compared = 0
-    for size in dict.fromkeys(sizes):
-        x = torch.randn(2, geometry.in_channels, *size, generator=generator, dtype=torch.float64)
+    for i, (size, needed) in enumerate(_check_sizes(geometry)):
+        if compared and not needed and _work(geometry, size) > _WORK:
+            continue
+        shape = (1 + i % 3, geometry.in_channels, *size)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
         try:
             expected = module(x.clone())
         except RuntimeError:
@@ -328,14 +379,53 @@ def _check(module: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
         raise NotAConvolutionError("it takes no input of the sizes it was tried on")
 
 
+def _check_sizes(geometry: Geometry) -> list[tuple[tuple[int, ...], bool]]:
+    """Return input sizes, and whether each must be compared even if that takes long.
+
+    Each axis gets odd and even sizes, and all remainders of the stride. From `whole` on, all taps
+    are used.
+    """
+    axes = list(
+        zip(geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    )
+    spans = [d * (k - 1) for k, _, _, d in axes]
+    whole = [max(1, span - p + 1) for span, (_, _, p, _) in zip(spans, axes, strict=True)]
+    steps = geometry.stride
+    phases = min(max(2, *steps), 8) if steps else 2
+    small = [tuple(n + i for i in range(len(axes))) for n in (1, 2, 3)]
+    covering = [tuple(n + j + i for i, n in enumerate(whole)) for j in range(phases)]
+    larger = [
+        tuple(span + s * (3 + i) for i, (span, s) in enumerate(zip(spans, steps, strict=True))),
+        tuple(
+            2 * span + s * 5 + 1 - i for i, (span, s) in enumerate(zip(spans, steps, strict=True))
+        ),
+    ]
+    needed = {*small, covering[0]}
+    sizes = dict.fromkeys([*small, *covering, *larger]) if axes else [()] * 3
+    return [(size, size in needed) for size in sizes]
+
+
+def _work(geometry: Geometry, size: tuple[int, ...]) -> int:
+    """Return the work of one layer in multiply-adds.
+
+    To unfold a number of the input takes as long as some multiply-adds of a matrix product.
+    """
+    unfolded = math.prod(size) * math.prod(geometry.kernel_size) * geometry.in_channels
+    return unfolded * (64 + geometry.out_channels // geometry.groups)
+
+
 def randomised(module: nn.Module) -> nn.Module:
     """Fill a module's weights and statistics, in place, with random numbers of order one."""
-    generator = _generator()
+    generator = seeded(0)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
-                # Positive, as variances must be, and away from zero.
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-        for parameter in module.parameters():
-            parameter.mul_(torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1)
+                signed = isinstance(tensor, nn.Parameter)
+                tensor.copy_(random_like(tensor, signed, generator))
     return module
+
+
+def random_like(tensor: Tensor, signed: bool, generator: torch.Generator) -> Tensor:
+    """Return random numbers of order one; if not signed positive, as variances must be."""
+    made = torch.empty_like(tensor).uniform_(-1, 1, generator=generator)
+    return made.add_(made.sign(), alpha=0.5) if signed else made.abs_().add_(0.5)

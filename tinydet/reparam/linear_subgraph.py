@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tinydet.reparam import affine
-from tinydet.reparam.dataflow import Op, Value
+from tinydet.reparam.dataflow import DataFlow, Op, Value
 from tinydet.reparam.equivalent_layer import NotAConvolutionError
 from tinydet.reparam.fx_graph import erase_unused
 from tinydet.reparam.module_swap import has_hooks
@@ -35,10 +35,17 @@ class LinearSubgraph:
 
 
 def linear_subgraphs(
-    graph: fx.GraphModule, last: fx.Node, data: set[Value]
+    graph: fx.GraphModule, last: fx.Node, flow: DataFlow, data: set[Value]
 ) -> list[LinearSubgraph]:
-    """Return the linear subgraphs worth merging that end in a node, small ones first."""
-    if not _is_affine_node(graph, last, data):
+    """Return the linear subgraphs worth merging that end in a node, small ones first.
+
+    Args:
+        graph: the module, as `observe_nodes` ran it.
+        last: the node.
+        flow: the data flow observed then.
+        data: values that depend on the input.
+    """
+    if not _is_affine_node(graph, last, flow, data):
         return []
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     inside, found = {last}, []
@@ -54,7 +61,8 @@ def linear_subgraphs(
             return found
         # Visited in this order, all users of a node come before it; they must be inside.
         latest = max(frontier, key=order.__getitem__)
-        if not _is_affine_node(graph, latest, data) or not _used_only_in(latest, inside, data):
+        affine_node = _is_affine_node(graph, latest, flow, data)
+        if not affine_node or not _used_only_in(latest, inside, data):
             return found
         inside.add(latest)
 
@@ -63,10 +71,18 @@ def _is_worth_merging(subgraph: LinearSubgraph, data: set[Value]) -> bool:
     products = sum(affine.is_product(op) for op in subgraph.ops)
     joins = any(len(_varying_inputs(node, data)) > 1 for node in subgraph.nodes)
     busy = sum(bool(node.meta["ops"]) for node in subgraph.nodes)
-    return busy > 1 and (products > 1 or (joins and products == 1))
+    linked = products > 1 or (joins and products == 1)
+    return busy > 1 and linked and not _writes_outside(subgraph)
 
 
-def _is_affine_node(graph: fx.GraphModule, node: fx.Node, data: set[Value]) -> bool:
+def _writes_outside(subgraph: LinearSubgraph) -> bool:
+    """Whether the subgraph changes memory that it did not create."""
+    given = {i for node in subgraph.nodes for i in node.all_input_nodes} - {*subgraph.nodes}
+    outside = {view.storage for node in given for view in node.meta["views"]}
+    return any(writes(op, outside) for op in subgraph.ops)
+
+
+def _is_affine_node(graph: fx.GraphModule, node: fx.Node, flow: DataFlow, data: set[Value]) -> bool:
     if node.op in ("placeholder", "output") or len(node.meta["views"]) != 1:
         return False
     if not _varies(node, data):
@@ -75,12 +91,8 @@ def _is_affine_node(graph: fx.GraphModule, node: fx.Node, data: set[Value]) -> b
         module = graph.get_submodule(str(node.target))
         if any(has_hooks(m) for m in module.modules()):
             return False
-    given = {view.storage for i in node.all_input_nodes for view in i.meta["views"]}
-    return all(
-        affine.is_affine(op, data) and not writes(op, given)
-        for op in node.meta["ops"]
-        if op.varying(data)
-    )
+    varying = [op for op in node.meta["ops"] if op.varying(data)]
+    return all(affine.is_affine(op, data) or affine.sums_a_stack(op, flow) for op in varying)
 
 
 def writes(op: Op, memory: set[int]) -> bool:

@@ -16,6 +16,7 @@ from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, observe
 from tinydet.reparam.equivalent_layer import (
     Geometry,
     NotAConvolutionError,
+    checked_layer,
     equivalent_layer,
     find_geometry,
 )
@@ -27,6 +28,7 @@ from tinydet.reparam.fx_graph import (
     observe_nodes,
     trace,
 )
+from tinydet.reparam.kernel_algebra import LinearMap, NotSupportedError, weights_of
 from tinydet.reparam.linear_subgraph import (
     extract_subgraph,
     linear_subgraphs,
@@ -128,11 +130,12 @@ def _merge_module(
         data = flow.depends_on_input()
         varying = [op for op in flow.ops if op.varying(data)]
         given = {view.storage for view in flow.inputs}
-        if any(not affine.is_affine(op, data) or writes(op, given) for op in varying):
+        linear = (affine.is_affine(op, data) or affine.sums_a_stack(op, flow) for op in varying)
+        if not all(linear) or any(writes(op, given) for op in varying):
             raise NotAConvolutionError("it is not linear")
         if affine.crops(flow.ops, data, flow.outputs[0]):
             raise NotAConvolutionError("it reads a fixed part of its input")
-        layer, geometry = _one_layer(module, flow.ops, flow.inputs[0], flow.outputs[0])
+        layer, geometry = _one_layer(module, flow, flow.ops, flow.inputs[0], flow.outputs[0])
     return as_replacement(layer, module), [str(geometry)]
 
 
@@ -169,15 +172,14 @@ def _merge_one(graph: fx.GraphModule, args: Any, tried: set[str], reasons: list[
     for last in reversed(graph.graph.nodes):
         if last.name in tried:
             continue
-        for found in reversed(linear_subgraphs(graph, last, data)):
+        for found in reversed(linear_subgraphs(graph, last, flow, data)):
             tried.add(last.name)
             source, out = (node.meta["views"][0] for node in (found.source, last))
             try:
                 if affine.crops(found.ops, data, out):
                     raise NotAConvolutionError("it reads a fixed part of its input")
-                layer, geometry = _one_layer(
-                    extract_subgraph(graph, found, data), found.ops, source, out
-                )
+                part = extract_subgraph(graph, found, data)
+                layer, geometry = _one_layer(part, flow, found.ops, source, out)
             except NotAConvolutionError as error:
                 reasons.append(str(error))
                 continue
@@ -205,7 +207,7 @@ def merge_series(network: Network) -> list[Step]:
             Change(
                 f"{first.name} and {second.name}",
                 frozenset((first.module, second.module)),
-                partial(_merge_pair, first, second),
+                partial(_merge_pair, flow, first, second),
             )
             for first, second in _series(flow)
         ]
@@ -214,12 +216,13 @@ def merge_series(network: Network) -> list[Step]:
     return done
 
 
-def _merge_pair(first: Call, second: Call, model: nn.Module) -> Any:
+def _merge_pair(flow: DataFlow, first: Call, second: Call, model: nn.Module) -> Any:
     """Merge two layers of a network (a `Change.make`)."""
     pair = nn.Sequential(first.module, second.module)
     ops = [*first.ops, *second.ops]
     try:
-        layer, geometry = _one_layer(pair, ops, first.inputs[0], second.outputs[0], cheaper=True)
+        source, out = first.inputs[0], second.outputs[0]
+        layer, geometry = _one_layer(pair, flow, ops, source, out, cheaper=True)
     except NotAConvolutionError as error:
         raise RefusedError(str(error)) from error
     replace_module(model, first.module, layer)
@@ -254,12 +257,13 @@ def _is_independent(flow: DataFlow, call: Call) -> bool:
 
 
 def _one_layer(
-    module: nn.Module, ops: list[Op], source: View, out: View, cheaper: bool = False
+    module: nn.Module, flow: DataFlow, ops: list[Op], source: View, out: View, cheaper: bool = False
 ) -> tuple[nn.Module, Geometry]:
     """Return the layer that is equivalent to a module.
 
     Args:
         module: takes the source and returns the output.
+        flow: a forward pass that contains the module's.
         ops: the operations that run in it.
         source: its observed input.
         out: its observed output.
@@ -275,21 +279,20 @@ def _one_layer(
         raise NotAConvolutionError("its input has no batch axis")
     if not axes:
         module = _Rows(module, len(source.shape) - 2)
-    groups = math.gcd(*(_groups(op) for op in products))
-    reach, stride = _extent(ops, source)
-    channels = source.shape[1] if axes else source.shape[-1]
+    gcd = math.gcd(*(_groups(op) for op in products))
+    groups = sorted({gcd, 1}, reverse=True)
     positions = math.prod(out.shape) // (out.shape[1] if axes else out.shape[-1])
     before = affine.multiply_adds(ops)
+    linear = LinearMap(flow.ops, flow.depends_on_input(), source, out, axes, weights_of(module))
+    by_rules = True
     try:
-        geometry = find_geometry(
-            module,
-            channels,
-            axes,
-            sorted({groups, 1})[::-1],
-            reach,
-            stride,
-            most=before / positions,
-        )
+        try:
+            geometry = linear.geometry(groups)
+        except NotSupportedError:
+            by_rules = False
+            reach, stride = _extent(ops, source)
+            most = before / positions
+            geometry = find_geometry(module, linear.channels, axes, groups, reach, stride, most)
     except (RuntimeError, IndexError, TypeError) as error:
         raise NotAConvolutionError(f"it does not run alone ({type(error).__name__})") from error
     after = geometry.multiply_adds(positions)
@@ -297,7 +300,10 @@ def _one_layer(
     fewer = after < before or geometry.multiply_adds(1) < weights
     if after > before or (cheaper and not fewer):
         raise NotAConvolutionError(f"as {geometry} it costs more")
-    layer = equivalent_layer(module, geometry)
+    if by_rules:
+        layer = checked_layer(module, geometry, *linear.weight_and_bias(geometry))
+    else:
+        layer = equivalent_layer(module, geometry)
     trained = [parameter.requires_grad for parameter in module.parameters()]
     return layer.requires_grad_(any(trained) or not trained), geometry
 
