@@ -118,6 +118,7 @@ class DataFlow:
         inputs: the network's input tensors.
         outputs: the tensors the network returned.
         returned: the network's output itself.
+        buffers: addresses of the memory of the network's buffers.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -125,6 +126,7 @@ class DataFlow:
     inputs: tuple[View, ...] = ()
     outputs: tuple[View, ...] = ()
     returned: Any = None
+    buffers: frozenset[int] = frozenset()
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Return the calls of one module, in order."""
@@ -152,6 +154,17 @@ class DataFlow:
         Args:
             or_created: also those computed from tensors that the network creates, such as zeros.
         """
+        return self._created_values if or_created else self._input_values
+
+    @cached_property
+    def _input_values(self) -> set[Value]:
+        return self._computed_values(or_created=False)
+
+    @cached_property
+    def _created_values(self) -> set[Value]:
+        return self._computed_values(or_created=True)
+
+    def _computed_values(self, or_created: bool) -> set[Value]:
         found = {view.value for view in self.inputs}
         for op in self.ops:
             if or_created and (not op.inputs or op.name in SIZE_ONLY):
@@ -295,6 +308,7 @@ def observe(
         recorder.flow.inputs = recorder.views(inputs)
         recorder.flow.returned = model(*inputs)
         recorder.flow.outputs = recorder.views(recorder.flow.returned)
+    recorder.flow.buffers = frozenset(storage_of(buffer) for buffer in model.buffers())
     return recorder.flow
 
 

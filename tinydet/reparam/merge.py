@@ -55,7 +55,7 @@ def merge_branches(
         The network (another object if its own code was changed), what was merged, and the branches
         that remain with the reason.
     """
-    left: set[str] = set()
+    left: list[str] = []
 
     def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
         left.clear()
@@ -63,7 +63,7 @@ def merge_branches(
         for op in affine.branch_sums(flow):
             # If the branches start outside of the module that adds them, try its parents.
             scope = next((s for s in _ancestors(op.scope) if s not in refused), None)
-            left.add(op.scope)
+            left.append(op.scope)
             if scope is not None:
                 scopes.add(scope)
         modules = {name: model.get_submodule(name) for name in sorted(scopes, key=_depth)}
