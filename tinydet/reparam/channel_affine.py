@@ -125,7 +125,7 @@ class ChannelAffine:
         read = torch.zeros(1 + max(last_position(here), last_position(other)), dtype=torch.bool)
         read[positions(other)] = True
         beside = read[positions(here)]
-        if (beside & affine.known).any():
+        if (beside & affine.known & (affine.generic != _IDENTITY)).any():
             raise NotFusableError(reason)
         generic = torch.where(beside, _IDENTITY, affine.generic)
         return ChannelAffine(affine.scale, affine.shift, generic)
