@@ -27,7 +27,10 @@ def _split(m, x):
 
 # Norms of disjoint channels; the number of norms that stay.
 _PARTS = {
-    "all parts": (lambda m, x: [n(y) for n, y in zip((m.n0, m.n1, m.n2), _split(m, x))], 0),
+    "all parts": (
+        lambda m, x: [n(y) for n, y in zip((m.n0, m.n1, m.n2), _split(m, x), strict=True)],
+        0,
+    ),
     "others without a norm": (
         lambda m, x: (lambda a, b, c: [m.n0(a), b.relu(), m.n2(c).exp()])(*_split(m, x)),
         0,

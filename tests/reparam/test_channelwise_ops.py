@@ -129,6 +129,13 @@ def test_norm_is_fused_into_the_conv_behind(name, mode, randomise):
     assert len(convs_of(folded)) == 1
 
 
+class _PadsOddSizes(nn.Module):
+    def forward(self, x):
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1, 0, 1))
+        return F.avg_pool2d(x, 2)
+
+
 # What must not be moved across, in neither direction, at any size of the example.
 _NOT_ACROSS = {
     "max pool": lambda x: F.max_pool2d(x, 2),
@@ -140,6 +147,7 @@ _NOT_ACROSS = {
     "pool divided by another number": nn.AvgPool2d(2, divisor_override=3),
     "pool that pads some sizes": AvgPool2dSame(2, 2),
     "pool that pads some sizes, more": AvgPool2dSame(3, 3),
+    "pool that pads odd sizes": _PadsOddSizes(),
     "blur with zeros": BlurPool2d(8, pad_mode="constant").double(),
     "position": lambda x: x + torch.arange(x.shape[3]),
 }

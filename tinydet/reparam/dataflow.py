@@ -11,7 +11,8 @@ paths that this input does not take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -193,6 +194,17 @@ class _Tables:
     readers: dict[Value, list[Op]] = field(default_factory=dict)
     producers: dict[Value, Op] = field(default_factory=dict)
     users: dict[int, list[Op]] = field(default_factory=dict)
+
+
+def named(ops: Iterable[Op]) -> dict[str, Op]:
+    """Give each operation a unique name: what it does, the module whose code it is, a number."""
+    found: dict[str, Op] = {}
+    counts: Counter[str] = Counter()
+    for op in ops:
+        name = f"{op.name.removeprefix('aten.')} in {op.scope or 'the network'}"
+        counts[name] += 1
+        found[f"{name} ({counts[name]})"] = op
+    return found
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from tinydet.reparam.affine import is_affine, is_layer
 from tinydet.reparam.apply_changes import Change, RefusedError
 from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
 from tinydet.reparam.channelwise_ops import FACTORS, SUMS
-from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, storage_of
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, named, storage_of
 from tinydet.reparam.fuse_affine import Fusion, apply_fusions, one_per_layer, producer_fusions
 from tinydet.reparam.fx_graph import (
     NotTraceableError,
@@ -96,15 +95,13 @@ def find_factors(
 def _named_factors(flow: DataFlow) -> dict[str, Op]:
     """Return the multiplications by constants outside of norms, with unique names."""
     data = flow.depends_on_input()
-    found: dict[str, Op] = {}
-    counts: Counter[str] = Counter()
-    for op in flow.ops:
-        in_norm = op.call is not None and is_norm(op.call.module)
-        if op.name in FACTORS and is_factor(op, data) and not in_norm:
-            name = f"{op.name.removeprefix('aten.')} in {op.scope or 'the network'}"
-            counts[name] += 1
-            found[f"{name} ({counts[name]})"] = op
-    return found
+    return named(
+        op
+        for op in flow.ops
+        if op.name in FACTORS
+        and is_factor(op, data)
+        and not (op.call is not None and is_norm(op.call.module))
+    )
 
 
 def is_factor(op: Op, data: set[Value]) -> bool:

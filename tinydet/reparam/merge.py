@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tinydet.reparam import affine
 from tinydet.reparam.apply_changes import Change, RefusedError, apply_changes
-from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, observe
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, named, observe
 from tinydet.reparam.equivalent_layer import (
     Geometry,
     NotAConvolutionError,
@@ -55,15 +55,15 @@ def merge_branches(
         The network (another object if its own code was changed), what was merged, and the branches
         that remain with the reason.
     """
-    left: list[str] = []
+    left: dict[str, Op] = {}
 
     def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
         left.clear()
+        left.update(named(affine.branch_sums(flow)))
         scopes: set[str] = set()
-        for op in affine.branch_sums(flow):
+        for op in left.values():
             # If the branches start outside of the module that adds them, try its parents.
             scope = next((s for s in _ancestors(op.scope) if s not in refused), None)
-            left.append(op.scope)
             if scope is not None:
                 scopes.add(scope)
         modules = {name: model.get_submodule(name) for name in sorted(scopes, key=_depth)}
@@ -77,7 +77,8 @@ def merge_branches(
         ]
 
     model, done, refused = apply_changes(model, checks, find)
-    return model, done, [Step(n, f"branches stay: {refused.get(n)}") for n in sorted(left)]
+    kept = [Step(n, f"branches stay: {refused.get(op.scope)}") for n, op in left.items()]
+    return model, done, kept
 
 
 def _ancestors(scope: str) -> list[str]:
