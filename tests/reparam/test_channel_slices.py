@@ -84,6 +84,12 @@ _PARTS = {
         1,
     ),
     "changed in place together": (lambda m, x: m.n0(m.conv(x).relu_()[:, :2]), 1),
+    "other places than those changed in place": (
+        lambda m, x: (lambda y: (y[:, :2, :2].add_(1), m.n0(y[:, :2, :2]), y[:, :, 2:].relu())[1:])(
+            m.conv(x)
+        ),
+        1,
+    ),
     "written into before": (
         lambda m, x: (lambda y: (y[:, 1:3].mul_(x[:, :2]), m.n0(y[:, :2])))(m.conv(x))[1],
         1,

@@ -121,7 +121,9 @@ def producer_fusions(
     out = next(v for v in outputs if v.value == view.value)
     out = memory_of(copies) if copies else out
     affine = affine.for_view(view, out, forward=False)
-    affine = _apart_from_other_readers(flow, op, out, readers, affine)
+    # What an operation in place leaves as it was, others may read beside `out`.
+    whole = bool(copies) or not op.mutates
+    affine = _apart_from_other_readers(flow, op, out, readers, affine, whole)
     if call is not None and is_output:
         axis = -1 if isinstance(call.module, nn.Linear) else 1
         return [Fusion(call, affine.along(axis), before=False)]
@@ -152,23 +154,34 @@ def producer_fusions(
 
 
 def _apart_from_other_readers(
-    flow: DataFlow, maker: Op, out: View, readers: set[Op], affine: ChannelAffine
+    flow: DataFlow, maker: Op, out: View, readers: set[Op], affine: ChannelAffine, whole: bool
 ) -> ChannelAffine:
     """Return the map that leaves alone what something else reads of an operation's output.
+
+    Args:
+        flow: the observed forward pass.
+        maker: the operation.
+        out: its output.
+        readers: the operations that apply the map.
+        affine: the map.
+        whole: `out` is all of that memory.
 
     Raises:
         NotFusableError: something else reads the same elements, or changes some in place.
     """
     output = f"the output of {_where(maker)}"
-    for other in (v for v in flow.outputs if v.value == out.value):
-        affine = affine.apart_from(out, other, f"{output} is also an output of the network")
+    others = [(v, f"{output} is also an output of the network") for v in flow.outputs]
     for op in flow.readers(out.value):
         if op not in readers and op.name not in SIZE_ONLY:
             reason = f"{output} is also used by {_where(op)}"
             if op.mutates and op.outputs[0].storage == out.storage:
                 raise NotFusableError(reason)
-            for other in (v for v in op.inputs if v.value == out.value):
-                affine = affine.apart_from(out, other, reason)
+            others += [(view, reason) for view in op.inputs]
+    for view, reason in others:
+        if view.value == out.value:
+            if not whole:
+                raise NotFusableError(reason)
+            affine = affine.apart_from(out, view, reason)
     return affine
 
 
