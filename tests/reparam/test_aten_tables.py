@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinydet.reparam import affine, channel_affine, factors, fuse_affine
+from tinydet.reparam import affine, channelwise_ops, fuse_affine
 from tinydet.reparam.dataflow import SIZE_ONLY, observe
 
 _A = torch.ones(6, 6)
@@ -63,11 +63,28 @@ _USES = {
 _CHANNELWISE = {
     "mean": lambda x: x.mean((2, 3)),
     "_adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 2),
-    "upsample_nearest2d": lambda x: F.interpolate(x, scale_factor=2),
+    "_adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x, 2),
+    "flip": lambda x: x.flip(3),
+    "roll": lambda x: x.roll(1, 2),
+    "index": lambda x: x[:, [2, 0]],
+    "repeat": lambda x: x.repeat(1, 2, 1, 1),
+    "pixel_shuffle": lambda x: F.pixel_shuffle(x, 2),
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
+    "channel_shuffle": lambda x: F.channel_shuffle(x, 2),
+    "upsample_linear1d": lambda x: F.interpolate(x[0], scale_factor=2, mode="linear"),
     "upsample_bilinear2d": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
-    "reflection_pad2d": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
-    "replication_pad2d": lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"),
+    "upsample_bicubic2d": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "upsample_trilinear3d": lambda x: F.interpolate(x[None], scale_factor=2, mode="trilinear"),
 }
+for _axes in (1, 2, 3):
+    _CHANNELWISE |= {
+        f"upsample_nearest{_axes}d": lambda x: F.interpolate(x, scale_factor=2),
+        f"_upsample_nearest_exact{_axes}d": lambda x: F.interpolate(
+            x, scale_factor=2, mode="nearest-exact"
+        ),
+        f"reflection_pad{_axes}d": lambda x: F.pad(x, (1,) * 2 * (x.ndim - 2), mode="reflect"),
+        f"replication_pad{_axes}d": lambda x: F.pad(x, (1,) * 2 * (x.ndim - 2), mode="replicate"),
+    }
 _SIZES = {
     "empty_like": torch.empty_like,
     "zeros_like": torch.zeros_like,
@@ -89,8 +106,8 @@ class _Use(nn.Module):
         return self.use(x)
 
 
-def _flow(use):
-    return observe(_Use(use), (torch.randn(2, 4, 6, 6),), is_leaf=lambda _: False)
+def _flow(use, shape=(2, 4, 6, 6)):
+    return observe(_Use(use), (torch.randn(shape),), is_leaf=lambda _: False)
 
 
 @pytest.mark.parametrize("name", [*_USES, *_SIZES])
@@ -103,14 +120,19 @@ def test_operation_has_this_name_and_is_affine(name):
 
 @pytest.mark.parametrize("name", _CHANNELWISE)
 def test_channelwise_operation_has_this_name(name):
-    assert f"aten.{name}" in [op.name for op in _flow(_CHANNELWISE[name]).ops]
+    shapes = {"pad1d": (4, 6, 6), "pad3d": (2, 4, 6, 6, 6)}
+    shapes |= {f"{kind}{end}": shape for end, shape in (("1d", (4, 6, 6)), ("3d", (2, 4, 6, 6, 6)))
+               for kind in ("nearest", "nearest_exact")}  # fmt: skip
+    shape = next((s for end, s in shapes.items() if name.endswith(end)), (2, 4, 6, 6))
+    assert f"aten.{name}" in [op.name for op in _flow(_CHANNELWISE[name], shape).ops]
 
 
 def test_every_name_in_the_tables_is_tested():
     tables = (
         *(affine._JOINT, affine._EACH, affine._VIEWS, affine._SUMS, affine._NUMERATOR),
-        *(affine._BIASED_PRODUCTS, affine._PRODUCTS, channel_affine.POOLS, SIZE_ONLY),
-        *(factors.FACTORS, fuse_affine.SUMS, fuse_affine._PADS),
+        *(affine._BIASED_PRODUCTS, affine._PRODUCTS, SIZE_ONLY, fuse_affine._PADS),
+        *(channelwise_ops.PLACES, channelwise_ops.REARRANGEMENTS, channelwise_ops.COPIES),
+        *(channelwise_ops._ELEMENTWISE,),
     )
     names = {name.removeprefix("aten.") for table in tables for name in table}
     assert names <= {*_USES, *_CHANNELWISE, *_SIZES}

@@ -11,7 +11,8 @@ paths that this input does not take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -119,6 +120,7 @@ class DataFlow:
         inputs: the network's input tensors.
         outputs: the tensors the network returned.
         returned: the network's output itself.
+        buffers: addresses of the memory of the network's buffers.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -126,6 +128,7 @@ class DataFlow:
     inputs: tuple[View, ...] = ()
     outputs: tuple[View, ...] = ()
     returned: Any = None
+    buffers: frozenset[int] = frozenset()
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Return the calls of one module, in order."""
@@ -153,6 +156,17 @@ class DataFlow:
         Args:
             or_created: also those computed from tensors that the network creates, such as zeros.
         """
+        return self._created_values if or_created else self._input_values
+
+    @cached_property
+    def _input_values(self) -> set[Value]:
+        return self._computed_values(or_created=False)
+
+    @cached_property
+    def _created_values(self) -> set[Value]:
+        return self._computed_values(or_created=True)
+
+    def _computed_values(self, or_created: bool) -> set[Value]:
         found = {view.value for view in self.inputs}
         for op in self.ops:
             if or_created and (not op.inputs or op.name in SIZE_ONLY):
@@ -181,6 +195,17 @@ class _Tables:
     readers: dict[Value, list[Op]] = field(default_factory=dict)
     producers: dict[Value, Op] = field(default_factory=dict)
     users: dict[int, list[Op]] = field(default_factory=dict)
+
+
+def named(ops: Iterable[Op]) -> dict[str, Op]:
+    """Give each operation a unique name: what it does, the module whose code it is, a number."""
+    found: dict[str, Op] = {}
+    counts: Counter[str] = Counter()
+    for op in ops:
+        name = f"{op.name.removeprefix('aten.')} in {op.scope or 'the network'}"
+        counts[name] += 1
+        found[f"{name} ({counts[name]})"] = op
+    return found
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -300,6 +325,7 @@ def observe(
         recorder.flow.inputs = recorder.views((args, kwargs))
         recorder.flow.returned = model(*args, **kwargs)
         recorder.flow.outputs = recorder.views(recorder.flow.returned)
+    recorder.flow.buffers = frozenset(storage_of(buffer) for buffer in model.buffers())
     return recorder.flow
 
 

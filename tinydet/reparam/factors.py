@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from tinydet.reparam.affine import is_affine, is_layer
 from tinydet.reparam.apply_changes import Change, RefusedError
 from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
-from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, storage_of
+from tinydet.reparam.channelwise_ops import FACTORS, SUMS
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, named, storage_of
 from tinydet.reparam.examples import Example
-from tinydet.reparam.fuse_affine import SUMS, Fusion, apply_fusions, one_per_layer, producer_fusions
+from tinydet.reparam.fuse_affine import Fusion, apply_fusions, one_per_layer, producer_fusions
 from tinydet.reparam.fx_graph import (
     NotTraceableError,
     as_module,
@@ -24,8 +25,6 @@ from tinydet.reparam.fx_graph import (
 from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
 from tinydet.reparam.norms import is_norm
 from tinydet.reparam.verify import copied
-
-FACTORS = ("aten.mul", "aten.mul_", "aten.div", "aten.div_")
 
 
 def only_scales(call: Call, data: set[Value]) -> bool:
@@ -43,7 +42,11 @@ def only_scales(call: Call, data: set[Value]) -> bool:
 
 
 def find_factors(
-    model: nn.Module, example: Example, flow: DataFlow, refused: Mapping[str, str]
+    model: nn.Module,
+    example: Example,
+    flow: DataFlow,
+    refused: Mapping[str, str],
+    kept: dict[str, str],
 ) -> list[Change]:
     """Find multiplications by constants in the code of modules that can be fused into layers.
 
@@ -52,26 +55,22 @@ def find_factors(
         example: the inputs of a forward pass.
         flow: the data flow observed in it.
         refused: names of the changes that were refused, with the reasons.
+        kept: gets the names of the factors that cannot be fused, with the reasons.
     """
     data = flow.depends_on_input()
     found: list[tuple[str, nn.Module, Op, list[Fusion]]] = []
-    for number, op in enumerate(flow.ops):
-        if op.name not in FACTORS or not is_factor(op, data):
-            continue
-        name = f"{op.name.removeprefix('aten.')} in {op.scope or 'the network'} ({number})"
-        module = model.get_submodule(op.scope)
-        if is_norm(module) or name in refused:
-            continue
-        if op.call is not None and only_scales(op.call, data):
+    for name, op in _named_factors(flow).items():
+        if name in refused or (op.call is not None and only_scales(op.call, data)):
             continue
         (view,) = op.varying(data)
         try:
             fusions = one_per_layer(
                 flow, producer_fusions(flow, view, {op}, _affine_of_factor(op, data))
             )
-        except NotFusableError:
+        except NotFusableError as reason:
+            kept[name] = str(reason)
             continue
-        found.append((name, module, op, fusions))
+        found.append((name, model.get_submodule(op.scope), op, fusions))
     if not found:
         return []
     with record_calls([module for _, module, _, _ in found]) as records:
@@ -82,7 +81,7 @@ def find_factors(
             try:
                 new = _without_factor(module, records.get(module), flow, op)
             except NotTraceableError as error:
-                raise RefusedError(str(error)) from error
+                raise RefusedError(f"the code that multiplies stays: {error}") from error
             if module is model:
                 model = new
             else:
@@ -92,6 +91,18 @@ def find_factors(
         return Change(name, frozenset((module, *(a.call.module for a in fusions))), make)
 
     return [change(*one) for one in found]
+
+
+def _named_factors(flow: DataFlow) -> dict[str, Op]:
+    """Return the multiplications by constants outside of norms, with unique names."""
+    data = flow.depends_on_input()
+    return named(
+        op
+        for op in flow.ops
+        if op.name in FACTORS
+        and is_factor(op, data)
+        and not (op.call is not None and is_norm(op.call.module))
+    )
 
 
 def is_factor(op: Op, data: set[Value]) -> bool:
@@ -161,19 +172,25 @@ def _depends_on_an_argument(node: fx.Node) -> bool:
     return node.op == "placeholder" or any(_depends_on_an_argument(i) for i in node.all_input_nodes)
 
 
-def count_scales(flow: DataFlow) -> int:
-    """Count the multiplications of a layer's output by a constant tensor.
+def scales(flow: DataFlow) -> dict[str, str]:
+    """Return the multiplications of a layer's output by a constant tensor.
 
     A norm, a view or another factor may come in between, another reader of the output may not.
+
+    Returns:
+        For the name of each multiplication, the name of the change that would remove it.
     """
     data = flow.depends_on_input()
-    return sum(
-        op.name in FACTORS
-        and len(op.inputs) == 2
-        and is_factor(op, data)
-        and _follows_a_layer(flow, op, data)
-        for op in flow.ops
-    )
+    return {
+        name: op.call.name if op.call is not None and only_scales(op.call, data) else name
+        for name, op in _named_factors(flow).items()
+        if len(op.inputs) == 2 and _follows_a_layer(flow, op, data)
+    }
+
+
+def count_scales(flow: DataFlow) -> int:
+    """Count the multiplications of a layer's output by a constant tensor."""
+    return len(scales(flow))
 
 
 def _follows_a_layer(flow: DataFlow, op: Op, data: set[Value]) -> bool:

@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from tinydet.reparam.affine import is_product
-from tinydet.reparam.channel_affine import POOLS, ChannelAffine, NotFusableError
-from tinydet.reparam.dataflow import Call, DataFlow, Op, View, storage_of
+from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError, concatenated
+from tinydet.reparam.channelwise_ops import (
+    SUMS,
+    copies_into,
+    memory_of,
+    moved_across,
+    moved_across_copies,
+)
+from tinydet.reparam.dataflow import SIZE_ONLY, Call, DataFlow, Op, View, storage_of
 from tinydet.reparam.module_swap import has_hooks
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,8 +37,11 @@ Layer = (
     | nn.ConvTranspose2d
     | nn.ConvTranspose3d
 )
-_PADS = ("aten.constant_pad_nd", "aten.reflection_pad2d", "aten.replication_pad2d", "aten.clone")
-SUMS = ("aten.add", "aten.add_", "aten.sub", "aten.sub_")
+_PADS = {
+    "aten.constant_pad_nd",
+    "aten.clone",
+    *(f"aten.{kind}_pad{axes}d" for kind in ("reflection", "replication") for axes in (1, 2, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -90,34 +100,41 @@ def producer_fusions(
     Args:
         flow: the observed forward pass.
         view: the tensor the scale and shift are applied to, as its readers see it.
-        readers: the operations that apply them; there must be no others.
+        readers: the operations that apply them; others may only read other channels.
         affine: the scale and shift.
 
     Raises:
-        NotFusableError: part of that tensor does not come from a conv or linear layer.
+        NotFusableError: part of that tensor does not come from a conv or linear layer, or is used
+            elsewhere.
     """
     op = flow.producer(view.value)
     if op is None:
-        raise NotFusableError("its input is the network's input, no output of a layer")
-    maker = _where(op)
-    if flow.is_returned(view.value):
-        raise NotFusableError(f"the output of {maker} is also an output of the network")
-    for other in flow.readers(view.value):
-        if other not in readers:
-            raise NotFusableError(f"the output of {maker} is also used by {_where(other)}")
-    out = next(v for v in op.outputs if v.value == view.value)
-    affine = affine.for_view(view, out)
+        given = view.value in {v.value for v in flow.inputs}
+        raise NotFusableError(
+            f"its input is {'an input of the network' if given else 'constant'}, "
+            "not the output of a layer"
+        )
     call = op.call
-    if call is not None and is_layer_call(call) and call.outputs[0].value == view.value:
-        affine = affine.for_view(out, call.outputs[0])
+    is_output = call is not None and is_layer_call(call) and call.outputs[0].value == view.value
+    copies = copies_into(flow, op)
+    outputs = call.outputs if call is not None and is_output else op.outputs
+    out = next(v for v in outputs if v.value == view.value)
+    out = memory_of(copies) if copies else out
+    affine = affine.for_view(view, out, forward=False)
+    # What an operation in place leaves as it was, others may read beside `out`.
+    whole = bool(copies) or not op.mutates
+    affine = _apart_from_other_readers(flow, op, out, readers, affine, whole)
+    if call is not None and is_output:
         axis = -1 if isinstance(call.module, nn.Linear) else 1
         return [Fusion(call, affine.along(axis), before=False)]
-    data = flow.depends_on_input()
-    inputs = op.varying(data)
-    if op.name == "aten.clone":
-        return producer_fusions(flow, inputs[0], {op}, affine)
-    if op.name in POOLS and len(inputs) == 1:
-        return producer_fusions(flow, inputs[0], {op}, affine.through_pool(op, forward=False))
+    if copies:
+        source, affine = moved_across_copies(copies, affine, out, forward=False)
+        return producer_fusions(flow, source, set(copies), affine)
+    inputs = op.varying(flow.depends_on_input())
+    if len(inputs) == 1:
+        moved = moved_across(flow, op, inputs[0], affine, forward=False)
+        if moved is not None:
+            return producer_fusions(flow, inputs[0], {op}, moved)
     if op.name in SUMS and len(op.inputs) == len(inputs) == 2 and not op.kwargs:
         first, second = inputs
         if first.shape == second.shape == out.shape and first.value != second.value:
@@ -129,14 +146,54 @@ def producer_fusions(
             ]
     if op.name == "aten.cat" and len(inputs) == len(op.inputs) == len({v.value for v in inputs}):
         return _concatenation_fusions(flow, op, inputs, affine)
-    raise NotFusableError(f"its input comes from {maker}, not from a conv or linear layer")
+    if is_product(op):
+        raise NotFusableError(
+            f"its input comes from {_where(op)}, which does not just apply the weights of a layer"
+        )
+    raise NotFusableError(f"its input comes from {_where(op)}, not from a conv or linear layer")
+
+
+def _apart_from_other_readers(
+    flow: DataFlow, maker: Op, out: View, readers: set[Op], affine: ChannelAffine, whole: bool
+) -> ChannelAffine:
+    """Return the map that leaves alone what something else reads of an operation's output.
+
+    Args:
+        flow: the observed forward pass.
+        maker: the operation.
+        out: its output.
+        readers: the operations that apply the map.
+        affine: the map.
+        whole: `out` is all of that memory.
+
+    Raises:
+        NotFusableError: something else reads the same elements, or changes some in place.
+    """
+    output = f"the output of {_where(maker)}"
+    others = [(v, f"{output} is also an output of the network") for v in flow.outputs]
+    for op in flow.readers(out.value):
+        if op not in readers and op.name not in SIZE_ONLY:
+            reason = f"{output} is also used by {_where(op)}"
+            if op.mutates and op.outputs[0].storage == out.storage:
+                raise NotFusableError(reason)
+            others += [(view, reason) for view in op.inputs]
+    for view, reason in others:
+        if view.value == out.value:
+            if not whole:
+                raise NotFusableError(reason)
+            affine = affine.apart_from(out, view, reason)
+    return affine
+
+
+def _concatenation_axis(op: Op) -> int:
+    axis = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
+    return int(axis) % len(op.outputs[0].shape)
 
 
 def _concatenation_fusions(
     flow: DataFlow, op: Op, inputs: list[View], affine: ChannelAffine
 ) -> list[Fusion]:
-    axis = (op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)) % len(inputs[0].shape)
-
+    axis = _concatenation_axis(op)
     found, start = [], 0
     for view in inputs:
         length = view.shape[axis]
@@ -163,33 +220,50 @@ def consumer_fusions(flow: DataFlow, view: View, affine: ChannelAffine) -> list[
     if flow.is_returned(view.value):
         raise NotFusableError("its output is also an output of the network")
     found = []
-    readers = flow.readers(view.value)
+    readers = [op for op in flow.readers(view.value) if op.name not in SIZE_ONLY]
     if not readers:
         raise NotFusableError("its output is not used")
     for op in readers:
-        for seen in (v for v in op.inputs if v.value == view.value):
-            there = affine.for_view(view, seen)
-            call = op.call
-            if (
-                call is not None
-                and is_layer_call(call)
-                and _reads_plainly(call)
-                and call.inputs[0].value == view.value
-            ):
-                axis = -1 if isinstance(call.module, nn.Linear) else 1
-                there = there.for_view(seen, call.inputs[0]).along(axis)
-                if there.shift is not None and _pads_with_zeros(call):
-                    raise NotFusableError(
-                        f"{call.name}, which reads it, pads with zeros: those would be shifted too"
-                    )
-                found.append(Fusion(call, there, before=True))
-            elif op.name == "aten.clone":
-                found += consumer_fusions(flow, op.outputs[0], there)
-            elif op.name in POOLS and op.inputs[0] == seen:
-                found += consumer_fusions(flow, op.outputs[0], there.through_pool(op, forward=True))
-            else:
-                raise NotFusableError(f"its output is used by {_where(op)}")
+        for number, seen in enumerate(op.inputs):
+            if seen.value == view.value:
+                there = affine.for_view(view, seen, forward=True)
+                found += _reader_fusions(flow, op, number, there)
     return found
+
+
+def _reader_fusions(flow: DataFlow, op: Op, number: int, affine: ChannelAffine) -> list[Fusion]:
+    """Return the fusions of a scale and shift of one argument of an operation."""
+    seen, call = op.inputs[number], op.call
+    if (
+        call is not None
+        and is_layer_call(call)
+        and call.inputs[0].value == seen.value
+        and _reads_plainly(call)
+    ):
+        axis = -1 if isinstance(call.module, nn.Linear) else 1
+        affine = affine.for_view(seen, call.inputs[0], forward=True).along(axis)
+        if affine.shift is not None and (pads := _pads_with_zeros(call)):
+            raise NotFusableError(
+                f"{call.name}, which reads it, {pads}: those would be shifted too"
+            )
+        return [Fusion(call, affine, before=True)]
+    if copies := copies_into(flow, op):
+        if any(view.value == seen.value for o in copies[: copies.index(op)] for view in o.inputs):
+            return []  # Moved with the first of them.
+        result, moved = moved_across_copies(copies, affine, seen, forward=True)
+        return consumer_fusions(flow, result, moved)
+    if op.name == "aten.cat":
+        axis = _concatenation_axis(op)
+        parts = [
+            affine.expand(view.shape) if n == number else ChannelAffine.identity(affine, view.shape)
+            for n, view in enumerate(op.inputs)
+        ]
+        return consumer_fusions(flow, op.outputs[0], concatenated(parts, axis))
+    if len(op.varying(flow.depends_on_input())) == 1:
+        there = moved_across(flow, op, seen, affine, forward=True)
+        if there is not None:
+            return consumer_fusions(flow, op.outputs[0], there)
+    raise NotFusableError(f"its output is used by {_where(op)}")
 
 
 def is_layer_call(call: Call) -> bool:
@@ -219,19 +293,26 @@ def is_layer_call(call: Call) -> bool:
     return call.outputs[0].value in made
 
 
-def _pads_with_zeros(call: Call) -> bool:
+def _pads_with_zeros(call: Call) -> str:
+    """Return how a layer pads its input with zeros; empty if it does not."""
     layer = cast(Layer, call.module)
-    if isinstance(layer, nn.Linear):
-        return False
+    if isinstance(layer, nn.Linear) or _pads_with_inputs(layer):
+        return ""
     for op in call.ops:
         if op.name == "aten.constant_pad_nd" or (op.name == "aten.convolution" and any(op.args[4])):
-            return True
-    # A subclass may pad at other input sizes.
-    return type(layer) not in _CONVS and any(k > 1 for k in layer.kernel_size)
+            return "pads with zeros"
+    may_pad = type(layer) not in _CONVS and any(k > 1 for k in layer.kernel_size)
+    return "may pad with zeros at other input sizes" if may_pad else ""
+
+
+def _pads_with_inputs(layer: Layer) -> bool:
+    return type(layer) in _CONVS and layer.padding_mode != "zeros"  # type: ignore[union-attr]
 
 
 def _reads_plainly(call: Call) -> bool:
     """Whether nothing but padding happens to the input before the layer's product."""
+    if _pads_with_inputs(cast(Layer, call.module)):
+        return True
     first = next(i for i, op in enumerate(call.ops) if is_product(op))
     return all(op.is_view or op.name in _PADS for op in call.ops[:first])
 
@@ -242,12 +323,18 @@ def one_per_layer(flow: DataFlow, fusions: list[Fusion]) -> list[Fusion]:
     Raises:
         NotFusableError: a layer is called elsewhere too, or its weights are used elsewhere.
     """
-    by_layer: dict[Layer, list[Fusion]] = {}
+    by_call: dict[Call, Fusion] = {}
     for fusion in fusions:
+        if other := by_call.get(fusion.call):
+            reason = f"{fusion.call.name} would take it twice"
+            fusion = replace(fusion, affine=fusion.affine.beside(other.affine, reason))
+        by_call[fusion.call] = fusion
+    by_layer: dict[Layer, list[Fusion]] = {}
+    for fusion in by_call.values():
         by_layer.setdefault(fusion.layer, []).append(fusion)
     for layer, found in by_layer.items():
         name, calls = found[0].call.name, flow.calls_of(layer)
-        if len({a.call for a in found}) != len(calls) or len(found) != len(calls):
+        if len(found) != len(calls):
             raise NotFusableError(f"{name} runs {len(calls)} times in a forward pass")
         if not all(_equal(found[0].affine, a.affine) for a in found):
             raise NotFusableError(f"{name} would have to take a different map in each of its calls")

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tinydet.reparam import affine
 from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
-from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, observe
+from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, named, observe
 from tinydet.reparam.equivalent_layer import (
     Geometry,
     NotAConvolutionError,
@@ -53,15 +53,15 @@ def merge_branches(network: Network) -> tuple[list[Step], list[Step]]:
     Returns:
         What was merged, and the branches that remain with the reason.
     """
-    left: set[str] = set()
+    left: dict[str, Op] = {}
 
     def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
         left.clear()
+        left.update(named(affine.branch_sums(flow)))
         scopes: set[str] = set()
-        for op in affine.branch_sums(flow):
+        for op in left.values():
             # If the branches start outside of the module that adds them, try its parents.
             scope = next((s for s in _ancestors(op.scope) if s not in refused), None)
-            left.add(op.scope)
             if scope is not None:
                 scopes.add(scope)
         modules = {name: model.get_submodule(name) for name in sorted(scopes, key=_depth)}
@@ -75,7 +75,7 @@ def merge_branches(network: Network) -> tuple[list[Step], list[Step]]:
         ]
 
     done, refused = apply_changes(network, find)
-    return done, [Step(n, f"branches stay: {refused.get(n)}") for n in sorted(left)]
+    return done, [Step(n, f"branches stay: {refused.get(op.scope)}") for n, op in left.items()]
 
 
 def _ancestors(scope: str) -> list[str]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from tinydet.reparam.apply_changes import Change, Network, apply_changes
 from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
+from tinydet.reparam.channelwise_ops import SUMS
 from tinydet.reparam.dataflow import Call, DataFlow
-from tinydet.reparam.factors import find_factors, only_scales
+from tinydet.reparam.factors import find_factors, only_scales, scales
 from tinydet.reparam.fuse_affine import (
-    SUMS,
     Fusion,
     apply_fusions,
     consumer_fusions,
@@ -41,21 +41,25 @@ def fold_scales(network: Network) -> tuple[list[Step], list[Step]]:
         network: changed in place.
 
     Returns:
-        What was folded, and every norm that remains with the reason.
+        What was folded, and every norm and factor that remains with the reason.
     """
     kept: dict[str, str] = {}
+    factors: dict[str, str] = {}
 
     def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
         kept.clear()
+        factors.clear()
+        factors.update(scales(flow))
         return [
             *_norms(model, flow, kept),
-            *_scale_modules(flow),
-            *find_factors(model, network.examples[0], flow, refused),
+            *_scale_modules(flow, kept),
+            *find_factors(model, network.examples[0], flow, refused, kept),
         ]
 
     done, refused = apply_changes(network, find)
-    norms = [name for name, module in network.model.named_modules() if is_norm(module)]
-    return done, [Step(n, refused.get(n) or kept[n]) for n in norms]
+    norms = {name: name for name, module in network.model.named_modules() if is_norm(module)}
+    left = [Step(n, refused.get(by) or kept[by]) for n, by in (norms | factors).items()]
+    return done, left
 
 
 def _norms(model: nn.Module, flow: DataFlow, kept: dict[str, str]) -> list[Change]:
@@ -69,19 +73,20 @@ def _norms(model: nn.Module, flow: DataFlow, kept: dict[str, str]) -> list[Chang
     return found
 
 
-def _scale_modules(flow: DataFlow) -> list[Change]:
+def _scale_modules(flow: DataFlow, kept: dict[str, str]) -> list[Change]:
     """Find modules that multiply by constants, such as a LayerScale."""
     data = flow.depends_on_input()
     found = []
-    scales: dict[nn.Module, list[Call]] = {}
+    calls_of: dict[nn.Module, list[Call]] = {}
     for call in flow.calls:
         if not is_norm(call.module) and only_scales(call, data):
-            scales.setdefault(call.module, []).append(call)
-    for module, calls in scales.items():
+            calls_of.setdefault(call.module, []).append(call)
+    for module, calls in calls_of.items():
         try:
             maps = [(call, _affine_of_call(call)) for call in calls]
             fusions = _fusions(flow, maps, backward_only=True)
-        except NotFusableError:
+        except NotFusableError as reason:
+            kept[calls[0].name] = str(reason)
             continue
         found.append(_change(calls[0].name, module, fusions))
     return found
