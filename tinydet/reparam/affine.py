@@ -133,10 +133,8 @@ def reach(op: Op) -> int:
     """Return how far an operation looks to any side, in steps of its input, padding included."""
     if op.name == "aten.convolution":
         weight, padding, dilation = op.args[1], op.args[4], op.args[5]
-        kernel = weight.shape[2:]
-        return max(
-            (d * (k - 1) + p for k, p, d in zip(kernel, padding, dilation, strict=True)), default=0
-        )
+        spans = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
+        return max(spans, default=0) + max(padding, default=0)  # One 0 for padding="valid".
     if op.name.startswith("aten.avg_pool"):
         return max(op.args[1]) + max(op.args[3] if len(op.args) > 3 else [0])
     if op.name == "aten.constant_pad_nd":

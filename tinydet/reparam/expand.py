@@ -19,6 +19,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from tinydet.reparam.branches import BLOCKS, Block
+from tinydet.reparam.like_original import memory_format_of
 from tinydet.reparam.same_padding import SamePad2d
 
 Where = Callable[[str, nn.Conv2d], bool]
@@ -42,7 +43,9 @@ class ExpandedConv2d(nn.Conv2d):
 
 
 class ExpandedConv2dSame(ExpandedConv2d):
-    """The same for timm's Conv2dSame, whose padding depends on the input's size.
+    """The same for a conv that may pad more at the end than at the start.
+
+    That is timm's Conv2dSame, and `padding="same"` with an even kernel. Its `padding` is 0.
 
     Attributes:
         pad: pads the input once, for the conv and the branches.
@@ -53,12 +56,6 @@ class ExpandedConv2dSame(ExpandedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Pad, and return the sum of the conv and its branches."""
         return super().forward(self.pad(x))
-
-
-_EXPANDED: dict[type[nn.Module], type[ExpandedConv2d]] = {
-    nn.Conv2d: ExpandedConv2d,
-    Conv2dSame: ExpandedConv2dSame,
-}
 
 
 def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.Module:
@@ -102,7 +99,7 @@ def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.
         raise ValueError(_nothing_selected(expanded, convs, where))
     grown = False
     for conv, names in selected.items():
-        branches = [_finished(branch, conv, names[0], kind) for branch in grow(conv)]
+        branches = _grown(conv, grow, names[0], kind)
         if branches:
             grown = True
             _attach(conv, branches)
@@ -139,7 +136,7 @@ def _convs(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ExpandedConv2d):
             inside.update(module.branches.modules())
-        plain = type(module) in _EXPANDED or isinstance(module, ExpandedConv2d)
+        plain = type(module) in (nn.Conv2d, Conv2dSame) or isinstance(module, ExpandedConv2d)
         if plain and module not in inside and module.padding_mode == "zeros":
             found.setdefault(module, []).append(name)
     return found
@@ -194,12 +191,22 @@ def _describe(conv: nn.Conv2d) -> str:
     return f"{conv.kernel_size[0]}x{conv.kernel_size[1]} {_kind(conv)}"
 
 
+def _grown(conv: nn.Conv2d, grow: Block, name: str, kind: str) -> list[nn.Module]:
+    """Return the new branches of a conv, which see its input after `ExpandedConv2dSame.pad`."""
+    if SamePad2d.needed_by(conv):
+        conv = copy.copy(conv)
+        conv.__class__ = nn.Conv2d
+        conv.padding = (0, 0)
+    return [_finished(branch, conv, name, kind) for branch in grow(conv)]
+
+
 def _finished(branch: nn.Module, conv: nn.Conv2d, name: str, kind: str) -> nn.Module:
     """Append the norm that keeps a branch at zero, and check its output shape."""
     layers = branch if isinstance(branch, nn.Sequential) else [branch]
     norm = nn.BatchNorm2d(conv.out_channels)
     nn.init.zeros_(norm.weight)  # Its bias is zero already.
     finished = nn.Sequential(*layers, norm).to(conv.weight)
+    finished.to(memory_format=memory_format_of(conv.weight))
     _check_shape(finished, conv, f"block={kind}: a branch of {name or 'the model'}")
     return finished.train(conv.training)
 
@@ -225,9 +232,12 @@ def _check_shape(branch: nn.Module, conv: nn.Conv2d, where: str) -> None:
 
 def _attach(conv: nn.Conv2d, branches: list[nn.Module]) -> None:
     if not isinstance(conv, ExpandedConv2d):
-        if isinstance(conv, Conv2dSame):
-            conv.pad = SamePad2d(conv).train(conv.training)
         # Changing the class instead of the module keeps every name, hook and reference valid.
-        conv.__class__ = _EXPANDED[type(conv)]
+        if SamePad2d.needed_by(conv):
+            conv.pad = SamePad2d(conv).train(conv.training)
+            conv.padding = (0, 0)
+            conv.__class__ = ExpandedConv2dSame
+        else:
+            conv.__class__ = ExpandedConv2d
         conv.branches = nn.ModuleList().train(conv.training)
     cast(ExpandedConv2d, conv).branches.extend(branches)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tinydet.reparam.affine import branch_sums, multiply_adds
 from tinydet.reparam.dataflow import observe
 from tinydet.reparam.factors import count_scales
+from tinydet.reparam.like_original import like_original
 from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
 from tinydet.reparam.report import FoldReport
@@ -71,7 +72,7 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
             if problem:
                 raise ValueError(f"{type(model).__name__}: folded, {problem}; not folded")
             after = _Counts.of(folded, checks[0])
-        _restore_dtype_and_device(folded, model)
+        like_original(folded, model)
     report = FoldReport(
         folded=(*merged, *moved, *rows),
         kept=(*branches, *norms),
@@ -203,28 +204,3 @@ def _of_another_size(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any,
         # Any model may reject other sizes, with any exception.
         return None
     return given
-
-
-def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
-    """Restore each weight's dtype and device; a new weight gets those of its block's first one."""
-    like = dict(_floating(original))
-    for path, tensor in _floating(folded):
-        source = like.get(path)
-        scope = path
-        while source is None and scope:
-            scope = scope.rpartition(".")[0]
-            prefix = scope + "." if scope else ""
-            inside = [t for name, t in like.items() if name.startswith(prefix)]
-            # Kernels first: norms may be kept in float32 beside bfloat16 convolutions.
-            source = next((t for t in inside if t.ndim > 1), inside[0] if inside else None)
-        if source is not None:
-            tensor.data = tensor.data.to(device=source.device, dtype=source.dtype)
-    devices = {p: t.device for p, t in original.named_buffers() if not t.is_floating_point()}
-    for path, buffer in folded.named_buffers():
-        if path in devices:
-            buffer.data = buffer.data.to(devices[path])
-
-
-def _floating(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for named in (model.named_parameters(), model.named_buffers()):
-        yield from ((name, tensor) for name, tensor in named if tensor.is_floating_point())
