@@ -28,6 +28,7 @@ from tinydet.reparam.norms import count_norms, is_norm
 from tinydet.reparam.report import FoldReport
 from tinydet.reparam.scales import fold_scales
 from tinydet.reparam.verify import copied, difference, why_different
+from tinydet.reparam.weight_ranges import weight_ranges
 
 
 def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.Module, FoldReport]:
@@ -87,6 +88,8 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
         scales_before=before.scales,
         scales_after=after.scales,
         max_rel=max_rel,
+        ranges_before=tuple(weight_ranges(original)),
+        ranges_after=tuple(weight_ranges(folded)),
     )
     return folded.eval(), report
 
