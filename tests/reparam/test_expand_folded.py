@@ -81,3 +81,32 @@ def test_a_folded_network_is_trained_with_branches_and_folded_again(name, block,
     folded.load_state_dict(again.state_dict(), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(folded(x.double()), expected, rtol=1e-9, atol=1e-9)
+
+
+class _Gated(nn.Module):
+    """Branches in the middle of its code, which the fold rewrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.three = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.gate = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.one(x) + self.three(x))
+        return x + y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+
+
+@pytest.mark.parametrize("where", ["*.reparam_conv", "3x3", "1"])
+def test_convs_in_rewritten_code_get_branches_by_their_new_names(where, randomise):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), _Gated()).double().eval()
+    folded, _ = fold(model, torch.zeros(2, 4, 9, 9))
+    expanded = randomise(expand(folded, "dbb", where)).eval()
+    assert "1.reparam_conv" in expanded_names(expanded)
+    expanded = pickle.loads(pickle.dumps(copy.deepcopy(expanded)))
+    again, report = fold(expanded, torch.zeros(2, 4, 9, 9))
+    assert report.kept == ()
+    assert _architecture(again) == _architecture(folded)
+    x = torch.randn(3, 4, 6, 7, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), expanded(x), rtol=1e-9, atol=1e-9)
