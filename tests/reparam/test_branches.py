@@ -13,14 +13,14 @@ from tinydet.reparam.branches import BLOCKS, acnet, centre, dbb, large_kernel, m
 from tinydet.reparam.expand import expand
 
 
-def _one_conv(expanded, shape):
+def _one_conv(expanded, padding, shape):
     """Read kernel and bias off an affine function, and see that nothing lies beside the kernel.
 
     The kernel is the gradient of one output far from the border, the bias the answer to zero.
     """
     conv = nn.Conv2d(
         *(expanded.in_channels, expanded.out_channels, expanded.kernel_size, expanded.stride),
-        *(expanded.padding, expanded.dilation, expanded.groups),
+        *(padding, expanded.dilation, expanded.groups),
     ).double()
     x = torch.randn(1, conv.in_channels, *shape, dtype=torch.float64, requires_grad=True)
     y = expanded(x)
@@ -53,7 +53,7 @@ def _check_one_conv(conv, block, randomise, size=None):
     shape = size or tuple(2 * r + 6 for r in reach)
     expanded = randomise(expand(conv.double(), block)).eval()
     assert len(expanded.branches) > 0
-    equivalent = _one_conv(expanded, shape)
+    equivalent = _one_conv(expanded, conv.padding, shape)
     # One row and column more: where a stride leaves a rest, and other borders.
     for more in (0, 1):
         x = torch.randn(2, conv.in_channels, shape[0] + more, shape[1] + more, dtype=torch.float64)

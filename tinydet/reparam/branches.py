@@ -122,8 +122,9 @@ def taps(
     """Return a new conv, without bias, on the middle taps of another one.
 
     Args:
-        conv: its channels, stride and groups are used. Where the padding depends on the input's
-            size (timm's Conv2dSame), its `padding` is 0 and the branch gets a padded input.
+        conv: its channels, stride and groups are used. `expand` gives a conv that may pad more at
+            the end than at the start (timm's Conv2dSame, `padding="same"` with an even kernel) with
+            `padding` 0, and its branches get the padded input.
         size: taps (height, width).
         spacing: distance of neighboring taps, in taps of the conv.
     """

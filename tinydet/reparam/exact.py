@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinydet.reparam.deep_copy import deep_copy
 from tinydet.reparam.verify import map_tensors, tensors_in
 
 
 def exact_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a network in float64 on the CPU, with the tensors of plain attributes."""
-    exact = copy.deepcopy(model).cpu().double()
+    exact = deep_copy(model).cpu().double()
     for module in exact.modules():
         vars(module).update(map_tensors(plain_tensors(module), _in_float64))
     return exact

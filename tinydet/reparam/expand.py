@@ -17,8 +17,11 @@ from typing import cast
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tinydet.reparam.branches import BLOCKS, Block
+from tinydet.reparam.deep_copy import deep_copy
+from tinydet.reparam.like_original import memory_format_of
 from tinydet.reparam.same_padding import SamePad2d
 
 Where = Callable[[str, nn.Conv2d], bool]
@@ -42,7 +45,9 @@ class ExpandedConv2d(nn.Conv2d):
 
 
 class ExpandedConv2dSame(ExpandedConv2d):
-    """The same for timm's Conv2dSame, whose padding depends on the input's size.
+    """The same for a conv that may pad more at the end than at the start.
+
+    That is timm's Conv2dSame, and `padding="same"` with an even kernel. Its `padding` is 0.
 
     Attributes:
         pad: pads the input once, for the conv and the branches.
@@ -55,12 +60,7 @@ class ExpandedConv2dSame(ExpandedConv2d):
         return super().forward(self.pad(x))
 
 
-_EXPANDED: dict[type[nn.Module], type[ExpandedConv2d]] = {
-    nn.Conv2d: ExpandedConv2d,
-    Conv2dSame: ExpandedConv2dSame,
-}
-
-
+@torch.inference_mode(False)
 def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.Module:
     """Return a copy of a network whose convs have additional parallel branches.
 
@@ -69,12 +69,15 @@ def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.
     zero. That norm receives gradients in the first step, the layers before it from the second step
     on. The new weights are drawn from torch's global generator.
 
-    Only `nn.Conv2d` and timm's Conv2dSame are expanded, no subclasses and no other padding than
-    zeros. In training mode a branch needs more than one value per channel, like any batch norm: a
-    conv after global pooling needs more than one image per batch.
+    Only `nn.Conv2d` and timm's Conv2dSame are expanded, no subclasses, no other padding than zeros,
+    and no conv whose weight is computed from other tensors (weight norm, pruning). In training mode
+    a branch needs more than one value per channel, like any batch norm: a conv after global pooling
+    needs more than one image per batch.
 
-    Branches have a shift, so after folding a conv without bias that no norm follows has a bias. An
-    expanded network can be expanded again, also the same conv.
+    Branches have the conv's dtype, device, mode and memory format. They learn, also those of a
+    frozen conv, which stays frozen itself. Branches have a shift, so after folding a conv without
+    bias that no norm follows has a bias. An expanded network can be expanded again, also the same
+    conv, and so can a folded one.
 
     Args:
         model: the network; it is not modified.
@@ -92,7 +95,7 @@ def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.
             block, or a branch's output has another shape than the conv's.
     """
     grow, kind = _find_block(block)
-    expanded = copy.deepcopy(model)
+    expanded = deep_copy(model)
     convs = _convs(expanded)
     selects = _parse(where) if isinstance(where, str) else where
     selected = {
@@ -102,7 +105,7 @@ def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.
         raise ValueError(_nothing_selected(expanded, convs, where))
     grown = False
     for conv, names in selected.items():
-        branches = [_finished(branch, conv, names[0], kind) for branch in grow(conv)]
+        branches = _grown(conv, grow, names[0], kind)
         if branches:
             grown = True
             _attach(conv, branches)
@@ -139,10 +142,22 @@ def _convs(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ExpandedConv2d):
             inside.update(module.branches.modules())
-        plain = type(module) in _EXPANDED or isinstance(module, ExpandedConv2d)
-        if plain and module not in inside and module.padding_mode == "zeros":
-            found.setdefault(module, []).append(name)
+        if module not in inside and not _obstacle(module):
+            found.setdefault(cast(nn.Conv2d, module), []).append(name)
     return found
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Return why a module cannot have branches; empty if it can."""
+    plain = type(module) in (nn.Conv2d, Conv2dSame)
+    if not (plain or isinstance(module, ExpandedConv2d)):
+        return f"a {type(module).__name__}"
+    if module.padding_mode != "zeros":
+        return f"padded with {module.padding_mode} values"
+    # By hooks (weight norm, pruning) or by assignment to the object.
+    if "weight" not in module._parameters or "forward" in vars(module):
+        return "a conv with a computed weight or a replaced forward"
+    return ""
 
 
 def _parse(where: str) -> Where:
@@ -176,11 +191,19 @@ def matches(name: str, pattern: str) -> bool:
 def _nothing_selected(
     model: nn.Module, convs: dict[nn.Conv2d, list[str]], where: str | Where
 ) -> str:
+    words = where.split() if isinstance(where, str) else []
+    others = (
+        f"; {name or 'the model'} is {_obstacle(module)}"
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, torch.jit.ScriptModule))
+        and (not convs or (_obstacle(module) and any(_matches(name, word) for word in words)))
+    )
+    other = next(others, "")
     if not convs:
-        return f"{type(model).__name__} has no zero-padded nn.Conv2d to add branches to"
+        return f"{type(model).__name__} has no zero-padded nn.Conv2d to add branches to{other}"
     modules = [name for name, _ in model.named_modules() if name]
-    hint = ""
-    for word in where.split() if isinstance(where, str) else ():
+    hint = other
+    for word in words:
         if not any(matches(name, word) for name in modules):
             near = difflib.get_close_matches(word, ["depthwise", "dense", *modules], 1)
             hint = f"; did you mean {near[0]} for {word}?" if near else hint
@@ -195,12 +218,22 @@ def _describe(conv: nn.Conv2d) -> str:
     return f"{conv.kernel_size[0]}x{conv.kernel_size[1]} {_kind(conv)}"
 
 
+def _grown(conv: nn.Conv2d, grow: Block, name: str, kind: str) -> list[nn.Module]:
+    """Return the new branches of a conv, which see its input after `ExpandedConv2dSame.pad`."""
+    if SamePad2d.needed_by(conv):
+        conv = copy.copy(conv)
+        conv.__class__ = nn.Conv2d
+        conv.padding = (0, 0)
+    return [_finished(branch, conv, name, kind) for branch in grow(conv)]
+
+
 def _finished(branch: nn.Module, conv: nn.Conv2d, name: str, kind: str) -> nn.Module:
     """Append the norm that keeps a branch at zero, and check its output shape."""
     layers = branch if isinstance(branch, nn.Sequential) else [branch]
     norm = nn.BatchNorm2d(conv.out_channels)
     nn.init.zeros_(norm.weight)  # Its bias is zero already.
     finished = nn.Sequential(*layers, norm).to(conv.weight)
+    finished.to(memory_format=memory_format_of(conv.weight))
     _check_shape(finished, conv, f"block={kind}: a branch of {name or 'the model'}")
     return finished.train(conv.training)
 
@@ -226,9 +259,12 @@ def _check_shape(branch: nn.Module, conv: nn.Conv2d, where: str) -> None:
 
 def _attach(conv: nn.Conv2d, branches: list[nn.Module]) -> None:
     if not isinstance(conv, ExpandedConv2d):
-        if isinstance(conv, Conv2dSame):
-            conv.pad = SamePad2d(conv).train(conv.training)
         # Changing the class instead of the module keeps every name, hook and reference valid.
-        conv.__class__ = _EXPANDED[type(conv)]
+        if SamePad2d.needed_by(conv):
+            conv.pad = SamePad2d(conv).train(conv.training)
+            conv.padding = (0, 0)
+            conv.__class__ = ExpandedConv2dSame
+        else:
+            conv.__class__ = ExpandedConv2d
         conv.branches = nn.ModuleList().train(conv.training)
     cast(ExpandedConv2d, conv).branches.extend(branches)

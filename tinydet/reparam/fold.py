@@ -8,7 +8,6 @@ weights are cast back.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,19 +22,20 @@ from tinydet.reparam.apply_changes import Network
 from tinydet.reparam.compared import (
     OperationNames,
     choose_examples,
-    floating_tensors,
     run_in_own_dtype,
     why_imprecise,
 )
 from tinydet.reparam.dataflow import DataFlow
-from tinydet.reparam.exact import exact_arithmetic, exact_copy, plain_tensors
+from tinydet.reparam.exact import exact_arithmetic, exact_copy
 from tinydet.reparam.examples import ExampleInput, as_examples
 from tinydet.reparam.expand import matches
 from tinydet.reparam.factors import count_scales
+from tinydet.reparam.like_original import like_original
 from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
 from tinydet.reparam.report import FoldReport
 from tinydet.reparam.scales import fold_scales
+from tinydet.reparam.weight_ranges import weight_ranges
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -109,7 +109,7 @@ def fold(
                 if not problem:
                     break
         folded, max_rel = network.model, network.max_rel
-        _restore_dtype_and_device(folded, model)
+        like_original(folded, model)
         for output, example in zip(own, given, strict=True):
             problem = problem or why_imprecise(model, folded, example, output)
     if problem:
@@ -128,6 +128,8 @@ def fold(
         scales_before=before.scales,
         scales_after=after.scales,
         max_rel=max_rel,
+        ranges_before=tuple(weight_ranges(model)),
+        ranges_after=tuple(weight_ranges(folded)),
     )
     return folded.eval(), report
 
@@ -170,29 +172,3 @@ def _check_eval_mode(model: nn.Module) -> None:
         if module.training and (module is model or acts):
             where = f"its layer {name}" if name else type(model).__name__
             raise ValueError(f"{where} is in training mode; call model.eval() before fold(model)")
-
-
-def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
-    """Restore each weight's dtype and device; a new weight gets those of its block's first one."""
-    like = dict(floating_tensors(original))
-    for path, tensor in floating_tensors(folded):
-        source = like.get(path)
-        scope = path
-        while source is None and scope:
-            scope = scope.rpartition(".")[0]
-            prefix = scope + "." if scope else ""
-            inside = [t for name, t in like.items() if name.startswith(prefix)]
-            # Kernels first: norms may be kept in float32 beside bfloat16 convolutions.
-            source = next((t for t in inside if t.ndim > 1), inside[0] if inside else None)
-        if source is not None:
-            tensor.data = tensor.data.to(device=source.device, dtype=source.dtype)
-    originals = dict(original.named_modules())
-    for path, module in folded.named_modules():
-        known = plain_tensors(originals[path]) if path in originals else {}
-        vars(module).update(
-            (name, copy.deepcopy(known[name])) for name in plain_tensors(module) if name in known
-        )
-    devices = {p: t.device for p, t in original.named_buffers() if not t.is_floating_point()}
-    for path, buffer in folded.named_buffers():
-        if path in devices:
-            buffer.data = buffer.data.to(devices[path])

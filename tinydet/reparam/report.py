@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tinydet.reparam.weight_ranges import WeightRange
+
 
 @dataclass(frozen=True)
 class Step:
@@ -37,6 +39,8 @@ class FoldReport:
         scales_after: the same, folded.
         max_rel: largest difference between the outputs in float64, as a fraction of the largest
             absolute output.
+        ranges_before: see `weight_ranges`; a layer that was not replaced has the same name in both.
+        ranges_after: the same, folded.
     """
 
     folded: tuple[Step, ...]
@@ -52,6 +56,8 @@ class FoldReport:
     scales_before: int
     scales_after: int
     max_rel: float
+    ranges_before: tuple[WeightRange, ...]
+    ranges_after: tuple[WeightRange, ...]
 
     def lines(self) -> list[str]:
         """Return the report as lines of text: a summary, then one line for each kept module."""
@@ -65,3 +71,16 @@ class FoldReport:
             f"difference  {self.max_rel:.1e} of the largest output, in float64",
         ]
         return summary + [f"kept        {step.name}: {step.detail}" for step in self.kept]
+
+    def ranges_line(self) -> str:
+        """Return the most uneven weight of the folded network as a line; see `weight_ranges`."""
+        worst = max(self.ranges_after, key=lambda found: found.spread, default=None)
+        if worst is None:
+            return "ranges      no weights"
+        before = "".join(
+            f", {found.spread:.1f} before"
+            for found in self.ranges_before
+            if found.name == worst.name
+        )
+        where = worst.name or "the model"
+        return f"ranges      largest channel {worst.spread:.1f} times the median in {where}{before}"

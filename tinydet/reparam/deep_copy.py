@@ -1,0 +1,25 @@
+"""Copy a network whose weights may be the results of computations."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def deep_copy(model: Network) -> Network:
+    """Return a deep copy, also of a network with weights that a hook computes in each call.
+
+    `torch.nn.utils.weight_norm` and `spectral_norm` store such a weight as an attribute with a
+    gradient function, which `copy.deepcopy` refuses. The copy has its value.
+    """
+    computed = (
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    )
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
