@@ -196,7 +196,7 @@ def _nothing_selected(
         f"; {name or 'the model'} is {_obstacle(module)}"
         for name, module in model.named_modules()
         if isinstance(module, (_ConvNd, torch.jit.ScriptModule))
-        and (not convs or (_obstacle(module) and any(_matches(name, word) for word in words)))
+        and (not convs or (_obstacle(module) and any(matches(name, word) for word in words)))
     )
     other = next(others, "")
     if not convs:
