@@ -195,14 +195,16 @@ def _of_another_size(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any,
     if len(arguments) != 1 or not isinstance(arguments[0], Tensor) or arguments[0].ndim != 4:
         return None
     images, channels, height, width = arguments[0].shape
-    larger = torch.empty(images + 1, channels, height + 32, width + 64, dtype=arguments[0].dtype)
-    given = _random_like((larger,))
-    try:
-        model(*copied(given))
-    except Exception:
-        # Any model may reject other sizes, with any exception.
-        return None
-    return given
+    for rows in (33, 32):  # Pools and strided layers differ between odd and even sizes.
+        shape = (images + 1, channels, height + rows, width + 64)
+        given = _random_like((torch.empty(shape, dtype=arguments[0].dtype),))
+        try:
+            model(*copied(given))
+        except Exception:
+            # Any model may reject other sizes, with any exception.
+            continue
+        return given
+    return None
 
 
 def _restore_dtype_and_device(folded: nn.Module, original: nn.Module) -> None:
