@@ -18,7 +18,7 @@ from tinydet.reparam.kernel_algebra import LinearMap, NotSupportedError, weights
 from . import reference_blocks as blocks
 from .random_networks import CHANNELS, EXAMPLE, SERIES, build, built, runs
 from .reference_blocks import assert_same
-from .small_networks import Net, conv, convs_of
+from .small_networks import Net, conv
 
 
 def _recorded(module, x, axes=2):
@@ -40,7 +40,7 @@ def _layer(module, x, groups=(1,), axes=2):
 
 
 @given(series=SERIES, seed=st.integers(0, 1 << 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_random_network__as_its_impulse_response(series, seed):
     torch.manual_seed(seed)
     module = built(*(build(plan) for plan in series))
@@ -87,7 +87,7 @@ class _Way(Net):
             s=nn.Conv2d(4, 8, 3, 2, 1, groups=2),
             p=nn.Conv2d(8, 4, 1),
             h=nn.Conv2d(2, 2, 3, padding=1, bias=False),
-            v=nn.Conv2d(4, 4, (3, 1), dilation=2, bias=False),
+            v=nn.Conv2d(4, 4, (3, 1), dilation=(2, 1), bias=False),
         )
         self.g = nn.Parameter(torch.randn(4, 1, 1))
         self.double().eval()
@@ -97,8 +97,8 @@ class _Way(Net):
 _WAYS = {
     "depthwise and identity": (4, lambda m, x: m.d(x) - x * m.g),
     "norm before a dense kernel": (1, lambda m, x: m.b(m.n(x))),
-    "dense before depthwise": (1, lambda m, x: m.b(F.pad(x, (2, 2, 2, 2))) + m.d(m.b(x))),
-    "depthwise twice": (4, lambda m, x: m.d.weight.sum() * m.d(x) / 3),
+    "dense before depthwise": (1, lambda m, x: m.b(x) - m.d(m.b(x))),
+    "factor of weights": (4, lambda m, x: m.d.weight.sum() * m.d(x) / 3),
     "stride and groups": (1, lambda m, x: m.p(m.s(x) * 2)),
     "average of a stride": (2, lambda m, x: m.s(x) + F.avg_pool2d(x, 3, 2, 1).repeat(1, 2, 1, 1)),
     "half of the channels": (1, lambda m, x: torch.cat([m.h(x[:, :2]), x[:, 2:]], 1)),
@@ -106,7 +106,7 @@ _WAYS = {
     "every other channel": (1, lambda m, x: m.h(x[:, ::2]) + x.split([2, 2], 1)[1]),
     "every second pixel": (1, lambda m, x: m.b(m.b(x)[:, :, ::2, ::2])),
     "one pixel cropped": (1, lambda m, x: m.a(F.pad(x, (1, 1, 1, 1)))[:, :, 1:-1, 1:-1]),
-    "crop and pad": (1, lambda m, x: m.b(x) + F.pad(m.v(F.pad(x, (0, 0, 2, 2))), (0, 0, 0, 0))),
+    "uneven pads": (1, lambda m, x: m.b(x) + m.v(F.pad(x, (0, 0, 2, 2)))),
     "dilated in series": (1, lambda m, x: m.v(m.v(F.pad(x, (0, 0, 4, 4))))),
     "scale from the right": (1, lambda m, x: 1 - (2 - m.a(x)) * m.g / 5),
     "shift of zeros": (1, lambda m, x: m.a(x) - m.a(torch.zeros_like(x[:1, :, :1, :1]))),
@@ -157,7 +157,7 @@ def test_what_is_no_convolution_is_refused(name):
         lambda m, x: m.b(x.flip(3)),
         lambda m, x: m.b(x) * float(m.g.detach().sum()),
         lambda m, x: m.b(F.pad(x, (1, 1, 1, 1), value=2.0)),
-        lambda m, x: m.b(x) + m.b(x)[:1],
+        lambda m, x: m.b(x) + m.b(x).mean((2, 3), keepdim=True),
     ],
 )
 def test_what_has_no_rule_is_left_to_impulses(way):
@@ -198,7 +198,7 @@ def test_values_of_weights_do_not_matter():
     [blocks.Amber, blocks.Basalt, blocks.Dolomite, blocks.Emerald, blocks.Garnet, blocks.Jade],
 )
 def test_usual_blocks_need_no_impulses(make, monkeypatch, randomise):
-    def fail(*args, **kwargs):
+    def fail(*_, **__):
         raise AssertionError("probed by impulses")
 
     monkeypatch.setattr("tinydet.reparam.merge.find_geometry", fail)
@@ -213,7 +213,9 @@ def test_usual_blocks_need_no_impulses(make, monkeypatch, randomise):
 def test_many_channels_and_a_large_kernel(randomise):
     # Densely, the kernels of one channel each would take 384 x 384 x 31 x 31 numbers: a GiB.
     torch.manual_seed(0)
-    model = randomise(nn.Sequential(blocks.Flint(384), nn.ReLU()).double()).eval()
-    folded, _ = fold(model, torch.randn(1, 384, 3, 4, dtype=torch.float64))
-    (merged,) = convs_of(folded)
-    assert (merged.kernel_size, merged.groups) == ((31, 31), 384)
+    block = randomise(blocks.Flint(384).double()).eval()
+    layer = _layer(block, torch.randn(1, 384, 3, 4, dtype=torch.float64), (384, 1))
+    assert (layer.kernel_size, layer.groups) == ((31, 31), 384)
+    x = torch.randn(1, 384, 16, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert_same(block(x), layer(x))
