@@ -72,13 +72,17 @@ def is_affine(op: Op, data: Set[Value]) -> bool:
 
 def sums_a_stack(op: Op, flow: DataFlow) -> bool:
     """Return whether an operation adds or averages the tensors that `torch.stack` joined."""
+    return _stack_summed_by(op, flow) is not None
+
+
+def _stack_summed_by(op: Op, flow: DataFlow) -> Op | None:
     if op.name not in ("aten.sum", "aten.mean") or op.kwargs or len(op.args) != 2:
-        return False
+        return None
     stack = flow.producer(op.inputs[0].value)
     if stack is None or stack.name != "aten.stack" or stack.outputs != op.inputs:
-        return False
+        return None
     ndim, axis = len(stack.outputs[0].shape), stack.args[1] if len(stack.args) > 1 else 0
-    return [a % ndim for a in op.args[1] or ()] == [axis % ndim]
+    return stack if [a % ndim for a in op.args[1] or ()] == [axis % ndim] else None
 
 
 def crops(ops: Iterable[Op], data: Set[Value], out: View) -> bool:
@@ -180,11 +184,10 @@ def branch_sums(flow: DataFlow) -> list[Op]:
     # A position table that the network creates itself is a source like its input.
     for data in (flow.depends_on_input(), flow.depends_on_input(or_created=True)):
         for op in flow.ops:
-            joined = flow.producer(op.inputs[0].value) if sums_a_stack(op, flow) else None
-            if (op.name in _SUMS and len(op.varying(data)) == 2) or (
-                joined is not None and len(joined.varying(data)) > 1
-            ):
-                between = _back_to_one_source(flow, op, data, order)
+            stack = _stack_summed_by(op, flow)
+            joins = (op if op.name in _SUMS else None) if stack is None else stack
+            if joins is not None and len(joins.varying(data)) > 1:
+                between = _back_to_one_source(flow, joins, data, order)
                 if any(is_layer(o, data) for o in between):
                     found[id(op)] = op
     return list(found.values())

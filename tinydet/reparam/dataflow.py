@@ -251,6 +251,12 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            # In this mode torch does not split composite operations into their parts by itself.
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         inputs = self.views((args, kwargs))
         result = func(*args, **kwargs)
         self._alive += [t.detach() for t in tensors_in((args, kwargs, result))]

@@ -208,7 +208,7 @@ def added(kernels: Sequence[Kernel]) -> Kernel:
     joined = _empty_like(kernels, len(like.weight), columns)
     for kernel in kernels:
         kernel._add_to(joined.weight, groups, joined.first, joined.spacing)
-    return replace(joined, bias=sum(kernel.bias for kernel in kernels), groups=groups)
+    return replace(joined, bias=torch.stack([k.bias for k in kernels]).sum(0), groups=groups)
 
 
 def concatenated(kernels: Sequence[Kernel]) -> Kernel:
@@ -363,7 +363,8 @@ class LinearMap:
         for op in reversed(self.ops):
             if op.name == "aten._local_scalar_dense":
                 raise NotSupportedError(op.name)
-            if any(v.value in needed and v.value != self.source.value for v in op.outputs):
+            made = needed if op.is_view else needed - {self.source.value}
+            if any(view.value in made for view in op.outputs):
                 ops.append(op)
                 if op.name not in SIZE_ONLY:
                     needed |= {view.value for view in op.inputs}
@@ -371,6 +372,8 @@ class LinearMap:
         known: dict[View, Any] = {self.source: start}
         leaves: set[int] = set()
         for op in reversed(ops):
+            if op.is_view and op.inputs[0].value == self.source.value and op.inputs[0] not in known:
+                continue  # It leads to the source.
             tensors = [t for t in tensors_in((op.args, op.kwargs)) if t.numel()]
             views = {id(t): v for t, v in zip(tensors, op.inputs, strict=True)}
 
