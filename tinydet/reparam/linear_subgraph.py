@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -10,10 +9,8 @@ from torch import Tensor, fx, nn
 from tinydet.reparam import affine
 from tinydet.reparam.dataflow import Op, Value
 from tinydet.reparam.equivalent_layer import NotAConvolutionError
-from tinydet.reparam.fx_graph import erase_unused
+from tinydet.reparam.fx_graph import add_layer, erase
 from tinydet.reparam.module_swap import has_hooks
-
-_NAME = "reparam_conv"  # timm's name for the merged convolution of its own blocks
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,9 @@ def _is_worth_merging(subgraph: LinearSubgraph, data: set[Value]) -> bool:
     products = sum(affine.is_product(op) for op in subgraph.ops)
     joins = any(len(_varying_inputs(node, data)) > 1 for node in subgraph.nodes)
     busy = sum(bool(node.meta["ops"]) for node in subgraph.nodes)
+    given = {view.storage for view in subgraph.source.meta["views"]}
+    if any(writes(op, given) for op in subgraph.ops):
+        return False
     return busy > 1 and (products > 1 or (joins and products == 1))
 
 
@@ -75,9 +75,14 @@ def _is_affine_node(graph: fx.GraphModule, node: fx.Node, data: set[Value]) -> b
         module = graph.get_submodule(str(node.target))
         if any(has_hooks(m) for m in module.modules()):
             return False
-    given = {view.storage for i in node.all_input_nodes for view in i.meta["views"]}
+    weights = {
+        view.storage
+        for i in node.all_input_nodes
+        for view in i.meta["views"]
+        if view.value not in data
+    }
     return all(
-        affine.is_affine(op, data) and not writes(op, given)
+        affine.is_affine(op, data) and not writes(op, weights)
         for op in node.meta["ops"]
         if op.varying(data)
     )
@@ -119,6 +124,8 @@ def extract_subgraph(
             copies[node] = new.node_copy(node, copied)
         return copies[node]
 
+    for node in subgraph.nodes:  # In this order, as some may work in place.
+        copied(node)
     new.output(copied(subgraph.nodes[-1]))
     return _Subgraph(fx.GraphModule(graph, new))
 
@@ -137,12 +144,8 @@ class _Subgraph(nn.Module):
 def replace_subgraph(graph: fx.GraphModule, subgraph: LinearSubgraph, layer: nn.Module) -> None:
     """Replace a subgraph by one layer."""
     last = subgraph.nodes[-1]
-    numbered = (f"{_NAME}_{i}" for i in itertools.count(2))
-    name = next(n for n in itertools.chain([_NAME], numbered) if not hasattr(graph, n))
-    graph.add_submodule(name, layer)
+    name = add_layer(graph, layer)
     with graph.graph.inserting_before(last):
         node = graph.graph.call_module(name, (subgraph.source,))
     last.replace_all_uses_with(node)
-    shapes = [n for n in graph.graph.nodes if not n.meta.get("views", True)]
-    erase_unused(graph.graph, sorted({*subgraph.nodes, *shapes}, key=list(graph.graph.nodes).index))
-    graph.recompile()
+    erase(graph, subgraph.nodes)

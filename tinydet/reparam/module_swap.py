@@ -6,10 +6,12 @@ block is executed alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from tinydet.reparam.verify import copied
@@ -24,10 +26,40 @@ HOOK_TABLES = (
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module by another, under every name it has in the model."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            model.set_submodule(name, new)
+    """Replace a module by another, under every name it has and in every attribute of the model.
+
+    Lists, tuples and dicts that hold it are replaced by others, not changed.
+    """
+    for module in list(model.modules()):
+        if module is old or isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value in [*vars(module).items()]:
+            if name == "_modules":
+                value.update({k: new for k, child in value.items() if child is old})
+            elif name[0] != "_":
+                module.__dict__[name] = with_replaced(value, old, new)
+
+
+def with_replaced(value: Any, old: nn.Module, new: nn.Module | None) -> Any:
+    """Return a value with a module replaced in nested lists, tuples and dicts.
+
+    It is the value itself if it does not hold the module.
+    """
+    if value is old:
+        return new
+    if isinstance(value, dict):
+        items = {k: with_replaced(v, old, new) for k, v in value.items()}
+        if all(items[k] is v for k, v in value.items()):
+            return value
+        changed = copy.copy(value)
+        changed.update(items)
+        return changed
+    if isinstance(value, (list, tuple)):
+        parts = [with_replaced(v, old, new) for v in value]
+        if all(a is b for a, b in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
