@@ -214,7 +214,7 @@ def _is_rank(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.all_input_nodes:
         return False
     if node.target is getattr:
-        return node.args[1] == "ndim"
+        return bool(node.args[1] == "ndim")
     return getattr(node.target, "__module__", "") == "_operator" and all(
         map(_is_rank, node.all_input_nodes)
     )
@@ -227,7 +227,7 @@ def _has_fixed_length(node: fx.Node) -> bool:
     size = (node.op == "call_method" and node.target == "size" and len(node.args) == 1) or (
         node.target is getattr and node.args[1] == "shape"
     )
-    return size or node.op == "call_module"
+    return bool(size) or node.op == "call_module"
 
 
 def _not_raising(frame: FrameType) -> bool | None:
