@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tinydet.reparam import fold
 
 from .reference_blocks import Amber, assert_same
-from .small_networks import Net, conv, convs_of, example, fold_and_compare
+from .small_networks import Net, WithChecks, conv, convs_of, example, fold_and_compare
 
 
 class _Two(nn.Module):
@@ -81,7 +81,7 @@ def test_calls(call, randomise):
     model = Net(way, block=kind())
     folded, report = fold_and_compare(model, example(), randomise)
     assert report.branches_after == 0
-    assert len(convs_of(folded)) == 1
+    assert {c.kernel_size for c in convs_of(folded)} == {(3, 3)}
 
 
 def test_argument_that_was_a_constant__is_not_ignored(randomise):
@@ -90,7 +90,7 @@ def test_argument_that_was_a_constant__is_not_ignored(randomise):
     x = example()
     expected = model.block(x, mode="double")
     assert_same(expected, block(x, mask=None, mode="double", scale=1.0))
-    for changed in ({"mask": x}, {"mode": "plain"}, {}):
+    for changed in ({"mask": x}, {"mode": "plain"}):
         with pytest.raises(ValueError, match="as when it was folded"):
             block(x, **{"mode": "double", **changed})
 
@@ -142,23 +142,8 @@ def test_input_changed_in_place(randomise):
     fold_and_compare(model, example(), randomise)
 
 
-class _Checks(_Two):
-    def forward(self, x):
-        assert x.shape[1] == 4, f"{x.shape[1]} channels"
-        torch._assert(x.dim() == 4, "no batch")
-        if x.dim() != 4 or x.size(1) < 2:
-            raise ValueError(f"{x.shape}")
-        if not x.shape[-1] <= 30:
-            raise RuntimeError("too wide")
-        a, b = self.a(x), self.b(x)
-        assert a.shape == b.shape
-        if len(x.shape) > 3 and x.ndim == 4:
-            a = a + b
-        return F.relu(a) + sum(x.shape[2:])
-
-
 def test_checks_stay(randomise):
-    folded, _ = fold_and_compare(nn.Sequential(_Checks()), example(), randomise)
+    folded, _ = fold_and_compare(nn.Sequential(WithChecks()), example(), randomise)
     (only,) = convs_of(folded)
     assert only.kernel_size == (3, 3)
     for bad in (torch.ones(1, 4, 3, 31), torch.ones(1, 3, 3, 3), torch.ones(4, 3, 3)):
@@ -193,11 +178,12 @@ def _decorated(context):
     class Decorated(_Two):
         def __init__(self):
             super().__init__()
-            self.norm, self.scale = nn.BatchNorm2d(4), nn.Parameter(torch.randn(4, 1, 1))
+            self.c, self.norm = conv(), nn.BatchNorm2d(4)
+            self.scale = nn.Parameter(torch.randn(4, 1, 1))
 
         @context()
         def forward(self, x):
-            return self.norm(self.scale * self.both(x).neg()) + self.a(x) + self.b(x)
+            return self.norm(self.scale * self.c(self.both(x)))
 
     return Decorated
 
@@ -206,7 +192,9 @@ def _decorated(context):
 def test_decorated_code(context, randomise):
     model = nn.Sequential(conv(1), _decorated(context)(), Amber(4, 4))
     folded, report = fold_and_compare(model, example(), randomise)
-    assert report.branches_after == 0
+    assert report.branches_after == report.norms_after == 0
+    assert len(convs_of(folded[1])) == 2
+    assert {n for n, _ in folded[1].named_parameters(recurse=False)} == set()
     y = folded[1](example())
     assert not y.requires_grad
     assert y.is_inference() == (context is torch.inference_mode)
@@ -224,13 +212,16 @@ class _Script(nn.Module):
 @pytest.mark.parametrize("how", [torch.jit.script, lambda m: torch.jit.trace(m, example())])
 def test_scripted_children_are_left_alone(how, randomise):
     inner = how(randomise(_Script().double()).eval())
-    model = Net(
-        lambda m, x: F.relu(m.one(x) + m.two(x)) + m.inner(x), one=conv(), two=conv(1), inner=inner
-    )
+
+    def way(m, x):
+        return F.relu(m.one(x) + m.two(x)) + m.inner(x)
+
+    model = Net(way, one=conv(), two=conv(1), inner=inner)
     folded, report = fold_and_compare(nn.Sequential(model, Amber(4, 4)), example(), randomise)
     assert isinstance(folded[0].inner, torch.jit.ScriptModule)
     assert len(convs_of(folded)) == 2
-    assert any("TorchScript" in step.detail for step in report.kept)
+    if how is torch.jit.script:  # Whose branches are seen.
+        assert any("TorchScript" in step.detail for step in report.kept)
 
 
 _SMALL = {

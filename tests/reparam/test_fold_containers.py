@@ -107,7 +107,7 @@ class FPN(nn.Module):
                 here = (here + F.interpolate(above, size=here.shape[-2:], mode="nearest")) / 2
             results.insert(0, output(here))
             above = here
-        return results + [self.by_name["res2"](above)]
+        return [*results, self.by_name["res2"](above)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])

@@ -115,7 +115,7 @@ def _without_factor(
         NotTraceableError: its code cannot be traced, or the factor is not found in the graph.
     """
     if record is None:
-        raise NotTraceableError("its code does not run as a module's call")
+        raise NotTraceableError("its code is TorchScript, or does not run as a module's call")
     args, kwargs, _ = record
     graph = trace(module, args, kwargs)
     data = observe_nodes(graph).depends_on_input()

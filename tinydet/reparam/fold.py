@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam.affine import branch_sums, multiply_adds
-from tinydet.reparam.dataflow import observe
+from tinydet.reparam.dataflow import decomposed, observe
 from tinydet.reparam.factors import count_scales
 from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
@@ -143,6 +143,8 @@ class _CastsToFloat64(TorchDispatchMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
+        if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
+            return parts
         dtype = kwargs.get("dtype")
         if func.overloadpacket is torch.ops.aten._to_copy and dtype and dtype.is_floating_point:
             kwargs = {**kwargs, "dtype": torch.float64}

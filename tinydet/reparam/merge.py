@@ -88,7 +88,7 @@ def _merge(name: str, record: tuple[Any, Any, Any] | None, model: nn.Module) -> 
     """Merge the linear subgraphs in one module of a network (a `Change.make`)."""
     module = model.get_submodule(name)
     if record is None:
-        raise RefusedError("its code does not run as a module's call")
+        raise RefusedError("its code is TorchScript, or does not run as a module's call")
     try:
         try:
             new, layers = _merge_module(module, *record, module is model)
@@ -119,7 +119,7 @@ def _merge_module(
     if type(module) in _LAYERS:
         raise NotAConvolutionError("it is one layer, to whose output a hook adds")
     if any(has_hooks(child) for child in module.modules() if child is not module):
-        raise NotAConvolutionError("a module inside has a forward hook")
+        raise NotAConvolutionError("a module inside has a forward hook or is TorchScript")
     with hooks_disabled(module):
         flow = observe(module, copied(args), is_leaf=is_norm)
         data = flow.depends_on_input()

@@ -68,7 +68,12 @@ def has_pre_hooks(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether something runs before or after the module's forward."""
+    """Return whether something may run before or after the module's forward.
+
+    So it may in TorchScript, which may have hooks of its own.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return bool(module._forward_hooks) or has_pre_hooks(module)
 
 
@@ -100,7 +105,8 @@ def hooks_disabled(module: nn.Module) -> Iterator[None]:
 def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any, Any]]]:
     """Record copies of (args, kwargs, output) of `forward` in each module's first call.
 
-    They are recorded after other pre-hooks and before other forward hooks.
+    They are recorded after other pre-hooks and before other forward hooks; of TorchScript, which
+    takes no hooks, none are recorded.
     """
     records: dict[nn.Module, tuple[Any, Any, Any]] = {}
     arguments: dict[nn.Module, tuple[Any, Any]] = {}
@@ -116,6 +122,8 @@ def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any
 
     handles = []
     for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, prepend=True))
     try:

@@ -164,7 +164,8 @@ def rewrite(module: nn.Module, graph: fx.GraphModule, keep: bool) -> nn.Module:
         else:
             setattr(module, name, value.train(module.training))
     for name in _remove_unused(module, before, after):
-        if any(name in _names(f) for f in _methods(code.origin).values()):
+        methods = _methods(code.origin)
+        if any(name in _names(methods[method]) for method in methods.keys() - code.changed):
             module._modules[name] = Merged(name, ", ".join(added) or "other layers")
     return module
 
