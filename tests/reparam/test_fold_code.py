@@ -151,6 +151,19 @@ def test_checks_stay(randomise):
             folded(bad.double())
 
 
+class _Drops(_Two):
+    def forward(this, x):  # noqa: N805
+        return F.dropout(this.both(x).add(1), 0.5, this.training)
+
+
+def test_dropout_in_code_still_acts_in_training(randomise):
+    folded, _ = fold_and_compare(nn.Sequential(_Drops()), example(), randomise)
+    assert len(convs_of(folded)) == 1
+    assert (folded(example()) == 0).sum() == 0
+    zeros = (folded.train()(example()) == 0).double().mean()
+    assert 0.3 < zeros < 0.7
+
+
 class _Even(_Two):
     def forward(self, x):
         if x.shape[-1] % 2:

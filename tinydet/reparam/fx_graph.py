@@ -97,6 +97,8 @@ class _Tracer(fx.Tracer):
         """Make a placeholder of each argument, under its name in the code."""
         del is_module, concrete_args
         signature = inspect.signature(inspect.unwrap(root_fn))
+        if next(iter(signature.parameters.values())).kind is inspect.Parameter.VAR_POSITIONAL:
+            raise NotTraceableError("its code does not name its arguments")
         call = signature.bind(self.root, *self._args, **self._kwargs)
         given = set(call.arguments)
         call.apply_defaults()
@@ -109,6 +111,10 @@ class _Tracer(fx.Tracer):
                 inspect.Parameter.VAR_KEYWORD,
             )
             call.arguments[name] = self._argument(proxy, value, name, name not in given, several)
+        # Code that passes it on, as to a dropout, still switches between training and inference.
+        training = self.create_proxy("get_attr", "training", (), {})
+        self._values[training.node] = self.root.training
+        self.root.__dict__["training"] = training
         self.modes.clear()
         return lambda: root_fn(*call.args, **call.kwargs), []
 
@@ -165,14 +171,20 @@ class _Tracer(fx.Tracer):
         methods: set[str] = set()
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            if frame.f_locals.get("self") is self.root:
+            first = next(iter(frame.f_code.co_varnames), "")
+            if frame.f_locals.get(first) is self.root:
                 methods.add(frame.f_code.co_name)
             frame = frame.f_back
         node.meta["methods"] = methods
         return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Decide a condition that only guards a `raise`, or that is about the number of axes."""
+        """Decide conditions on the mode or the number of axes, and those that only guard a `raise`.
+
+        The latter stay in the graph as they are.
+        """
+        if obj.node.target == "training":
+            return bool(self._values[obj.node])
         wanted = _not_raising(sys._getframe(2))
         if wanted is None and _is_rank(obj.node):
             wanted = bool(self.example(obj.node))
@@ -289,10 +301,11 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
         raise NotTraceableError(
             f"its code is not a plain graph ({type(problem).__name__})"
         ) from problem
+    root.training = module.training
     if any(isinstance(value, fx.Proxy) for value in vars(root).values()):
         raise NotTraceableError("it stores activations in its attributes")
     for node in reversed(traced.nodes):
-        if node.target is getattr and not node.users:
+        if (node.target is getattr or node.op == "get_attr") and not node.users:
             traced.erase_node(node)
     return _graph_module(module, tracer, traced)
 
@@ -308,6 +321,7 @@ def single_call(module: nn.Module, args: tuple[Any, ...], layer: nn.Module) -> f
     tracer = _Tracer(args, {}, unpack=False)
     tracer.root, tracer.graph = _traceable_copy(module), fx.Graph()
     tracer.create_args_for_root(type(module).forward, is_module=True)
+    tracer.root.training = module.training
     source = next(iter(tracer.graph.nodes))
     output = tracer.graph.output(source)
     graph = _graph_module(module, tracer, tracer.graph)
@@ -344,7 +358,8 @@ def _graph_module(module: nn.Module, tracer: _Tracer, graph: fx.Graph) -> fx.Gra
 
 def targets(graph: fx.GraphModule) -> set[str]:
     """Return the qualified names of the modules and tensors that a graph uses."""
-    return {str(n.target) for n in graph.graph.nodes if n.op in ("call_module", "get_attr")}
+    used = {str(n.target) for n in graph.graph.nodes if n.op in ("call_module", "get_attr")}
+    return used - {"training"}
 
 
 def _traceable_copy(module: nn.Module) -> nn.Module:

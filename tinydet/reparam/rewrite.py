@@ -75,7 +75,7 @@ class _Code:
     def build(self) -> type[Rewritten]:
         """Return the class."""
         environment = {**fx.Graph().python_code("self").globals, **self.functions}
-        file = f"<fold of {self.origin.__qualname__} {id(self)}>"
+        file = f"<fold of {self.origin.__qualname__} {hash(self.source):x}>"
         lines = self.source.splitlines(keepends=True)
         linecache.cache[file] = (len(self.source), None, lines, file)  # For tracebacks.
         exec(compile(self.source, file, "exec"), environment)
@@ -144,7 +144,6 @@ def rewrite(module: nn.Module, graph: fx.GraphModule, keep: bool) -> nn.Module:
         The module, or where it was a chain of layers without other methods, the only layer or an
         `nn.Sequential` with its hooks and plain attributes.
     """
-    graph.graph.lint()
     before, after = graph.meta["targets"], targets(graph)
     code = _code_of(module, graph, before, after)
     chain = _chain(graph)
@@ -204,6 +203,7 @@ def _signature(origin: type[nn.Module]) -> str:
         p.replace(annotation=empty, default=empty if p.default is empty else None)
         for p in signature.parameters.values()
     ]
+    parameters[0] = parameters[0].replace(name="self")
     return str(inspect.Signature(parameters))
 
 
