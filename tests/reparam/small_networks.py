@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam import fold
@@ -28,6 +29,27 @@ class Net(nn.Module):
 
 def conv(kernel=3, channels=4, **kwargs):
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, **kwargs)
+
+
+class WithChecks(nn.Module):
+    """Two branches amid checks; pytest would rewrite them in a file of tests."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3), conv(1)
+
+    def forward(self, x):
+        assert x.shape[1] == 4, f"{x.shape[1]} channels"
+        torch._assert(x.dim() == 4, "no batch")
+        if x.dim() != 4 or x.size(1) < 2:
+            raise ValueError(f"{x.shape}")
+        if not x.shape[-1] <= 30:
+            raise RuntimeError("too wide")
+        a, b = self.a(x), self.b(x)
+        assert a.shape == b.shape
+        if len(x.shape) > 3 and x.ndim == 4:
+            a = a + b
+        return F.relu(a) + sum(x.shape[2:])
 
 
 def norms_of(model):

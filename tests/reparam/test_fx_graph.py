@@ -1,13 +1,10 @@
-"""Code of a module as a graph: what survives tracing, rewriting, copying and pickling."""
-
-import copy
-import pickle
+"""Code of a module as a graph: what tracing leaves alone, and what it refuses."""
 
 import pytest
 import torch
 from torch import nn
 
-from tinydet.reparam.fx_graph import NotTraceableError, RewrittenModule, as_module, trace
+from tinydet.reparam.fx_graph import NotTraceableError, observe_nodes, trace
 
 
 class _Caching(nn.Module):
@@ -24,45 +21,60 @@ class _Caching(nn.Module):
         return x if other is None else x + other
 
 
-def _tripled(module, args, output):
-    del module, args
-    return 3 * output
-
-
-@pytest.fixture
-def rewritten():
+def test_trace__leaves_the_module_alone():
     module = _Caching().eval()
-    module.register_forward_hook(_tripled)
-    return module, as_module(trace(module, (torch.ones(1, 2, 3, 3),), {}), module)
-
-
-def test_trace__leaves_the_module_alone(rewritten):
-    module, _ = rewritten
+    x = torch.ones(1, 2, 3, 3)
+    graph = trace(module, (x,), {})
     assert module.cache == {}
-    module(torch.ones(1, 2, 3, 3))
-    again = trace(module, (torch.ones(1, 2, 3, 3),), {})
+    torch.testing.assert_close(observe_nodes(graph).returned, module(x))
+    again = trace(module, (x,), {})
     assert "bias" in {str(n.target) for n in again.graph.nodes if n.op == "get_attr"}
 
 
-@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: copy.deepcopy(_pickled(m))])
-def test_copies_keep_hooks_and_plain_values(rewritten, how):
-    module, new = rewritten
-    assert isinstance(new, RewrittenModule)
-    made = how(new)
-    x = torch.randn(2, 2, 5, 4)
-    torch.testing.assert_close(made(x), module(x))
-    assert (made.width, made.training) == (7, False)
-    assert set(made.state_dict()) == {"conv.weight", "conv.bias", "bias"}
+def test_trace__buffers_are_not_constants():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.ones(2))
+
+        def forward(self, x):
+            return x - self.mean.exp()
+
+    graph = trace(Centred(), (torch.ones(1, 2),), {})
+    assert graph.meta["targets"] == {"mean"}
 
 
-def _pickled(module):
-    return pickle.loads(pickle.dumps(module))
+class _Stores(nn.Module):
+    def forward(self, x):
+        self.last = x
+        return x
+
+
+class _Unnamed(nn.Module):
+    def forward(*args):
+        return args[1]
+
+
+def _own_forward():
+    module = nn.Identity()
+    module.forward = lambda x: x
+    return module
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs"),
-    [((torch.ones(1), None), {}), ((torch.ones(1),), {"other": torch.ones(1)}), (([],), {})],
+    "module",
+    [_Stores(), _Unnamed(), _own_forward(), torch.jit.script(nn.ReLU())],
+    ids=["stores activations", "unnamed arguments", "forward of its own", "TorchScript"],
 )
-def test_trace__calls_it_cannot_follow(args, kwargs):
+def test_trace__modules_it_cannot_follow(module):
     with pytest.raises(NotTraceableError):
-        trace(_Caching(), args, kwargs)
+        trace(module, (torch.ones(1),), {})
+
+
+def test_observe_nodes__code_that_took_another_path():
+    class Tests(nn.Module):
+        def forward(self, x):
+            return x.sum() if isinstance(x, torch.Tensor) else x[5]
+
+    with pytest.raises(NotTraceableError, match="does not run"):
+        observe_nodes(trace(Tests(), (torch.ones(1),), {}))

@@ -251,12 +251,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():
-            # In this mode torch does not split composite operations into their parts by itself.
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+        if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
+            return parts
         inputs = self.views((args, kwargs))
         result = func(*args, **kwargs)
         self._alive += [t.detach() for t in tensors_in((args, kwargs, result))]
@@ -300,6 +296,17 @@ class Recorder(TorchDispatchMode):
             self._call = None
 
 
+def decomposed(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a composite operation in a mode; NotImplemented if torch has decomposed it already.
+
+    In inference mode it does not.
+    """
+    if not torch.is_inference_mode_enabled():
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
     """Return the memory that an operation writes in place."""
     written: list[Tensor] = []
@@ -341,7 +348,11 @@ def calls_noted(
 ) -> Iterator[None]:
     """Let a recorder know which module is running, by hooks on all of them."""
     handles = []
+    scripted: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted[module] = name
+            continue
         leaf = is_leaf(module) or next(module.children(), None) is None
 
         def before(
@@ -355,6 +366,19 @@ def calls_noted(
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
+
+    def before_any(module: nn.Module, args: Any) -> None:
+        if module in scripted:
+            recorder.enter(scripted[module], module, True, args)
+
+    def after_any(module: nn.Module, args: Any, output: Any) -> None:
+        del args
+        if module in scripted:
+            recorder.leave(module, output)
+
+    if scripted:  # TorchScript modules take no hooks of their own.
+        handles.append(nn.modules.module.register_module_forward_pre_hook(before_any))
+        handles.append(nn.modules.module.register_module_forward_hook(after_any))
     try:
         yield
     finally:

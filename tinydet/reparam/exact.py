@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinydet.reparam.dataflow import decomposed
 from tinydet.reparam.deep_copy import deep_copy
 from tinydet.reparam.verify import map_tensors, tensors_in
 
@@ -46,6 +47,8 @@ class _CastsToFloat64(TorchDispatchMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
+        if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
+            return parts
         dtype = kwargs.get("dtype")
         if func.overloadpacket is torch.ops.aten._to_copy and dtype and dtype.is_floating_point:
             kwargs = {**kwargs, "dtype": torch.float64}

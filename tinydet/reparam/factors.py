@@ -15,16 +15,10 @@ from tinydet.reparam.channelwise_ops import FACTORS, SUMS
 from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, named, storage_of
 from tinydet.reparam.examples import Example
 from tinydet.reparam.fuse_affine import Fusion, apply_fusions, one_per_layer, producer_fusions
-from tinydet.reparam.fx_graph import (
-    NotTraceableError,
-    as_module,
-    erase_unused,
-    observe_nodes,
-    trace,
-)
-from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
+from tinydet.reparam.fx_graph import NotTraceableError, erase, observe_nodes, trace
+from tinydet.reparam.module_swap import has_hooks, record_calls, replace_module
 from tinydet.reparam.norms import is_norm
-from tinydet.reparam.verify import copied
+from tinydet.reparam.rewrite import rewrite
 
 
 def only_scales(call: Call, data: set[Value]) -> bool:
@@ -79,12 +73,11 @@ def find_factors(
     def change(name: str, module: nn.Module, op: Op, fusions: list[Fusion]) -> Change:
         def make(model: nn.Module) -> tuple[nn.Module, str]:
             try:
-                new = _without_factor(module, records.get(module), flow, op)
+                graph = _without_factor(module, records.get(module), flow, op)
+                new = rewrite(module, graph, keep=module is model)
             except NotTraceableError as error:
                 raise RefusedError(f"the code that multiplies stays: {error}") from error
-            if module is model:
-                model = new
-            else:
+            if new is not module:
                 replace_module(model, module, new)
             return model, apply_fusions(fusions)
 
@@ -126,18 +119,17 @@ def _affine_of_factor(op: Op, data: set[Value]) -> ChannelAffine:
 
 def _without_factor(
     module: nn.Module, record: tuple[Any, Any, Any] | None, flow: DataFlow, op: Op
-) -> nn.Module:
-    """Return a module whose code no longer multiplies by a factor.
+) -> fx.GraphModule:
+    """Return a module's code without the multiplication by a factor.
 
     Raises:
         NotTraceableError: its code cannot be traced, or the factor is not found in the graph.
     """
     if record is None:
-        raise NotTraceableError("its code does not run as a module's call")
+        raise NotTraceableError("its code is TorchScript, or does not run as a module's call")
     args, kwargs, _ = record
-    with hooks_disabled(module):
-        graph = trace(module, args, kwargs)
-        data = observe_nodes(graph, copied(args)).depends_on_input()
+    graph = trace(module, args, kwargs)
+    data = observe_nodes(graph).depends_on_input()
     # The traced code may compute constants again; operations on activations must be the same.
     varying = flow.depends_on_input()
     own = [o for o in flow.ops if o.scope == op.scope and o.varying(varying)]
@@ -153,9 +145,8 @@ def _without_factor(
     node = traced[own.index(op)][0]
     source = _only_multiplies(node, data)
     node.replace_all_uses_with(source)
-    erase_unused(graph.graph, [node])
-    graph.recompile()
-    return as_module(graph, module)
+    erase(graph, [node])
+    return graph
 
 
 def _only_multiplies(node: fx.Node, data: set[Value]) -> fx.Node:

@@ -1,67 +1,365 @@
 """A module's own forward code as a torch.fx graph that can be edited.
 
 Only the code of that one module is traced; its children are leaves. So input sizes stay free, and
-the rest of the network keeps its classes. A module whose code depends on its input's values or
-sizes cannot be traced and is left unchanged.
+the rest of the network keeps its code. Checks that raise stay in the graph. A module whose code
+depends on its input's values or sizes in another way cannot be traced and is left unchanged.
 """
 
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Any
+import linecache
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from tinydet.reparam.dataflow import DataFlow, Op, Recorder
-from tinydet.reparam.module_swap import HOOK_TABLES, give_hooks, has_hooks
-from tinydet.reparam.same_padding import SamePad2d
+from tinydet.reparam.verify import copied
+
+_NAME = "reparam_conv"  # timm's name for the merged convolution of its own blocks
 
 
 class NotTraceableError(ValueError):
     """A module's code cannot be traced; the message says why."""
 
 
+def must_be(value: Any, expected: Any, what: str) -> None:
+    """Raise ValueError unless a value is the one that the code was traced for."""
+    if type(value) is not type(expected) or value != expected:
+        found = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{what} must be {expected!r}, as when it was folded, not {found}")
+
+
+class _Proxy(fx.Proxy):
+    """Records in-place operators as such, and knows the number of a tensor's axes."""
+
+    tracer: _Tracer
+
+    def __getattr__(self, k: str) -> Any:
+        if k == "shape":
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
+
+    def __len__(self) -> int:
+        return self.tracer.length(self)
+
+
+def _in_place(name: str) -> Callable[[_Proxy, Any], Any]:
+    def method(self: _Proxy, other: Any) -> Any:
+        # Numbers and tuples have no in-place operators.
+        changes = isinstance(self.tracer.example(self.node), (Tensor, list))
+        function = getattr(operator, "i" + name if changes else name)
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(_name))
+
+
 class _Tracer(fx.Tracer):
+    """Traces a module's code for one call.
+
+    Attributes:
+        inputs: the arguments of the call, one for each placeholder.
+        modes: for each operation, whether it ran in inference mode, and with gradients.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], unpack: bool) -> None:
+        super().__init__()
+        self.inputs: list[Any] = []
+        self.modes: set[tuple[bool, bool]] = set()
+        self._args, self._kwargs, self._unpack = args, kwargs, unpack
+        self._values: dict[fx.Node, Any] = {}
+        self._runs = False
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         del m, module_qualified_name
         return True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[[], Any], list[Any]]:
+        """Make a placeholder of each argument, under its name in the code."""
+        del is_module, concrete_args
+        signature = inspect.signature(inspect.unwrap(root_fn))
+        if next(iter(signature.parameters.values())).kind is inspect.Parameter.VAR_POSITIONAL:
+            raise NotTraceableError("its code does not name its arguments")
+        call = signature.bind(self.root, *self._args, **self._kwargs)
+        given = set(call.arguments)
+        call.apply_defaults()
+        for name, value in list(call.arguments.items())[1:]:
+            proxy = self.create_proxy("placeholder", name, (), {})
+            self._values[proxy.node] = copied(value)
+            self.inputs.append(value)
+            several = signature.parameters[name].kind in (
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            )
+            call.arguments[name] = self._argument(proxy, value, name, name not in given, several)
+        # Code that passes it on, as to a dropout, still switches between training and inference.
+        training = self.create_proxy("get_attr", "training", (), {})
+        self._values[training.node] = self.root.training
+        self.root.__dict__["training"] = training
+        self.modes.clear()
+        return lambda: root_fn(*call.args, **call.kwargs), []
+
+    def _argument(self, proxy: Any, value: Any, name: str, omitted: bool, several: bool) -> Any:
+        """Return what stands for an argument in the code: a proxy, proxies, or a constant."""
+        if isinstance(value, (tuple, list, dict)) and not hasattr(value, "_fields"):
+            keys = list(value if isinstance(value, dict) else range(len(value)))
+            if several or self._unpack or any(map(_is_constant, _leaves(value))):
+                length = self.create_proxy("call_function", len, (proxy,), {})
+                self._require(length, len(value), f"len({name})")
+                items = {
+                    k: self._argument(proxy[k], value[k], f"{name}[{k!r}]", omitted, False)
+                    for k in keys
+                }
+                return type(value)(items if isinstance(value, dict) else items.values())
+        if _is_constant(value) or (omitted and isinstance(value, (int, float))):
+            self._require(proxy, value, name)
+            return value
+        return proxy
+
+    def _require(self, proxy: Any, value: Any, what: str) -> None:
+        self.create_proxy("call_function", must_be, (proxy, value, what), {})
+
+    def example(self, node: fx.Node) -> Any:
+        """Return a node's result for the arguments of the call."""
+        interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
+        interpreter.env, self._runs = self._values, True
+        try:
+            with torch.no_grad():
+                for earlier in self.graph.nodes:
+                    if earlier not in self._values:
+                        self._values[earlier] = interpreter.run_node(earlier)
+        finally:
+            self._runs = False
+        return self._values[node]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        return (
+            forward(*args, **kwargs)
+            if self._runs
+            else super().call_module(m, forward, args, kwargs)
+        )
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._runs else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node that knows the methods of the module that it comes from."""
+        node = super().create_node(kind, *args, **kwargs)
+        if kind.startswith("call"):
+            self.modes.add((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        methods: set[str] = set()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            first = next(iter(frame.f_code.co_varnames), "")
+            if frame.f_locals.get(first) is self.root:
+                methods.add(frame.f_code.co_name)
+            frame = frame.f_back
+        node.meta["methods"] = methods
+        return node
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide conditions on the mode or the number of axes, and those that only guard a `raise`.
+
+        The latter stay in the graph as they are.
+        """
+        if obj.node.target == "training":
+            return bool(self._values[obj.node])
+        wanted = _not_raising(sys._getframe(2))
+        if wanted is None and _is_rank(obj.node):
+            wanted = bool(self.example(obj.node))
+            self._require(obj, wanted, "its number of axes: a condition on it")
+        elif wanted is not None:
+            check = obj if wanted else self.create_proxy("call_function", operator.not_, (obj,), {})
+            frame = sys._getframe(2)
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            message = f"not as required: {line or frame.f_code.co_name}"
+            self.create_proxy("call_function", torch._assert, (check, message), {})
+        return bool(super().to_bool(obj)) if wanted is None else wanted
+
+    def length(self, obj: fx.Proxy) -> int:
+        """Return the number of a tensor's axes, or of the results of a module."""
+        if not _has_fixed_length(obj.node) or isinstance(self.example(obj.node), Tensor):
+            raise fx.proxy.TraceError("a length depends on the input's size")
+        found = len(self.example(obj.node))
+        self._require(self.create_proxy("call_function", len, (obj,), {}), found, "a length")
+        return found
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        if isinstance(self.example(obj.node), dict):
+            raise fx.proxy.TraceError("it iterates over a dict")
+        return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
+
+
+def _leaves(value: Any) -> list[Any]:
+    return cast(list[Any], torch.utils._pytree.tree_leaves(value))
+
+
+def _is_constant(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, str))
+
+
+def _is_rank(node: fx.Node) -> bool:
+    """Whether a node's value is computed from the numbers of axes of tensors alone."""
+    if node.op == "call_method":
+        return node.target in ("dim", "ndimension")
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    if node.target is getattr:
+        return bool(node.args[1] == "ndim")
+    return getattr(node.target, "__module__", "") == "_operator" and all(
+        map(_is_rank, node.all_input_nodes)
+    )
+
+
+def _has_fixed_length(node: fx.Node) -> bool:
+    """Whether a node is a size, or a list of results, of an unchanging length."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        return _has_fixed_length(cast(fx.Node, node.args[0]))
+    size = (node.op == "call_method" and node.target == "size" and len(node.args) == 1) or (
+        node.target is getattr and node.args[1] == "shape"
+    )
+    return bool(size) or node.op == "call_module"
+
+
+def _not_raising(frame: FrameType) -> bool | None:
+    """Return the value of the condition in a frame after which it does not raise at once.
+
+    None if both or neither do.
+    """
+    code = [i for i in dis.get_instructions(frame.f_code) if i.opname != "TO_BOOL"]
+    at = next(n for n, i in enumerate(code) if i.offset >= frame.f_lasti)
+    jump = code[at].opname.rpartition("_")
+    if "POP_JUMP" not in jump[0] or jump[2] not in ("TRUE", "FALSE"):
+        return None
+    target = next(n for n, i in enumerate(code) if i.offset == code[at].argval)
+    raises = [_raises(code[n:]) for n in (at + 1, target)]
+    return None if raises[0] == raises[1] else (jump[2] == "TRUE") == raises[0]
+
+
+def _raises(code: Iterable[dis.Instruction]) -> bool:
+    """Whether code, run in sequence, raises before it branches, returns or stores anything."""
+    for instruction in code:
+        if instruction.opname == "RAISE_VARARGS":
+            return True
+        if any(word in instruction.opname for word in ("JUMP", "RETURN", "STORE", "ITER")):
+            return False
+    return False
+
 
 def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """Return a module's code as a graph over its own children and parameters.
+    """Return a module's code as a graph over its own children, parameters and buffers.
+
+    Arguments that are None, a bool or a string, and numbers that were omitted, are constants in
+    the graph, which raises an error for other values.
 
     Args:
         module: it is not modified; the graph shares its children and parameters.
-        args: positional arguments it was called with; only tensors and numbers can be traced.
-        kwargs: keyword arguments it was called with; must be empty.
+        args: positional arguments it was called with.
+        kwargs: keyword arguments it was called with.
+
+    Returns:
+        The graph. Its `meta` has the arguments for its placeholders, and what `rewrite` needs.
 
     Raises:
-        NotTraceableError: the code or the call cannot be traced.
+        NotTraceableError: the code cannot be traced.
     """
-    if kwargs or any(type(a) not in (int, float) and not isinstance(a, Tensor) for a in args):
-        raise NotTraceableError("it is called with more than tensors and numbers by position")
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    unused = {p.name: p.default for p in parameters[len(args) :] if p.default is not p.empty}
-    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        raise NotTraceableError("it takes any number of arguments")
-    tracer = _Tracer()
-    try:
-        root = _traceable_copy(module)
-        graph = tracer.trace(root, concrete_args=unused or None)
-    except Exception as error:
-        # This runs code of any library, which may raise anything when it is not traceable.
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        raise NotTraceableError("its code is TorchScript, or not that of its class")
+    problem: Exception | None = None
+    # Lists that cannot be traced as one argument are taken apart.
+    for unpack in (False, True):
+        tracer, root = _Tracer(args, kwargs, unpack), _traceable_copy(module)
+        try:
+            with torch.enable_grad():  # So that the code's own contexts can be told.
+                traced = tracer.trace(root)
+            break
+        except Exception as error:
+            # This runs code of any library, which may raise anything when it is not traceable.
+            problem = problem or error
+    else:
         raise NotTraceableError(
-            f"its code is not a plain graph ({type(error).__name__})"
-        ) from error
-    for node in reversed(graph.nodes):
-        if (node.op == "placeholder" and node.name in unused) or _is_guard(node):
-            graph.erase_node(node)
-    return fx.GraphModule(root, graph, type(module).__name__)
+            f"its code is not a plain graph ({type(problem).__name__})"
+        ) from problem
+    root.training = module.training
+    if any(isinstance(value, fx.Proxy) for value in vars(root).values()):
+        raise NotTraceableError("it stores activations in its attributes")
+    for node in reversed(traced.nodes):
+        if (node.target is getattr or node.op == "get_attr") and not node.users:
+            traced.erase_node(node)
+    return _graph_module(module, tracer, traced)
+
+
+def single_call(module: nn.Module, args: tuple[Any, ...], layer: nn.Module) -> fx.GraphModule:
+    """Return the graph that only calls a layer, in place of all that a module does.
+
+    Args:
+        module: as in `trace`, but its code need not be traceable.
+        args: positional arguments it was called with; the first is the layer's input.
+        layer: the layer.
+    """
+    tracer = _Tracer(args, {}, unpack=False)
+    tracer.root, tracer.graph = _traceable_copy(module), fx.Graph()
+    tracer.create_args_for_root(type(module).forward, is_module=True)
+    tracer.root.training = module.training
+    source = next(iter(tracer.graph.nodes))
+    output = tracer.graph.output(source)
+    graph = _graph_module(module, tracer, tracer.graph)
+    graph.meta["targets"] = {*module._modules, *module._parameters, *module._buffers}
+    with graph.graph.inserting_before(output):
+        output.args = (graph.graph.call_module(add_layer(graph, layer), (source,)),)
+    return graph
+
+
+def add_layer(graph: fx.GraphModule, layer: nn.Module) -> str:
+    """Add a layer to a graph's modules; return its name, which its module does not use yet."""
+    numbered = (f"{_NAME}_{i}" for i in itertools.count(2))
+    name = next(
+        n
+        for n in itertools.chain([_NAME], numbered)
+        if not hasattr(graph, n) and not hasattr(graph.meta["module"], n)
+    )
+    graph.add_submodule(name, layer)
+    return name
+
+
+def _graph_module(module: nn.Module, tracer: _Tracer, graph: fx.Graph) -> fx.GraphModule:
+    made = fx.GraphModule(tracer.root, graph, type(module).__name__)
+    made.meta.update(
+        module=module,
+        inputs=tuple(tracer.inputs),
+        mode=next(iter(tracer.modes)) if len(tracer.modes) == 1 else (False, True),
+        effects={node for node in graph.nodes if not node.users},
+        nodes={node: node.meta.get("methods", set()) for node in graph.nodes},
+        targets=targets(made),
+    )
+    return made
+
+
+def targets(graph: fx.GraphModule) -> set[str]:
+    """Return the qualified names of the modules and tensors that a graph uses."""
+    used = {str(n.target) for n in graph.graph.nodes if n.op in ("call_module", "get_attr")}
+    return used - {"training"}
 
 
 def _traceable_copy(module: nn.Module) -> nn.Module:
@@ -70,21 +368,17 @@ def _traceable_copy(module: nn.Module) -> nn.Module:
     While tracing, the code would write fx proxies into its caches, and read cached tensors as
     constants.
     """
-    twin = copy.copy(module)
+    twin = cast(nn.Module, object.__new__(type(module)))
     for name, value in vars(module).items():
         if isinstance(value, (dict, list, set)):
             cached = name[0] != "_" and isinstance(value, dict) and _are_tensors(value.values())
-            twin.__dict__[name] = {} if cached else copy.copy(value)
+            value = {} if cached else copy.copy(value)
+        twin.__dict__[name] = value
     return twin
 
 
 def _are_tensors(values: Iterable[Any]) -> bool:
     return all(isinstance(value, Tensor) for value in values)
-
-
-def _is_guard(node: fx.Node) -> bool:
-    """Whether a node only asserts that an omitted argument has its default value."""
-    return getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none")
 
 
 class _LabelingInterpreter(fx.Interpreter):
@@ -102,18 +396,28 @@ class _LabelingInterpreter(fx.Interpreter):
         return result
 
 
-def observe_nodes(graph: fx.GraphModule, args: tuple[Any, ...]) -> DataFlow:
+def observe_nodes(graph: fx.GraphModule) -> DataFlow:
     """Run a graph once and record it; each `Op.label` is the node that ran the operation.
 
     Sets `meta["views"]` of each node to the tensors it returned and `meta["ops"]` to its
     operations.
+
+    Args:
+        graph: the result of `trace`, which runs on copies of the arguments given there.
+
+    Raises:
+        NotTraceableError: the graph does not run.
     """
     recorder = Recorder()
+    args = copied(graph.meta["inputs"])
     ops: dict[fx.Node, list[Op]] = {node: [] for node in graph.graph.nodes}
-    with torch.no_grad(), recorder:
-        recorder.flow.inputs = recorder.views(args)
-        recorder.flow.returned = _LabelingInterpreter(graph, recorder).run(*args)
-        recorder.flow.outputs = recorder.views(recorder.flow.returned)
+    try:
+        with torch.no_grad(), recorder:
+            recorder.flow.inputs = recorder.views(args)
+            recorder.flow.returned = _LabelingInterpreter(graph, recorder).run(*args)
+            recorder.flow.outputs = recorder.views(recorder.flow.returned)
+    except Exception as error:
+        raise NotTraceableError(f"traced, it does not run ({type(error).__name__})") from error
     for op in recorder.flow.ops:
         ops[op.label].append(op)
     for node, run in ops.items():
@@ -121,101 +425,13 @@ def observe_nodes(graph: fx.GraphModule, args: tuple[Any, ...]) -> DataFlow:
     return recorder.flow
 
 
-def erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erase those of the given nodes whose results are unused, then all unused constants."""
-    for node in reversed(nodes):
-        if not node.users:
-            graph.erase_node(node)
-    changed = True
-    while changed:
-        changed = False
-        for node in reversed(graph.nodes):
-            if node.op == "get_attr" and not node.users:
-                graph.erase_node(node)
-                changed = True
-
-
-def as_module(graph: fx.GraphModule, original: nn.Module) -> nn.Module:
-    """Return a graph as a module: its only child, an `nn.Sequential`, or a `RewrittenModule`.
-
-    The result gets the hooks and the plain attributes of the original.
-    """
-    graph.graph.lint()
-    chain = _chain(graph)
-    new: nn.Module
-    if chain is None:
-        new = RewrittenModule(graph, graph.graph, type(original).__name__)
-    elif has_hooks(original):
-        new = nn.Sequential(chain)
-    else:
-        new = _single_layer(list(chain.values())) or nn.Sequential(chain)
-    return as_replacement(new, original)
-
-
-def _single_layer(layers: list[nn.Module]) -> nn.Module | None:
-    """Return the one layer of a chain, or timm's Conv2dSame for its padding and a conv."""
-    if len(layers) == 2 and isinstance(layers[0], SamePad2d):
-        return layers[0].joined(layers[1])
-    return layers[0] if len(layers) == 1 else None
-
-
-def as_replacement(new: nn.Module, original: nn.Module) -> nn.Module:
-    """Copy the hooks, mode and plain attributes of the original, which other code may read."""
-    for name, value in vars(original).items():
-        if isinstance(value, (bool, int, float, str, tuple)) and not hasattr(new, name):
-            new.__dict__[name] = value
-    give_hooks(original, new)
-    return new.train(original.training)
-
-
-class RewrittenModule(fx.GraphModule):
-    """A module with edited forward code.
-
-    Unlike `fx.GraphModule` it keeps its hooks in copies and pickles, and does not print the errors
-    that it raises.
-    """
-
-    def recompile(self) -> Any:
-        """Compile the graph's code, and restore the ordinary module call."""
-        code = super().recompile()
-        setattr(type(self), "__call__", nn.Module.__call__)  # noqa: B010 - its class is its own.
-        return code
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
-        twin = super().__deepcopy__(memo)
-        twin.__dict__.update(copy.deepcopy(_rest(self), memo))
-        return twin
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (*super().__reduce__(), type(self).__name__, _rest(self))
-
-
-def _restored(
-    rebuild: Callable[..., fx.GraphModule],
-    arguments: tuple[Any, ...],
-    name: str,
-    rest: dict[str, Any],
-) -> RewrittenModule:
-    plain = rebuild(*arguments)
-    module = RewrittenModule(plain, plain.graph, name)
-    module.__dict__.update(rest)
-    return module
-
-
-def _rest(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes and hooks: all but its code, children and tensors."""
-    kept = {n: v for n, v in vars(module).items() if n[0] != "_"}
-    return {**kept, **{table: vars(module)[table] for table in HOOK_TABLES}}
-
-
-def _chain(graph: fx.GraphModule) -> OrderedDict[str, nn.Module] | None:
-    """Return the modules of a graph that only calls one module after another, else None."""
-    nodes = list(graph.graph.nodes)
-    if nodes[0].op != "placeholder" or nodes[-1].op != "output" or len(nodes) < 3:
-        return None
-    chain: OrderedDict[str, nn.Module] = OrderedDict()
-    for before, node in itertools.pairwise(nodes[:-1]):
-        if node.op != "call_module" or node.args != (before,) or node.kwargs:
-            return None
-        chain[str(node.target).replace(".", "_")] = graph.get_submodule(str(node.target))
-    return chain if nodes[-1].args == (nodes[-2],) and len(chain) == len(nodes) - 2 else None
+def erase(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Erase nodes, what reads them (checks of their sizes), and what is unused without them."""
+    doomed = set(nodes)
+    for node in graph.graph.nodes:
+        if doomed.intersection(node.all_input_nodes):
+            doomed.add(node)
+    for node in reversed(graph.graph.nodes):
+        unused = not node.users and node.op not in ("placeholder", "output")
+        if unused and (node in doomed or node not in graph.meta["effects"]):
+            graph.graph.erase_node(node)

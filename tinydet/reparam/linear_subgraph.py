@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -10,10 +9,8 @@ from torch import Tensor, fx, nn
 from tinydet.reparam import affine
 from tinydet.reparam.dataflow import DataFlow, Op, Value
 from tinydet.reparam.equivalent_layer import NotAConvolutionError
-from tinydet.reparam.fx_graph import erase_unused
+from tinydet.reparam.fx_graph import add_layer, erase
 from tinydet.reparam.module_swap import has_hooks
-
-_NAME = "reparam_conv"  # timm's name for the merged convolution of its own blocks
 
 
 @dataclass(frozen=True)
@@ -131,6 +128,8 @@ def extract_subgraph(
             copies[node] = new.node_copy(node, copied)
         return copies[node]
 
+    for node in subgraph.nodes:  # In this order, as some may work in place.
+        copied(node)
     new.output(copied(subgraph.nodes[-1]))
     return _Subgraph(fx.GraphModule(graph, new))
 
@@ -149,12 +148,8 @@ class _Subgraph(nn.Module):
 def replace_subgraph(graph: fx.GraphModule, subgraph: LinearSubgraph, layer: nn.Module) -> None:
     """Replace a subgraph by one layer."""
     last = subgraph.nodes[-1]
-    numbered = (f"{_NAME}_{i}" for i in itertools.count(2))
-    name = next(n for n in itertools.chain([_NAME], numbered) if not hasattr(graph, n))
-    graph.add_submodule(name, layer)
+    name = add_layer(graph, layer)
     with graph.graph.inserting_before(last):
         node = graph.graph.call_module(name, (subgraph.source,))
     last.replace_all_uses_with(node)
-    shapes = [n for n in graph.graph.nodes if not n.meta.get("views", True)]
-    erase_unused(graph.graph, sorted({*subgraph.nodes, *shapes}, key=list(graph.graph.nodes).index))
-    graph.recompile()
+    erase(graph, subgraph.nodes)

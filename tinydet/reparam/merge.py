@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 
 from tinydet.reparam import affine
@@ -21,13 +20,7 @@ from tinydet.reparam.equivalent_layer import (
     find_geometry,
 )
 from tinydet.reparam.fuse_affine import Layer, is_layer_call
-from tinydet.reparam.fx_graph import (
-    NotTraceableError,
-    as_module,
-    as_replacement,
-    observe_nodes,
-    trace,
-)
+from tinydet.reparam.fx_graph import NotTraceableError, observe_nodes, single_call, trace
 from tinydet.reparam.kernel_algebra import LinearMap, NotSupportedError, weights_of
 from tinydet.reparam.linear_subgraph import (
     extract_subgraph,
@@ -38,6 +31,7 @@ from tinydet.reparam.linear_subgraph import (
 from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
 from tinydet.reparam.norms import is_norm
 from tinydet.reparam.report import Step
+from tinydet.reparam.rewrite import as_replacement, rewrite
 from tinydet.reparam.verify import copied, difference
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -91,23 +85,21 @@ def _merge(name: str, record: tuple[Any, Any, Any] | None, model: nn.Module) -> 
     """Merge the linear subgraphs in one module of a network (a `Change.make`)."""
     module = model.get_submodule(name)
     if record is None:
-        raise RefusedError("its code does not run as a module's call")
+        raise RefusedError("its code is TorchScript, or does not run as a module's call")
     try:
         try:
-            new, layers = _merge_module(module, *record)
+            new, layers = _merge_module(module, *record, module is model)
         except NotAConvolutionError:
-            new, layers = _merge_subgraphs(module, *record)
+            new, layers = _merge_subgraphs(module, *record, module is model)
     except (NotTraceableError, NotAConvolutionError) as error:
         raise RefusedError(str(error)) from error
-    if module is model:
-        model = new
-    else:
+    if new is not module:
         replace_module(model, module, new)
     return model, f"{type(module).__name__} merged into {', '.join(layers)}"
 
 
 def _merge_module(
-    module: nn.Module, args: Any, kwargs: Any, output: Any
+    module: nn.Module, args: Any, kwargs: Any, output: Any, keep: bool
 ) -> tuple[nn.Module, list[str]]:
     """Return the layer that is equivalent to a whole module, which need not be traceable.
 
@@ -124,7 +116,7 @@ def _merge_module(
     if type(module) in _LAYERS:
         raise NotAConvolutionError("it is one layer, to whose output a hook adds")
     if any(has_hooks(child) for child in module.modules() if child is not module):
-        raise NotAConvolutionError("a module inside has a forward hook")
+        raise NotAConvolutionError("a module inside has a forward hook or is TorchScript")
     with hooks_disabled(module):
         flow = observe(module, copied(args), is_leaf=is_norm)
         data = flow.depends_on_input()
@@ -136,38 +128,40 @@ def _merge_module(
         if affine.crops(flow.ops, data, flow.outputs[0]):
             raise NotAConvolutionError("it reads a fixed part of its input")
         layer, geometry = _one_layer(module, flow, flow.ops, flow.inputs[0], flow.outputs[0])
+    if keep:
+        return rewrite(module, single_call(module, args, layer), keep), [str(geometry)]
     return as_replacement(layer, module), [str(geometry)]
 
 
 def _merge_subgraphs(
-    module: nn.Module, args: Any, kwargs: Any, output: Any
+    module: nn.Module, args: Any, kwargs: Any, output: Any, keep: bool
 ) -> tuple[nn.Module, list[str]]:
-    """Return a module with the linear subgraphs in its code merged, and descriptions of the layers.
+    """Merge the linear subgraphs in a module's code; see `rewrite` for `keep`.
+
+    Returns:
+        The module, or its replacement, and descriptions of the new layers.
 
     Raises:
         NotTraceableError: its code cannot be traced.
         NotAConvolutionError: no subgraph was merged.
     """
-    with hooks_disabled(module):
-        graph = trace(module, args, kwargs)
-        layers: list[str] = []
-        tried: set[str] = set()
-        reasons: list[str] = []
-        while layer := _merge_one(graph, copied(args), tried, reasons):
-            layers.append(layer)
-        if not layers:
-            raise NotAConvolutionError(reasons[0] if reasons else "its branches have no one source")
-    new = as_module(graph, module)
-    with hooks_disabled(new), torch.no_grad():
-        found = difference(output, new(*copied(args)))
+    graph = trace(module, args, kwargs)
+    layers: list[str] = []
+    tried: set[str] = set()
+    reasons: list[str] = []
+    while layer := _merge_one(graph, tried, reasons):
+        layers.append(layer)
+    if not layers:
+        raise NotAConvolutionError(reasons[0] if reasons else "its branches have no one source")
+    found = difference(output, observe_nodes(graph).returned)
     if not found.max_rel <= _TOLERANCE:
         raise NotAConvolutionError(f"merged, it differs by {found.max_rel:.1e} of its output")
-    return new, layers
+    return rewrite(module, graph, keep), layers
 
 
-def _merge_one(graph: fx.GraphModule, args: Any, tried: set[str], reasons: list[str]) -> str | None:
+def _merge_one(graph: fx.GraphModule, tried: set[str], reasons: list[str]) -> str | None:
     """Replace the last subgraph of a graph that can be merged, and describe the new layer."""
-    flow = observe_nodes(graph, args)
+    flow = observe_nodes(graph)
     data = flow.depends_on_input()
     for last in reversed(graph.graph.nodes):
         if last.name in tried:

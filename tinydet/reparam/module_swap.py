@@ -6,10 +6,12 @@ block is executed alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from tinydet.reparam.verify import copied
@@ -24,10 +26,40 @@ HOOK_TABLES = (
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module by another, under every name it has in the model."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            model.set_submodule(name, new)
+    """Replace a module by another, under every name it has and in every attribute of the model.
+
+    Lists, tuples and dicts that hold it are replaced by others, not changed.
+    """
+    for module in list(model.modules()):
+        if module is old or isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value in [*vars(module).items()]:
+            if name == "_modules":
+                value.update({k: new for k, child in value.items() if child is old})
+            elif name[0] != "_":
+                module.__dict__[name] = with_replaced(value, old, new)
+
+
+def with_replaced(value: Any, old: nn.Module, new: nn.Module | None) -> Any:
+    """Return a value with a module replaced in nested lists, tuples and dicts.
+
+    It is the value itself if it does not hold the module.
+    """
+    if value is old:
+        return new
+    if isinstance(value, dict):
+        items = {k: with_replaced(v, old, new) for k, v in value.items()}
+        if all(items[k] is v for k, v in value.items()):
+            return value
+        changed = copy.copy(value)
+        changed.update(items)
+        return changed
+    if isinstance(value, (list, tuple)):
+        parts = [with_replaced(v, old, new) for v in value]
+        if all(a is b for a, b in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
@@ -36,7 +68,12 @@ def has_pre_hooks(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether something runs before or after the module's forward."""
+    """Return whether something may run before or after the module's forward.
+
+    So it may in TorchScript, which may have hooks of its own.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return bool(module._forward_hooks) or has_pre_hooks(module)
 
 
@@ -68,7 +105,8 @@ def hooks_disabled(module: nn.Module) -> Iterator[None]:
 def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any, Any]]]:
     """Record copies of (args, kwargs, output) of `forward` in each module's first call.
 
-    They are recorded after other pre-hooks and before other forward hooks.
+    They are recorded after other pre-hooks and before other forward hooks; of TorchScript, which
+    takes no hooks, none are recorded.
     """
     records: dict[nn.Module, tuple[Any, Any, Any]] = {}
     arguments: dict[nn.Module, tuple[Any, Any]] = {}
@@ -84,6 +122,8 @@ def record_calls(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any
 
     handles = []
     for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, prepend=True))
     try:
