@@ -197,7 +197,8 @@ class Kernel:
         fewer = self.with_groups(math.gcd(self.groups, geometry.groups))
         each = geometry.groups // fewer.groups
         blocks = _diagonal_blocks(fewer.weight, fewer.groups, each).movedim(-1, 1)
-        return blocks[(..., *at)].flatten(0, 2)
+        where: tuple[Any, ...] = (..., *at)
+        return blocks[where].flatten(0, 2)
 
 
 def added(kernels: Sequence[Kernel]) -> Kernel:
