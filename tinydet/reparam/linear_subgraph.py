@@ -61,7 +61,7 @@ def _is_worth_merging(subgraph: LinearSubgraph, data: set[Value]) -> bool:
     joins = any(len(_varying_inputs(node, data)) > 1 for node in subgraph.nodes)
     busy = sum(bool(node.meta["ops"]) for node in subgraph.nodes)
     given = {view.storage for view in subgraph.source.meta["views"]}
-    if any(writes(op, given) for op in subgraph.ops):
+    if not subgraph.source.meta["is_tensor"] or any(writes(op, given) for op in subgraph.ops):
         return False
     return busy > 1 and (products > 1 or (joins and products == 1))
 
