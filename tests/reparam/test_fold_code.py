@@ -70,6 +70,7 @@ _CALLS = {
     "sizes": (_Pair, lambda m, x: m.block((x, (x.shape[-2], x.shape[-1])))),
     "list, joined": (_Concatenated, lambda m, x: m.block(_halves(x))),
     "list, in a loop": (_Pyramid, lambda m, x: m.block([x, F.avg_pool2d(x, 2, ceil_mode=True)])),
+    "list of one": (_Concatenated, lambda m, x: m.block([x])),
     "dict": (_Named, lambda m, x: m.block(features={"p": x, "q": -x})["q"]),
     "any number": (_Any, lambda m, x: m.block(x, x.abs(), factor=2)),
 }

@@ -393,14 +393,15 @@ class _LabelingInterpreter(fx.Interpreter):
         result = super().run_node(n)
         # A node that only passes tensors on (an identity) runs no operation.
         n.meta["views"] = self._recorder.views(result)
+        n.meta["is_tensor"] = isinstance(result, Tensor)
         return result
 
 
 def observe_nodes(graph: fx.GraphModule) -> DataFlow:
     """Run a graph once and record it; each `Op.label` is the node that ran the operation.
 
-    Sets `meta["views"]` of each node to the tensors it returned and `meta["ops"]` to its
-    operations.
+    Sets `meta["views"]` of each node to the tensors it returned, `meta["is_tensor"]` to whether it
+    returned one, and `meta["ops"]` to its operations.
 
     Args:
         graph: the result of `trace`, which runs on copies of the arguments given there.

@@ -68,8 +68,9 @@ def _is_worth_merging(subgraph: LinearSubgraph, data: set[Value]) -> bool:
     products = sum(affine.is_product(op) for op in subgraph.ops)
     joins = any(len(_varying_inputs(node, data)) > 1 for node in subgraph.nodes)
     busy = sum(bool(node.meta["ops"]) for node in subgraph.nodes)
-    linked = products > 1 or (joins and products == 1)
-    return busy > 1 and linked and not _writes_outside(subgraph)
+    if not subgraph.source.meta["is_tensor"] or _writes_outside(subgraph):
+        return False
+    return busy > 1 and (products > 1 or (joins and products == 1))
 
 
 def _writes_outside(subgraph: LinearSubgraph) -> bool:
