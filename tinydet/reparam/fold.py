@@ -11,16 +11,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam.affine import branch_sums, multiply_adds
 from tinydet.reparam.dataflow import observe
+from tinydet.reparam.exact import exact_arithmetic
 from tinydet.reparam.factors import count_scales
 from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
@@ -126,44 +125,6 @@ def _check_eval_mode(model: nn.Module) -> None:
         if module.training and (module is model or acts):
             where = f"its layer {name}" if name else type(model).__name__
             raise ValueError(f"{where} is in training mode; call model.eval() before fold(model)")
-
-
-class _CastsToFloat64(TorchDispatchMode):
-    """Makes `x.float()` and the like cast to float64.
-
-    Networks contain such casts for mixed precision; here they would reduce the precision of checks.
-    """
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
-        dtype = kwargs.get("dtype")
-        if func.overloadpacket is torch.ops.aten._to_copy and dtype and dtype.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Compute in float64, also where a module's code creates tensors of the default dtype.
-
-    Uses one thread: on inputs this small, several mostly wait for each other.
-    """
-    default, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    try:
-        with torch.autocast("cpu", enabled=False), _CastsToFloat64():
-            yield
-    finally:
-        torch.set_default_dtype(default)
-        torch.set_num_threads(threads)
 
 
 def _as_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
