@@ -31,11 +31,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
         lambda d: torch.ones(2).new_zeros(2, dtype=d),
         lambda d: torch.zeros_like(torch.ones(2), dtype=d),
         lambda d: torch.ones(2).to(d),
-        lambda d: torch.ones(2).half().bfloat16().float(),
+        lambda d: torch.ones(2).half().to(d).float(),
         lambda d: torch.ones(2).sum(dtype=d),
         lambda d: torch.ones(2).cumsum(0, dtype=d),
         lambda d: torch.ones(2).softmax(0, dtype=d),
-        lambda d: torch.from_numpy(np.ones(2, "float32")),
+        lambda d: torch.from_numpy(np.ones(2, "float32")).to(d),
     ],
 )
 def test_every_float_is_float64(make, dtype):

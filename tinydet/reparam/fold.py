@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tinydet.reparam.affine import branch_sums, multiply_adds
+from tinydet.reparam.bake import bake, copy_network
 from tinydet.reparam.dataflow import observe
 from tinydet.reparam.exact import exact_arithmetic
 from tinydet.reparam.factors import count_scales
@@ -52,7 +53,7 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     with torch.inference_mode(False), torch.no_grad():
         with exact_arithmetic():
-            original = copy.deepcopy(model).cpu().double()
+            original = copy_network(model).cpu().double()
             # Random values first: an all-zero example would hide most differences.
             checks = [_random_like(arguments), _as_float64(arguments)]
             if other := _of_another_size(original, checks[0]):
@@ -61,7 +62,9 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
             # First compare on one input after each change, which is fast, and on all in the end.
             # If that fails, start over and compare on all inputs after each change.
             for compared in (checks[:1], checks):
-                folded, merged, branches = merge_branches(copy.deepcopy(original), compared)
+                folded, baked, computed = bake(copy.deepcopy(original), compared)
+                norms_before = count_norms(folded)
+                folded, merged, branches = merge_branches(folded, compared)
                 folded, moved, norms = fold_scales(folded, compared)
                 folded, rows = merge_series(folded, compared)
                 problem, max_rel = _compared(original, folded, checks)
@@ -72,9 +75,9 @@ def fold(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> tuple[nn.
             after = _Counts.of(folded, checks[0])
         _restore_dtype_and_device(folded, model)
     report = FoldReport(
-        folded=(*merged, *moved, *rows),
-        kept=(*branches, *norms),
-        norms_before=count_norms(model),
+        folded=(*baked, *merged, *moved, *rows),
+        kept=(*computed, *branches, *norms),
+        norms_before=norms_before,
         norms_after=count_norms(folded),
         params_before=sum(p.numel() for p in model.parameters()),
         params_after=sum(p.numel() for p in folded.parameters()),
