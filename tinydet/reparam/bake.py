@@ -21,7 +21,12 @@ from typing import Any, cast
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import (
+    parametrize,
+    prune,
+    remove_spectral_norm,
+    remove_weight_norm,
+)
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -34,6 +39,7 @@ from tinydet.reparam.fx_graph import (
     NotTraceableError,
     as_module,
     as_replacement,
+    erase_unused,
     observe_nodes,
     trace,
 )
@@ -97,7 +103,7 @@ def bake(
         stored = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
         names = dict.fromkeys(op.call.name if op.call else op.scope for op in _targets(model, flow))
         for op in _targets(model, flow):
-            if is_product(op) and not any(view.storage in stored for view in op.inputs):
+            if is_product(op) and storage_of(_weight(op)) not in stored:
                 left.add(op.call.name if op.call else op.scope)
         modules = {n: model.get_submodule(n) for n in names if n not in refused}
         with record_calls(list(modules.values())) as records, torch.no_grad():
@@ -121,7 +127,7 @@ def _targets(model: nn.Module, flow: DataFlow) -> Iterator[Op]:
     rooted = {op.scope for op in flow.ops if op.name in _ROOTS and not op.varying(data)}
     for op in flow.ops:
         module = op.call.module if op.call else None
-        if is_layer(op, data):
+        if _is_product_of_constants(op, flow, data):
             if not _is_own(op, model.get_submodule(op.scope)):
                 yield op
         elif is_affine(op, data) and len(op.varying(data)) == 1:
@@ -131,11 +137,30 @@ def _targets(model: nn.Module, flow: DataFlow) -> Iterator[Op]:
                 yield op
 
 
+def _is_product_of_constants(op: Op, flow: DataFlow, data: set[Value]) -> bool:
+    """Return whether an operation multiplies an activation from the right by constant weights."""
+    if not is_layer(op, data) or not op.inputs or _is_varying(_weight(op), op, data):
+        return False
+    # Weights that are mixed for each image, as in CondConv, are best left where they are.
+    made = op.outputs[0].value
+    readers = [o for o in flow.readers(made) if o.name == "aten.convolution"]
+    return all(o.inputs[0].value == made for o in readers)
+
+
+def _is_varying(tensor: Tensor, op: Op, data: set[Value]) -> bool:
+    return storage_of(tensor) in {view.storage for view in op.varying(data)}
+
+
+def _weight(op: Op) -> Tensor:
+    """Return the right operand of a product."""
+    return cast(Tensor, op.args[2 if op.name in ("aten.addmm", "aten.baddbmm") else 1])
+
+
 def _is_own(op: Op, module: nn.Module) -> bool:
     """Return whether a product is that of a layer with its own weight."""
     weight = module._parameters.get("weight")
     layer = isinstance(module, (nn.Linear, *_CONVS.values(), *_TRANSPOSED.values()))
-    return layer and weight is not None and storage_of(weight) in {v.storage for v in op.inputs}
+    return layer and weight is not None and storage_of(weight) == storage_of(_weight(op))
 
 
 def _computed_tensors(model: nn.Module, flow: DataFlow) -> list[Change]:
@@ -183,14 +208,20 @@ def _store(name: str, flow: DataFlow, model: nn.Module) -> tuple[nn.Module, str]
         remove = prune.remove if masks else _REMOVALS[type(hook)]
         remove(module, tensor_name)
         getattr(module, tensor_name).requires_grad_(any(p.requires_grad for p in sources))
+    loading = module._load_state_dict_pre_hooks
+    for key in [k for k, h in loading.items() if h.hook.__module__.startswith("torch.nn.utils.")]:
+        del loading[key]  # They look for the tensors that are gone, and cannot be pickled.
     return model, f"the computed weights of this {kind.__name__} are stored"
 
 
 def _refuse_shared(flow: DataFlow, name: str, weights: Iterable[Tensor]) -> None:
-    inside = f"{name}." if name else ""
+    inside, outside = f"{name}." if name else "", name.rpartition(".")[0]
+    data = flow.depends_on_input()
     for weight in weights:
         for op in flow.users(weight):
-            if op.scope != name and not op.scope.startswith(inside):
+            # A pre-hook that computes a weight from others runs before its module.
+            in_hook = op.scope == outside and not op.varying(data)
+            if op.scope != name and not op.scope.startswith(inside) and not in_hook:
                 raise RefusedError(f"its weights are also used in {op.scope or 'the network'}")
 
 
@@ -279,7 +310,10 @@ def _rewrite_one(graph: fx.GraphModule, args: Any, tried: set[fx.Node]) -> nn.Mo
         if node in tried or node.op not in ("call_function", "call_method"):
             continue
         tried.add(node)
-        if not any(is_layer(op, data) or _is_norm(op, data) for op in node.meta["ops"]):
+        if not any(
+            _is_product_of_constants(op, flow, data) or _is_norm(op, data)
+            for op in node.meta["ops"]
+        ):
             continue
         for nodes in ([node, *_bias_added(node)], [node]):
             given = {i for n in nodes for i in n.all_input_nodes if _varies(i, data)} - {*nodes}
@@ -290,11 +324,21 @@ def _rewrite_one(graph: fx.GraphModule, args: Any, tried: set[fx.Node]) -> nn.Mo
             try:
                 code = extract_subgraph(graph, found, data)
                 layer = plain_layer(code, source.shape)
+                constants = _constants(nodes, data)
             except (_NotPlainError, NotAConvolutionError):
                 continue
             replace_subgraph(graph, found, layer)
+            erase_unused(graph.graph, [n for n in graph.graph.nodes if n in constants])
+            graph.recompile()
             return code
     return None
+
+
+def _constants(nodes: Iterable[fx.Node], data: set[Value]) -> set[fx.Node]:
+    """Return the nodes that compute the constants that nodes read."""
+    given = {i for node in nodes for i in node.all_input_nodes if not _varies(i, data)}
+    given = {i for i in given if i.op != "placeholder"}
+    return given | _constants(given, data) if given else given
 
 
 def _bias_added(node: fx.Node) -> list[fx.Node]:
@@ -381,8 +425,7 @@ def _layers(
         biased: whether a constant is added afterwards.
     """
     if op.name != "aten.convolution":
-        at = 2 if op.name == "aten.addmm" else 1
-        matrix = op.args[at]  # (C_in, C_out)
+        matrix = _weight(op)  # (C_in, C_out)
         if matrix.ndim != 2:
             raise _NotPlainError("its weight is no matrix")
         linear = nn.Linear(matrix.shape[0], matrix.shape[1], biased or op.name == "aten.addmm")

@@ -6,7 +6,6 @@ shapes and cost of the original.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import re
@@ -18,6 +17,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from tinydet.reparam.bake import copy_network
 from tinydet.reparam.branches import BLOCKS, Block
 from tinydet.reparam.same_padding import SamePad2d
 
@@ -92,7 +92,7 @@ def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.
             block, or a branch's output has another shape than the conv's.
     """
     grow, kind = _find_block(block)
-    expanded = copy.deepcopy(model)
+    expanded = copy_network(model)
     convs = _convs(expanded)
     selects = _parse(where) if isinstance(where, str) else where
     selected = {
