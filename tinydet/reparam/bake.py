@@ -208,9 +208,12 @@ def _store(name: str, flow: DataFlow, model: nn.Module) -> tuple[nn.Module, str]
         remove = prune.remove if masks else _REMOVALS[type(hook)]
         remove(module, tensor_name)
         getattr(module, tensor_name).requires_grad_(any(p.requires_grad for p in sources))
-    loading = module._load_state_dict_pre_hooks
-    for key in [k for k, h in loading.items() if h.hook.__module__.startswith("torch.nn.utils.")]:
-        del loading[key]  # They look for the tensors that are gone, and cannot be pickled.
+    loading: dict[int, Any] = dict(module._load_state_dict_pre_hooks)
+    for key, hook in loading.items():
+        if hook.hook.__module__.startswith("torch.nn.utils."):
+            del module._load_state_dict_pre_hooks[
+                key
+            ]  # They look for the tensors that are gone, and cannot be pickled.
     return model, f"the computed weights of this {kind.__name__} are stored"
 
 
@@ -290,14 +293,15 @@ def _rewritten(module: nn.Module, args: Any, kwargs: Any, reason: str) -> nn.Mod
     """
     with hooks_disabled(module):
         graph = trace(module, args, kwargs)
-        weights: list[int] = []
         tried: set[fx.Node] = set()
-        while (baked := _rewrite_one(graph, copied(args), tried)) is not None:
-            weights += map(id, baked.parameters())
-    if len(tried) == 0 or not weights:
+        baked: list[nn.Module] = []
+        while (code := _rewrite_one(graph, copied(args), tried)) is not None:
+            baked.append(code)
+    if not baked:
         raise _NotPlainError(reason)
     new = as_module(graph, module)
-    if len({*weights, *map(id, new.parameters())}) < len(weights) + len(list(new.parameters())):
+    weights = [id(p) for part in (*baked, new) for p in part.parameters()]
+    if len({*weights}) < len(weights):
         raise _NotPlainError("its weights are used more than once")
     return new
 
@@ -379,7 +383,7 @@ def plain_layer(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     if not _agree(module, layer, shape):
         raise _NotPlainError("it differs from the plain layer with its weights")
     trained = [p.requires_grad for p in module.parameters()]
-    return layer.requires_grad_(any(trained)).eval()
+    return layer.requires_grad_(any(trained))
 
 
 def _candidates(module: nn.Module, shape: tuple[int, ...]) -> Iterator[nn.Module]:
@@ -478,7 +482,7 @@ def _batch_norm(op: Op, ndim: int) -> nn.Module:
     for name, value in values.items():
         if value is not None:
             getattr(norm, name).copy_(value)
-    return norm
+    return cast(nn.Module, norm.eval())
 
 
 def _frozen_batch_norm(scale: Tensor, shift: Tensor, module: nn.Module) -> nn.Module:
