@@ -92,6 +92,7 @@ _LAYERS = {
     "hyper": lambda: Hyper(4, 4, 3, padding=1),
     "one-sided": lambda: Padded(4, 4, 3),
     "transposed": lambda: Raised(4, 6, 3, stride=2, padding=1, output_padding=1),
+    "permuted": lambda: OnChannels(4, 5),
     "std": lambda: std_conv.StdConv2d(4, 5, 3),
     "std same": lambda: std_conv.StdConv2dSame(4, 5, 3, stride=2),
     "std same stride 1": lambda: std_conv.StdConv2dSame(4, 5, 3),

@@ -205,7 +205,7 @@ def test_batch_norm_in_the_code_of_a_block(way, root, randomise):
     "norm",
     [
         EvoNorm2dB0,
-        EvoNorm2dS0,
+        lambda c: EvoNorm2dS0(c, groups=2),
         ByInput,
         ByPlace,
         Doubled,
