@@ -372,16 +372,20 @@ def plain_layer(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     Raises:
         _NotPlainError: it is no single convolution, linear layer or batch norm with fixed weights.
     """
-    generic = randomised(copy.deepcopy(module))
-    number = next(
-        (i for i, one in enumerate(_candidates(generic, shape)) if _agree(generic, one, shape)),
-        None,
-    )
-    if number is None:
-        raise _NotPlainError("it differs from the plain layer of its geometry")
-    layer = list(_candidates(module, shape))[number]
-    if not _agree(module, layer, shape):
-        raise _NotPlainError("it differs from the plain layer with its weights")
+    try:
+        generic = randomised(copy.deepcopy(module))
+        agree = (_agree(generic, one, shape) for one in _candidates(generic, shape))
+        number = next((i for i, same in enumerate(agree) if same), None)
+        if number is None:
+            raise _NotPlainError("it differs from the plain layer of its geometry")
+        layer = list(_candidates(module, shape))[number]
+        if not _agree(module, layer, shape):
+            raise _NotPlainError("it differs from the plain layer with its weights")
+    except _NotPlainError:
+        raise
+    except Exception as error:
+        # This runs any code with weights it was not made for, which may fail in any way.
+        raise _NotPlainError(f"it does not run alone ({type(error).__name__})") from error
     trained = [p.requires_grad for p in module.parameters()]
     return layer.requires_grad_(any(trained))
 
