@@ -25,7 +25,8 @@ from timm_models import (
 )
 from torch import Tensor, nn
 
-from tinydet.reparam.fold import exact_arithmetic, fold
+from tinydet.reparam.exact import exact_arithmetic
+from tinydet.reparam.fold import fold
 from tinydet.reparam.norms import is_norm, why_not_linear
 from tinydet.reparam.report import FoldReport
 from tinydet.reparam.verify import compare_outputs, difference

@@ -12,7 +12,8 @@ def _randomise(model, seed=0):
         if getattr(module, "running_var", None) is None:
             continue
         with torch.no_grad():
-            module.running_mean.normal_(generator=generator)
+            if hasattr(module, "running_mean"):
+                module.running_mean.normal_(generator=generator)
             module.running_var.uniform_(0.3, 3.0, generator=generator)
             if module.weight is not None:
                 module.weight.normal_(generator=generator)

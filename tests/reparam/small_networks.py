@@ -53,7 +53,8 @@ class WithChecks(nn.Module):
 
 
 def norms_of(model):
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    kinds = (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)
+    return [m for m in model.modules() if isinstance(m, kinds) and hasattr(m, "running_var")]
 
 
 def convs_of(model):

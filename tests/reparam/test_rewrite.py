@@ -180,7 +180,7 @@ def test_nothing_is_left_of_what_was_merged(randomise):
     assert len(convs_of(folded)) == 2
     assert dict(folded.branches.named_children()).keys() == {"2"}
     check_nothing_unused(folded, example())
-    assert not any(word in folded.code.source for word in ("shape", "exp", "shift"))
+    assert not any(word in folded.rewritten_code.source for word in ("shape", "exp", "shift"))
 
 
 def test_shared_child_that_one_module_still_uses(randomise):

@@ -29,13 +29,14 @@ def plain_tensors(module: nn.Module) -> dict[str, Any]:
 
 
 def _in_float64(x: Tensor) -> Tensor:
-    return x.cpu().double() if x.is_floating_point() else x.cpu()
+    return x.to("cpu", _exact(x.dtype))
 
 
-class _CastsToFloat64(TorchDispatchMode):
-    """Makes `x.float()` and the like cast to float64.
+class _Float64(TorchDispatchMode):
+    """Makes every cast, factory and reduction with a floating or complex dtype use float64.
 
-    Networks contain such casts for mixed precision; here they would reduce the precision of checks.
+    Networks name such dtypes for mixed precision, or because a factory needs one. Here they would
+    reduce the precision of checks, or meet float64 tensors in operations that refuse a mixture.
     """
 
     def __torch_dispatch__(
@@ -49,19 +50,28 @@ class _CastsToFloat64(TorchDispatchMode):
         kwargs = kwargs or {}
         if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
             return parts
-        dtype = kwargs.get("dtype")
-        if func.overloadpacket is torch.ops.aten._to_copy and dtype and dtype.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
+        if dtype := kwargs.get("dtype"):
+            kwargs = {**kwargs, "dtype": _exact(dtype)}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.lift_fresh.default:
+            # A tensor made of numbers, as by `torch.tensor`, arrives here with its dtype.
+            return result.to(_exact(result.dtype))
+        return result
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Compute in float64, also where a module's code creates tensors of the default dtype."""
+    """Compute in float64, also where a module's code names another floating dtype."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.autocast("cpu", enabled=False), _CastsToFloat64():
+        with torch.autocast("cpu", enabled=False), _Float64():
             yield
     finally:
         torch.set_default_dtype(default)

@@ -19,6 +19,7 @@ from torch import nn
 
 from tinydet.reparam.affine import branch_sums, multiply_adds
 from tinydet.reparam.apply_changes import Network
+from tinydet.reparam.bake import bake
 from tinydet.reparam.compared import (
     OperationNames,
     choose_examples,
@@ -100,6 +101,8 @@ def fold(
                     selects,
                 )
                 before = _Counts.of(network.flow)
+                baked, computed = bake(network)
+                norms_before = count_norms(network.model)
                 merged, branches = merge_branches(network)
                 moved, norms = fold_scales(network)
                 rows = merge_series(network)
@@ -115,9 +118,9 @@ def fold(
     if problem:
         raise ValueError(f"{type(model).__name__}: folded, {problem}; not folded")
     report = FoldReport(
-        folded=(*merged, *moved, *rows),
-        kept=(*branches, *norms),
-        norms_before=count_norms(model),
+        folded=(*baked, *merged, *moved, *rows),
+        kept=(*computed, *branches, *norms),
+        norms_before=norms_before,
         norms_after=count_norms(folded),
         params_before=sum(p.numel() for p in model.parameters()),
         params_after=sum(p.numel() for p in folded.parameters()),

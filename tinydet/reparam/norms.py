@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 # By exact type: a subclass may override `forward`.
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_BATCH_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    FrozenBatchNorm2d,
+    *_INSTANCE_NORMS,
+)
 _BATCH_NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 _ANY_NORM = (
     nn.modules.batchnorm._NormBase,
@@ -23,8 +31,11 @@ _ANY_NORM = (
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether this is a normalization layer of any kind."""
-    return isinstance(module, _ANY_NORM)
+    """Return whether this is a norm: of a known class, or with running statistics."""
+    if isinstance(module, _ANY_NORM):
+        return True
+    statistics = isinstance(getattr(module, "running_var", None), Tensor)
+    return statistics and all(p.ndim == 1 for p in module.parameters())  # not a block with layers
 
 
 def count_norms(model: nn.Module) -> int:
@@ -34,13 +45,15 @@ def count_norms(model: nn.Module) -> int:
 
 def why_not_linear(norm: nn.Module) -> str | None:
     """Return why a norm is not a constant scale and shift in inference, or None if it is."""
-    if type(norm) not in _BATCH_NORMS + _BATCH_NORM_ACTS:
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            return f"{type(norm).__name__} is a batch norm of its own kind, with unknown arithmetic"
-        return f"{type(norm).__name__} computes its statistics from each input"
-    if norm.running_mean is None or norm.running_var is None:
-        return "it has no running statistics: it normalises with those of each batch"
-    return None
+    fixed = getattr(norm, "running_mean", None) is not None and norm.running_var is not None
+    if type(norm) in _BATCH_NORMS + _BATCH_NORM_ACTS:
+        if fixed:
+            return None
+        if type(norm) not in _INSTANCE_NORMS:
+            return "it has no running statistics: it normalises with those of each batch"
+    elif isinstance(norm, nn.modules.batchnorm._BatchNorm) or hasattr(norm, "running_var"):
+        return f"{type(norm).__name__} is a batch norm of its own kind, with unknown arithmetic"
+    return f"{type(norm).__name__} computes its statistics from each input"
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ from tinydet.reparam.fx_graph import targets
 from tinydet.reparam.module_swap import give_hooks, has_hooks, with_replaced
 from tinydet.reparam.same_padding import SamePad2d
 
+_TORCH_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
+
 
 class MergedError(RuntimeError, AttributeError):
     """Something was used that `fold` has merged into other layers."""
@@ -89,7 +91,7 @@ class _Code:
         if inference or not gradients:
             forward = (torch.inference_mode() if inference else torch.no_grad())(forward)
         members = {name: _refusing(self.origin, name) for name in self.changed}
-        members.update(forward=forward, code=self, __module__=self.origin.__module__)
+        members.update(forward=forward, rewritten_code=self, __module__=self.origin.__module__)
         members.update(__qualname__=self.origin.__qualname__, __doc__=self.origin.__doc__)
         return types.new_class(
             self.origin.__name__, (Rewritten, self.origin), {}, lambda space: space.update(members)
@@ -99,14 +101,14 @@ class _Code:
 class Rewritten(nn.Module):
     """Base of the generated classes; see `rewrite`."""
 
-    code: ClassVar[_Code]
+    rewritten_code: ClassVar[_Code]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         made = super().__reduce_ex__(protocol)
-        return (_new, (self.code,), *made[2:])
+        return (_new, (self.rewritten_code,), *made[2:])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.code.merged:
+        if name in self.rewritten_code.merged:
             raise MergedError(f"{name} was merged by fold: what is assigned would not be used")
         super().__setattr__(name, value)
 
@@ -170,7 +172,7 @@ def rewrite(module: nn.Module, graph: fx.GraphModule, keep: bool) -> nn.Module:
 
 
 def _code_of(module: nn.Module, graph: fx.GraphModule, before: set[str], after: set[str]) -> _Code:
-    old = type(module).code if isinstance(module, Rewritten) else None
+    old = type(module).rewritten_code if isinstance(module, Rewritten) else None
     origin = old.origin if old else type(module)
     nodes = graph.meta["nodes"]
     left = set(graph.graph.nodes)
@@ -256,9 +258,12 @@ def _remove_unused(module: nn.Module, before: set[str], after: set[str]) -> list
         if not rest[1]:
             gone.append(name)
             delattr(module, name)
+            if isinstance(member, Tensor) and isinstance(module, _TORCH_LAYERS):
+                # As a layer without bias has it: code such as `extra_repr` looks at it.
+                module.register_parameter(name, None)
             for attribute, value in list(vars(module).items()):
                 if attribute[0] != "_":
-                    module.__dict__[attribute] = with_replaced(value, member, None)
+                    module.__dict__[attribute] = with_replaced(value, cast(nn.Module, member), None)
         elif isinstance(member, (nn.ModuleList, nn.ModuleDict)) and "" not in rest[1]:
             _remove_unused(member, *rest)
     return gone

@@ -39,7 +39,9 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)) and module.weight.numel():
+        layer = isinstance(module, (_ConvNd, nn.Linear))
+        weight = getattr(module, "weight", None) if layer else None
+        if isinstance(weight, Tensor) and weight.numel():  # not where code computes it
             channels = _largest_by_channel(module)
             largest = channels.max().item()
             median = channels[channels > 0].quantile(0.5).item() if largest > 0 else 1.0

@@ -1,0 +1,533 @@
+"""Replace layers whose weights are computed, and norms of any class, by plain torch layers.
+
+A weight that is an expression of parameters and buffers (weight standardization, weight and
+spectral norm, masks, any parametrization) has one value in inference. The layer then is a plain
+convolution or linear layer, into which norms and factors can be fused. Likewise a batch norm of
+any class, or in the code of a block, is a plain one once its statistics are fixed.
+
+What a module computes is read from the operations that it runs, and each replacement is compared
+with it on inputs of several sizes. Which layer is taken is decided with random weights, so that it
+depends on the architecture alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, fx, nn
+from torch.nn.utils import (
+    parametrize,
+    prune,
+    remove_spectral_norm,
+    remove_weight_norm,
+)
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from tinydet.reparam.affine import is_affine, is_layer, is_product
+from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
+from tinydet.reparam.dataflow import SIZE_ONLY, DataFlow, Op, Value, observe, storage_of
+from tinydet.reparam.equivalent_layer import NotAConvolutionError, randomised
+from tinydet.reparam.fx_graph import (
+    NotTraceableError,
+    observe_nodes,
+    single_call,
+    targets,
+    trace,
+)
+from tinydet.reparam.linear_subgraph import LinearSubgraph, extract_subgraph, replace_subgraph
+from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
+from tinydet.reparam.norms import is_norm, why_not_linear
+from tinydet.reparam.report import Step
+from tinydet.reparam.rewrite import as_replacement, rewrite
+from tinydet.reparam.verify import copied, difference
+
+_TOLERANCE = 1e-9
+_REMOVALS: dict[type, Any] = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
+_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_ZERO_PADS: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
+_BATCH_NORMS: dict[int, Any] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
+_PADS = {"aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d",
+         "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d",
+         "aten.replication_pad3d", "aten.clone"}  # fmt: skip
+_ADDS = {"aten.add", "aten.add_"}
+_ROOTS = {"aten.rsqrt", "aten.rsqrt_", "aten.sqrt", "aten.sqrt_", "aten.pow", "aten.pow_"}
+_SCALES = {"aten.mul", "aten.mul_", "aten.div", "aten.div_", "aten.sub", "aten.sub_", *_ADDS}
+
+
+class _NotPlainError(ValueError):
+    """A module is no plain layer; the message says why."""
+
+
+def bake(network: Network) -> tuple[list[Step], list[Step]]:
+    """Replace layers with constant weights, and batch norms of any class, by plain torch layers.
+
+    Args:
+        network: changed in place.
+
+    Returns:
+        What was replaced, and the layers with computed weights that remain, with the reason.
+    """
+    left: set[str] = set()
+
+    def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
+        left.clear()
+        stored = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
+        targets = list(_targets(model, flow))
+        for op in targets:
+            if is_product(op) and storage_of(_weight(op)) not in stored:
+                left.add(op.call.name if op.call else op.scope)
+        names = dict.fromkeys(op.call.name if op.call else op.scope for op in targets)
+        modules = {n: model.get_submodule(n) for n in names if n not in refused}
+        with record_calls(list(modules.values())) as records:
+            if modules:
+                network.examples[0].run(model)
+        return [
+            *_computed_tensors(model, flow),
+            *(
+                Change(n, frozenset(m.modules()), partial(_replace, n, records.get(m), flow))
+                for n, m in modules.items()
+            ),
+        ]
+
+    done, refused = apply_changes(network, find)
+    return done, [Step(n, f"computed weight stays: {refused.get(n)}") for n in sorted(left)]
+
+
+def _targets(model: nn.Module, flow: DataFlow) -> Iterator[Op]:
+    """Yield the products with constant weights, and the norms, that are no plain layer's."""
+    data = flow.depends_on_input()
+    rooted = {op.scope for op in flow.ops if op.name in _ROOTS and not op.varying(data)}
+    for op in flow.ops:
+        module = op.call.module if op.call else None
+        if _is_product_of_constants(op, flow, data):
+            if not _is_own(op, model.get_submodule(op.scope)):
+                yield op
+        elif is_affine(op, data) and len(op.varying(data)) == 1:
+            norm = op.name == "aten.native_batch_norm"
+            scale = op.name in _SCALES and op.scope in rooted
+            if (norm or scale) and (module is None or why_not_linear(module)):
+                yield op
+
+
+def _is_product_of_constants(op: Op, flow: DataFlow, data: set[Value]) -> bool:
+    """Return whether an operation multiplies an activation from the right by constant weights."""
+    if not is_layer(op, data) or not op.inputs or _is_varying(_weight(op), op, data):
+        return False
+    # Weights that are mixed for each image, as in CondConv, are best left where they are.
+    made = op.outputs[0].value
+    readers = [o for o in flow.readers(made) if o.name == "aten.convolution"]
+    return all(o.inputs[0].value == made for o in readers)
+
+
+def _is_varying(tensor: Tensor, op: Op, data: set[Value]) -> bool:
+    return storage_of(tensor) in {view.storage for view in op.varying(data)}
+
+
+def _weight(op: Op) -> Tensor:
+    """Return the right operand of a product."""
+    return cast(Tensor, op.args[2 if op.name in ("aten.addmm", "aten.baddbmm") else 1])
+
+
+def _is_own(op: Op, module: nn.Module) -> bool:
+    """Return whether a product is that of a layer with its own weight."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    layer = isinstance(module, (nn.Linear, *_CONVS.values(), *_TRANSPOSED.values()))
+    return layer and weight is not None and storage_of(weight) == storage_of(_weight(op))
+
+
+def _computed_tensors(model: nn.Module, flow: DataFlow) -> list[Change]:
+    """Return the removals of torch's parametrizations, weight norms and pruning masks."""
+    return [
+        Change(
+            f"weights of {name or 'the network'}", frozenset([module]), partial(_store, name, flow)
+        )
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module) or any(map(_computes, _pre_hooks(module)))
+    ]
+
+
+def _pre_hooks(module: nn.Module) -> list[Any]:
+    return list(module._forward_pre_hooks.values())
+
+
+def _computes(hook: Any) -> bool:
+    return isinstance(hook, (WeightNorm, SpectralNorm, prune.BasePruningMethod))
+
+
+def _store(name: str, flow: DataFlow, model: nn.Module) -> tuple[nn.Module, str]:
+    """Make the computed tensors of one module plain parameters (a `Change.make`)."""
+    module = model.get_submodule(name)
+    _refuse_shared(flow, name, module.parameters())
+    kind = parametrize.type_before_parametrizations(module)
+    if parametrize.is_parametrized(module):
+        computed = {
+            n: (getattr(module, n), p) for n, p in cast(Any, module.parametrizations).items()
+        }
+        # torch's own removal changes the class, which copies of the module share.
+        module.__class__ = kind
+        del module.parametrizations
+        for tensor_name, (value, parametrization) in computed.items():
+            value, sources = value.detach().clone(), list(parametrization.parameters())
+            if sources:
+                value = nn.Parameter(value, any(p.requires_grad for p in sources))
+                module.register_parameter(tensor_name, value)
+            else:
+                module.register_buffer(tensor_name, value)
+    for hook in filter(_computes, _pre_hooks(module)):
+        masks = isinstance(hook, prune.BasePruningMethod)
+        tensor_name = hook._tensor_name if masks else hook.name
+        sources = [p for n, p in module.named_parameters() if n.startswith(f"{tensor_name}_")]
+        remove = prune.remove if masks else _REMOVALS[type(hook)]
+        remove(module, tensor_name)
+        getattr(module, tensor_name).requires_grad_(any(p.requires_grad for p in sources))
+    loading: dict[int, Any] = dict(module._load_state_dict_pre_hooks)
+    for key, hook in loading.items():
+        if hook.hook.__module__.startswith("torch.nn.utils."):
+            del module._load_state_dict_pre_hooks[
+                key
+            ]  # They look for the tensors that are gone, and cannot be pickled.
+    return model, f"the computed weights of this {kind.__name__} are stored"
+
+
+def _refuse_shared(flow: DataFlow, name: str, weights: Iterable[Tensor]) -> None:
+    inside, outside = f"{name}." if name else "", name.rpartition(".")[0]
+    data = flow.depends_on_input()
+    for weight in weights:
+        for op in flow.users(weight):
+            # A pre-hook that computes a weight from others runs before its module.
+            in_hook = op.scope == outside and not op.varying(data)
+            if op.scope != name and not op.scope.startswith(inside) and not in_hook:
+                raise RefusedError(f"its weights are also used in {op.scope or 'the network'}")
+
+
+def _replace(
+    name: str, record: tuple[Any, Any, Any] | None, flow: DataFlow, model: nn.Module
+) -> tuple[nn.Module, str]:
+    """Replace one module, or layers in its code, by plain layers (a `Change.make`)."""
+    module = model.get_submodule(name)
+    if record is None:
+        raise RefusedError("its code does not run as a module's call")
+    args, kwargs, output = record
+    try:
+        try:
+            layer = _whole(module, args, kwargs)
+        except _NotPlainError as reason:
+            graph = _with_plain_layers(module, args, kwargs, str(reason))
+            _check(flow, name, module, _used(graph), output, observe_nodes(graph).returned)
+            new = rewrite(module, graph, keep=module is model)
+        else:
+            _check(flow, name, module, list(layer.parameters()), output, layer(*copied(args)))
+            new = (
+                rewrite(module, single_call(module, args, layer), keep=True)
+                if module is model
+                else as_replacement(layer, module)
+            )
+    except (NotTraceableError, _NotPlainError) as error:
+        raise RefusedError(str(error)) from error
+    if "weight" in vars(module):
+        new._forward_pre_hooks = OrderedDict()  # They computed the weight.
+    if new is not module:
+        replace_module(model, module, new)
+    return model, f"{type(module).__name__} is now a plain {type(new).__name__}"
+
+
+def _check(
+    flow: DataFlow, name: str, module: nn.Module, used: list[Tensor], output: Any, found: Any
+) -> None:
+    """Refuse to replace a module whose weights others use, or by one that differs."""
+    _refuse_shared(flow, name, {*module.parameters()} - {*used})
+    apart = difference(output, found).max_rel
+    if not apart <= _TOLERANCE:
+        raise RefusedError(f"as plain layers it differs by {apart:.1e} of its output")
+
+
+def _used(graph: fx.GraphModule) -> list[Tensor]:
+    """Return the parameters that a graph uses."""
+    names = tuple(targets(graph))
+    within = tuple(f"{name}." for name in names)
+    return [p for n, p in graph.named_parameters() if n in names or n.startswith(within)]
+
+
+def _whole(module: nn.Module, args: Any, kwargs: Any) -> nn.Module:
+    """Return the plain layer that is equivalent to a module, and the modules that run after it.
+
+    Raises:
+        _NotPlainError: there is none.
+    """
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+        raise _NotPlainError("it takes more than one tensor")
+    if any(has_hooks(child) for child in module.modules() if child is not module):
+        raise _NotPlainError("a module inside has a forward hook")
+    with hooks_disabled(module):
+        flow = observe(module, copied(args), is_leaf=lambda m: m is not module)
+        if sum(is_product(op) for op in flow.ops if op.varying(flow.depends_on_input())) > 1:
+            raise _NotPlainError("it runs more than one layer")
+        first, made = copy.deepcopy(module), flow.outputs
+        rest: list[nn.Module] = []
+        for call in reversed(flow.calls if next(module.children(), None) else []):
+            if call.outputs != made:
+                break
+            first.set_submodule(call.name, nn.Identity())
+            rest, made = [call.module, *rest], call.inputs
+        layer = plain_layer(first, args[0].shape)
+    rest = [m for m in rest if type(m) is not nn.Identity]
+    return nn.Sequential(layer, *rest) if rest else layer
+
+
+def _with_plain_layers(module: nn.Module, args: Any, kwargs: Any, reason: str) -> fx.GraphModule:
+    """Return a module's code with calls of plain layers.
+
+    Raises:
+        NotTraceableError: its code cannot be traced.
+        _NotPlainError: nothing was replaced, for this reason or another one.
+    """
+    if is_norm(module):
+        raise _NotPlainError(reason)
+    graph = trace(module, args, kwargs)
+    tried: set[fx.Node] = set()
+    baked: list[nn.Module] = []
+    while (code := _replace_node(graph, tried)) is not None:
+        baked.append(code)
+    if not baked:
+        raise _NotPlainError(reason)
+    weights = [*_used(graph), *(p for part in baked for p in part.parameters())]
+    if len({*map(id, weights)}) < len(weights):
+        raise _NotPlainError("its weights are used more than once")
+    return graph
+
+
+def _replace_node(graph: fx.GraphModule, tried: set[fx.Node]) -> nn.Module | None:
+    """Replace one node of a graph by a plain layer, and return the replaced code."""
+    flow = observe_nodes(graph)
+    data = flow.depends_on_input()
+    for node in graph.graph.nodes:
+        if node in tried or node.op not in ("call_function", "call_method"):
+            continue
+        tried.add(node)
+        if not any(
+            _is_product_of_constants(op, flow, data) or _is_norm(op, data)
+            for op in node.meta["ops"]
+        ):
+            continue
+        for nodes in ([node, *_bias_added(node)], [node]):
+            given = {i for n in nodes for i in n.all_input_nodes if _varies(i, data)} - {*nodes}
+            if len(given) != 1:
+                continue
+            found = LinearSubgraph(given.pop(), tuple(nodes))
+            (source,) = found.source.meta["views"]
+            try:
+                code = extract_subgraph(graph, found, data)
+                layer = plain_layer(code, source.shape)
+            except (_NotPlainError, NotAConvolutionError):
+                continue
+            replace_subgraph(graph, found, layer)
+            return code
+    return None
+
+
+def _bias_added(node: fx.Node) -> list[fx.Node]:
+    """Return the addition that alone uses a node's result."""
+    users = list(node.users)
+    ops = [op.name for op in users[0].meta["ops"] if not op.is_view] if len(users) == 1 else []
+    return users if ops in (["aten.add"], ["aten.add_"]) else []
+
+
+def _varies(node: fx.Node, data: set[Value]) -> bool:
+    return any(view.value in data for view in node.meta["views"])
+
+
+def _is_norm(op: Op, data: set[Value]) -> bool:
+    """Return whether an operation is a batch norm with fixed statistics."""
+    return op.name == "aten.native_batch_norm" and is_affine(op, data) and bool(op.varying(data))
+
+
+@torch.no_grad()
+def plain_layer(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """Return the plain layer that is equivalent to a module.
+
+    Args:
+        module: takes one tensor and returns one; in float64 and eval mode.
+        shape: an input shape that it takes.
+
+    Raises:
+        _NotPlainError: it is no single convolution, linear layer or batch norm with fixed weights.
+    """
+    try:
+        generic = randomised(copy.deepcopy(module))
+        agree = (_agree(generic, one, shape) for one in _candidates(generic, shape))
+        number = next((i for i, same in enumerate(agree) if same), None)
+        if number is None:
+            raise _NotPlainError("it differs from the plain layer of its geometry")
+        layer = list(_candidates(module, shape))[number]
+        if not _agree(module, layer, shape):
+            raise _NotPlainError("it differs from the plain layer with its weights")
+    except _NotPlainError:
+        raise
+    except Exception as error:
+        # This runs any code with weights it was not made for, which may fail in any way.
+        raise _NotPlainError(f"it does not run alone ({type(error).__name__})") from error
+    trained = [p.requires_grad for p in module.parameters()]
+    return layer.requires_grad_(any(trained))
+
+
+def _candidates(module: nn.Module, shape: tuple[int, ...]) -> Iterator[nn.Module]:
+    """Yield the plain layers that a module may be, judged by what it does to one input."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flow = observe(module, (x,), is_leaf=lambda _: False)
+    data = flow.depends_on_input()
+    work = [
+        op for op in flow.ops if op.varying(data) and not op.is_view and op.name not in SIZE_ONLY
+    ]
+    products = [i for i, op in enumerate(work) if is_layer(op, data)]
+    if not isinstance(flow.returned, Tensor):
+        raise _NotPlainError("it returns more than one tensor")
+    if len(products) == 1:
+        (at,) = products
+        before, op, after = work[:at], work[at], work[at + 1 :]
+        adds = all(o.name in _ADDS and len(o.varying(data)) == 1 for o in after)
+        if adds and all(o.name in _PADS for o in before):
+            zero = cast(Tensor, module(torch.zeros_like(x)))
+            yield from _layers(module, op, before, zero, biased=bool(after))
+            return
+    elif [op.name for op in work] == ["aten.native_batch_norm"] and is_affine(work[0], data):
+        yield _batch_norm(work[0], len(shape))
+        return
+    elif len(shape) == 4 and all(o.name in _SCALES and is_affine(o, data) for o in work):
+        zero, one = (module(like(x)) for like in (torch.zeros_like, torch.ones_like))
+        if zero.shape == x.shape:
+            yield _frozen_batch_norm(one - zero, zero, module)
+            return
+    raise _NotPlainError("it does more than a convolution, a linear layer or a batch norm")
+
+
+def _layers(
+    module: nn.Module, op: Op, before: list[Op], zero: Tensor, biased: bool
+) -> Iterator[nn.Module]:
+    """Yield the convolutions or the linear layer that multiply by the weight of an operation.
+
+    Args:
+        module: the module that ran it.
+        op: the operation.
+        before: the operations on the activation before it.
+        zero: the module's response to zeros.
+        biased: whether a constant is added afterwards.
+    """
+    if op.name != "aten.convolution":
+        matrix = _weight(op)  # (C_in, C_out)
+        if matrix.ndim != 2:
+            raise _NotPlainError("its weight is no matrix")
+        linear = nn.Linear(matrix.shape[0], matrix.shape[1], biased or op.name == "aten.addmm")
+        yield _filled(linear, matrix.t(), zero.movedim(-1, 0))
+        return
+    _, weight, bias, stride, padding, dilation, transposed, output_padding, groups = op.args
+    axes = weight.ndim - 2
+    shape: dict[str, Any] = {"stride": tuple(stride), "dilation": tuple(dilation), "groups": groups}
+    shape["bias"] = biased or bias is not None
+    kernel, rows = tuple(weight.shape[2:]), zero.movedim(1, 0)
+    if transposed:
+        shape["output_padding"] = tuple(output_padding)
+        channels = (weight.shape[0], weight.shape[1] * groups)
+        layer = _TRANSPOSED[axes](*channels, kernel, padding=tuple(padding), **shape)
+        yield _filled(layer, weight, rows)
+        return
+    channels = (weight.shape[1] * groups, weight.shape[0])
+    pads = [o.args[1] for o in before if o.name == "aten.constant_pad_nd"]
+    ends = [sum(p[i] if i < len(p) else 0 for p in pads) for i in range(2 * axes)]
+    if ends[::2] == ends[1::2]:
+        total = tuple(p + e for p, e in zip(padding, ends[::2][::-1], strict=True))
+        yield _filled(_CONVS[axes](*channels, kernel, padding=total, **shape), weight, rows)
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode != "zeros":
+        own: Any = {"padding": module.padding, "padding_mode": mode}
+        yield _filled(_CONVS[axes](*channels, kernel, **own, **shape), weight, rows)
+    if axes == 2 and not any(padding):
+        yield _filled(Conv2dSame(*channels, kernel, **shape), weight, rows)
+    conv = _CONVS[axes](*channels, kernel, padding=tuple(padding), **shape)
+    yield nn.Sequential(_ZERO_PADS[axes](tuple(ends)), _filled(conv, weight, rows))
+
+
+def _filled(layer: Any, weight: Tensor, rows: Tensor) -> nn.Module:
+    """Fill a layer; `rows` is (C_out, ...), the response to zeros."""
+    layer = layer.to(weight.dtype)
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(rows.flatten(1)[:, 0])
+    return cast(nn.Module, layer)
+
+
+def _batch_norm(op: Op, ndim: int) -> nn.Module:
+    """Return the layer of a batch norm with fixed statistics."""
+    _, weight, bias, mean, var, _, momentum, eps = op.args
+    affine = weight is not None or bias is not None
+    if ndim not in _BATCH_NORMS:
+        raise _NotPlainError("its input is no batch")
+    norm = _BATCH_NORMS[ndim](len(mean), eps=eps, momentum=momentum, affine=affine).to(mean.dtype)
+    values = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+    for name, value in values.items():
+        if value is not None:
+            getattr(norm, name).copy_(value)
+    return cast(nn.Module, norm.eval())
+
+
+def _frozen_batch_norm(scale: Tensor, shift: Tensor, module: nn.Module) -> nn.Module:
+    """Return the norm with a fixed scale and shift, given for each place of a (B, C, H, W) map."""
+    norm = FrozenBatchNorm2d(scale.shape[1], eps=0.0).to(scale.dtype)
+    for name, value in (("weight", scale), ("bias", shift)):
+        values = value.movedim(1, 0).flatten(1)[:, 0].clone()
+        if any(p.requires_grad for p in module.parameters()):
+            del norm._buffers[name]
+            norm.register_parameter(name, nn.Parameter(values))
+        else:
+            getattr(norm, name).copy_(values)
+    return norm
+
+
+def _agree(module: nn.Module, layer: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Compare a module and a layer on inputs of the given and of other sizes."""
+    generator = torch.Generator().manual_seed(1)
+    for size in dict.fromkeys(_sizes(layer, shape)):
+        x = torch.randn(size, generator=generator, dtype=torch.float64)
+        try:
+            expected = module(x.clone())
+        except Exception:
+            # Any code may reject other sizes, with any exception.
+            if size == shape:
+                raise
+            continue
+        try:
+            if not difference(expected, layer(x)).max_rel <= _TOLERANCE:
+                return False
+        except (RuntimeError, ValueError):
+            return False
+    return True
+
+
+def _sizes(layer: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield the given input shape, then tiny, odd and even ones with as many channels."""
+    yield shape
+    last = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    channel = len(shape) - 1 if isinstance(last, nn.Linear) else 1
+    dilated = zip(getattr(last, "kernel_size", ()), getattr(last, "dilation", ()), strict=True)
+    spans = [d * (k - 1) for k, d in dilated]
+    free = [axis for axis in range(len(shape)) if axis != channel]
+    spans = [0] * (len(free) - len(spans)) + spans
+    for more in range(5):
+        lengths = {
+            a: 1 + i + more + (s if more else 0)
+            for i, (a, s) in enumerate(zip(free, spans, strict=True))
+        }
+        yield tuple(lengths.get(axis, n) for axis, n in enumerate(shape))
