@@ -23,8 +23,9 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto
+from random_weights import settle_norms
 from timm.utils.model import reparameterize_model
-from timm_models import build_model, example_images, settle_norms
+from timm_models import build_model, example_images
 from torch import Tensor, nn
 
 from tinydet.cli import run

@@ -5,8 +5,8 @@ import fold_row
 import pytest
 import torch
 from fold_row import fold_one
-from timm_models import input_sizes
 from torch import nn
+from zoo_models import input_sizes
 
 from tinydet.reparam import fold
 
@@ -59,7 +59,7 @@ def test_a_model_that_insists_on_its_size_gets_it(monkeypatch):
     row = fold_one("test_maxvit")
     assert not row.problem
     assert row.input == 160
-    assert row.other_size is None
+    assert row.other_sizes == ()
     monkeypatch.setattr(fold_row, "input_sizes", lambda _: [100])
     assert fold_one("test_maxvit").error
 
