@@ -12,6 +12,8 @@ from zoo_models import (
     input_sizes,
 )
 
+from tinydet.reparam.verify import tensors_in
+
 
 def test_choose_models__the_sample():
     sample = choose_models([])
@@ -85,6 +87,14 @@ def test_example_inputs(name, shapes):
     assert [tuple(x.shape) for x in inputs] == shapes
     again = example_inputs(name, 2, 32, 48)
     assert all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", choose_models(["torchvision/*"], OTHER))
+def test_build_model__every_listed_one_of_torchvision_runs(name):
+    (side,) = input_sizes(name)
+    with torch.no_grad():
+        assert tensors_in(build_model(name, side)(*example_inputs(name, 1, side, side)))
 
 
 def test_build_model__torchvision():

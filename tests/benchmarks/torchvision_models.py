@@ -15,7 +15,7 @@ from torchvision.models import get_model, get_model_builder, list_models
 
 PREFIX = "torchvision/"
 _FRAMES = 4  # of a video
-_KINDS = ("detection", "video", "optical_flow")
+_KINDS = ("detection", "segmentation", "video", "optical_flow")
 _DETECTIONS = 20  # of an image
 
 
@@ -36,18 +36,14 @@ def build_model(name: str, side: int) -> nn.Module:
         name: torchvision's name after "torchvision/".
         side: of the input in pixels; a detector resizes its input to it.
     """
-    sizes: dict[str, Any] = {}
-    if "mvit" in name:
-        sizes = {"spatial_size": (side, side), "temporal_size": _FRAMES}
-    if "vit_b" in name and not sizes:
-        sizes = {"image_size": side}
-    if "googlenet" in name or "inception" in name:
-        sizes = {"init_weights": False}
+    options: dict[str, Any] = {"weights": None}
+    if _kind(name) in ("detection", "segmentation"):
+        options["weights_backbone"] = None
+    if name.endswith(("googlenet", "inception_v3")):
+        options["init_weights"] = False  # Theirs takes long.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(name))
-        given = {"weights": None, "weights_backbone": None}
-        accepted = {key: given[key] for key in given if _takes(name, key)}
-        model = get_model(name.removeprefix(PREFIX), **accepted, **sizes)
+        model = get_model(name.removeprefix(PREFIX), **options)
     if _kind(name) == "detection":
         _show_all_detections(model, side)
     randomise(model.eval(), seed_of(name))
@@ -89,9 +85,3 @@ def _kind(name: str) -> str:
 
 def _module(name: str) -> str:
     return get_model_builder(name.removeprefix(PREFIX)).__module__
-
-
-def _takes(name: str, argument: str) -> bool:
-    import inspect
-
-    return argument in inspect.signature(get_model_builder(name.removeprefix(PREFIX))).parameters
