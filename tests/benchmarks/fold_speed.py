@@ -1,8 +1,9 @@
-"""Time folded backbones in ONNX Runtime: python tests/benchmarks/fold_speed.py [MODEL ...].
+"""Time folded networks in ONNX Runtime: python tests/benchmarks/fold_speed.py [MODEL ...].
 
 Three forms of each network are exported by the same call, fully optimized by ONNX Runtime, and
 timed in turns on the same input: as trained, re-parameterized by timm, and folded by
-`tinydet.reparam`. The remaining difference is what no graph optimizer finds.
+`tinydet.reparam`. The remaining difference is what no graph optimizer finds. With --torch the forms
+are timed in torch, without export.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 from onnx import ModelProto
+from random_weights import settle_norms
 from timm.utils.model import reparameterize_model
-from timm_models import build_model, example_images, settle_norms
+from timm_models import build_model, example_images
 from torch import Tensor, nn
 
 from tinydet.cli import run
@@ -49,11 +52,11 @@ class Form:
     """One form of a network.
 
     Attributes:
-        exported: operators of the ONNX file, by kind: Conv, BatchNormalization, Add.
+        exported: operators of the ONNX file, by kind: Conv, BatchNormalization, Add; none in torch.
         optimized: those that ONNX Runtime leaves at its level EXTENDED (higher levels only rename
             what could not be fused).
         difference: largest difference from the unfolded form in any feature map, as a fraction of
-            its largest value, both in ONNX Runtime.
+            its largest value, both in the same runtime.
         milliseconds: of each run.
     """
 
@@ -78,20 +81,12 @@ def time_forms(name: str, size: int = 320, threads: int = 2, repeats: int = 100)
     Raises:
         ValueError: an argument is out of range, timm has no such model, or ONNX Runtime is missing.
     """
-    if min(size, threads, repeats) < 1:
-        raise ValueError("--size, --threads and --repeats must be at least 1")
-    model = build_model(name)
-    settle_norms(model, example_images(name, 2, _SETTLED_SIZE, _SETTLED_SIZE), seed=0)
-    images = example_images(name, 1, size, size)
-    networks = {
-        "unfolded": model,
-        "timm": reparameterize_model(model),
-        "folded": fold(model, images)[0],
-    }
+    networks, images = _networks(name, size, threads, repeats)
     files = {form: _export(network, images) for form, network in networks.items()}
     sessions = {form: _session(file, threads) for form, file in files.items()}
-    outputs = {form: _run(session, images) for form, session in sessions.items()}
-    milliseconds = _time_in_turns(sessions, images, repeats)
+    calls = {form: partial(_run, session, images) for form, session in sessions.items()}
+    outputs = {form: call() for form, call in calls.items()}
+    milliseconds = _time_in_turns(calls, repeats)
     return {
         form: Form(
             exported=_operators(file),
@@ -101,6 +96,42 @@ def time_forms(name: str, size: int = 320, threads: int = 2, repeats: int = 100)
         )
         for form, file in files.items()
     }
+
+
+def time_in_torch(
+    name: str, size: int = 320, threads: int = 2, repeats: int = 100
+) -> dict[str, Form]:
+    """Time the three forms of a model as torch runs them; arguments as in `time_forms`."""
+    networks, images = _networks(name, size, threads, repeats)
+    calls = {form: partial(network, images) for form, network in networks.items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            outputs = {form: call() for form, call in calls.items()}
+            milliseconds = _time_in_turns(calls, repeats)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        form: Form({}, {}, difference(outputs["unfolded"], outputs[form]).max_rel, times)
+        for form, times in milliseconds.items()
+    }
+
+
+def _networks(
+    name: str, size: int, threads: int, repeats: int
+) -> tuple[dict[str, nn.Module], Tensor]:
+    """Return the three forms of a model and the image they are timed on."""
+    if min(size, threads, repeats) < 1:
+        raise ValueError("--size, --threads and --repeats must be at least 1")
+    model = build_model(name)
+    settle_norms(model, example_images(name, 2, _SETTLED_SIZE, _SETTLED_SIZE), seed=0)
+    images = example_images(name, 1, size, size)
+    return {
+        "unfolded": model,
+        "timm": reparameterize_model(model),
+        "folded": fold(model, images)[0],
+    }, images
 
 
 def _export(network: nn.Module, images: Tensor) -> ModelProto:
@@ -157,15 +188,15 @@ def _run(session: Any, images: Tensor) -> list[Tensor]:
 
 
 def _time_in_turns(
-    sessions: Mapping[str, Any], images: Tensor, repeats: int
+    calls: Mapping[str, Callable[[], object]], repeats: int
 ) -> dict[str, list[float]]:
-    milliseconds: dict[str, list[float]] = {form: [] for form in sessions}
-    names = list(sessions)
+    milliseconds: dict[str, list[float]] = {form: [] for form in calls}
+    names = list(calls)
     for turn in range(-_WARM_UP, repeats):
         # Each form goes first equally often: the previous run affects the caches.
         for form in names[turn % len(names) :] + names[: turn % len(names)]:
             begin = time.perf_counter()
-            _run(sessions[form], images)
+            calls[form]()
             if turn >= 0:
                 milliseconds[form].append((time.perf_counter() - begin) * 1000)
     return milliseconds
@@ -199,20 +230,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=320, help="side of the input, default 320")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, default 2")
     parser.add_argument("--repeats", type=int, default=100, help="runs of each, default 100")
+    parser.add_argument("--torch", action="store_true", help="time in torch, without export")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Build, fold, export, time, print."""
+    time_all = time_in_torch if args.torch else time_forms
     rows = []
     for name in args.models or MODELS:
-        forms = time_forms(name, args.size, args.threads, args.repeats)
+        forms = time_all(name, args.size, args.threads, args.repeats)
         rows += [_cells(name, key, form, forms["unfolded"]) for key, form in forms.items()]
     print(
-        f"ONNX Runtime on the CPU, {args.threads} threads, 1x3x{args.size}x{args.size}, "
-        f"{args.repeats} runs of each form in turns; operators as exported / as optimized"
+        f"{'torch' if args.torch else 'ONNX Runtime'} on the CPU, {args.threads} threads, "
+        f"1x3x{args.size}x{args.size}, {args.repeats} runs of each form in turns"
+        + ("" if args.torch else "; operators as exported / as optimized")
     )
-    header = ["model", "form", "median ms", "p95 ms", "ratio", "Conv", "Norm", "Add", "difference"]
+    operators = [] if args.torch else ["Conv", "Norm", "Add"]
+    header = ["model", "form", "median ms", "p95 ms", "ratio", *operators, "difference"]
     print("\n".join(text_table(header, rows)))
 
 

@@ -22,8 +22,12 @@ _FAMILY_HEADER = [
 _MODEL_HEADER = [
     *("model", "family", "input", "norms", "left", "no batch norm", "branches", "left"),
     *("scales", "left", "error f64", "error f32", "unfolded f32"),
-    *("M multiply-adds", "after", "M parameters", "after", "problem"),
+    *("M multiply-adds", "after", "M parameters", "after"),
+    *("CPU s", "peak MB", "float64 MB", "problem"),
 ]
+_SLOWEST = 5  # models named in the summary
+_SMALL = 50e6  # parameters
+_SECONDS = 3.0  # that a small model should take at most
 
 
 def write_tables(rows: Sequence[FoldRow], folder: Path) -> None:
@@ -40,7 +44,7 @@ def row_line(row: FoldRow) -> str:
     if row.error:
         return f"FAILED  {row.model}: {row.error}"
     counts = ", ".join(f"{what} {_before(row, what)} -> {_after(row, what)}" for what in _COUNTS)
-    line = f"{row.model}: {counts}, difference {row.error64:.0e}, {row.seconds:.0f} s"
+    line = f"{row.model}: {counts}, difference {row.error64:.0e}, {row.cpu_seconds:.1f} s"
     return f"FAILED  {line}: {row.problem}" if row.problem else f"ok      {line}"
 
 
@@ -48,6 +52,7 @@ def summary(rows: Sequence[FoldRow]) -> str:
     """Return the results by family, the reasons of the norms that remain, and the problems."""
     folded = [row for row in rows if not row.error]
     lines = [_in_words(rows, folded), ""]
+    lines += [_cost_in_words(folded), ""] if folded else []
     lines += [*_family_table(folded), ""] if folded else []
     kept: Counter[str] = Counter()
     for row in folded:
@@ -68,6 +73,23 @@ def _in_words(rows: Sequence[FoldRow], folded: Sequence[FoldRow]) -> str:
     )
     return (
         f"{right} of {len(rows)} models of {families} families folded without a problem: {counts}."
+    )
+
+
+def _cost_in_words(folded: Sequence[FoldRow]) -> str:
+    total = sum(row.cpu_seconds for row in folded)
+    slowest = sorted(folded, key=lambda row: -row.cpu_seconds)[:_SLOWEST]
+    small = [row for row in folded if row.params_before <= _SMALL]
+    slow = sum(row.cpu_seconds > _SECONDS for row in small)
+    peaks = [row.peak_mb for row in folded if row.peak_mb is not None]
+    weights = sum(row.float64_mb for row in folded)
+    memory = f", and {sum(peaks):,.0f} MB of memory for {weights:,.0f} MB of weights in float64"
+    return (
+        f"`fold` took {total:,.0f} CPU seconds{memory if peaks else ''}, all models added up. "
+        f"{slow} of the {len(small)} models of up to {_SMALL / 1e6:.0f} M parameters took more "
+        f"than {_SECONDS:g} s. Slowest: "
+        + ", ".join(f"{row.model} {row.cpu_seconds:.1f} s" for row in slowest)
+        + "."
     )
 
 
@@ -99,7 +121,7 @@ def _family_cells(name: str, group: Sequence[FoldRow]) -> list[str]:
 
 def _model_cells(row: FoldRow) -> list[str]:
     if row.error:
-        return [row.model, row.family, *[""] * 15, row.error]
+        return [row.model, row.family, *[""] * (len(_MODEL_HEADER) - 3), row.error]
     counts = [row.norms_before, row.norms_after, row.norms_never]
     counts += [row.branches_before, row.branches_after, row.scales_before, row.scales_after]
     errors = [row.error64, row.error32, row.baseline32]
@@ -111,6 +133,9 @@ def _model_cells(row: FoldRow) -> list[str]:
         *(str(count) for count in counts),
         *(f"{error:.0e}" for error in errors),
         *(f"{size / 1e6:.2f}" for size in sizes),
+        f"{row.cpu_seconds:.1f}",
+        "" if row.peak_mb is None else f"{row.peak_mb:.0f}",
+        f"{row.float64_mb:.0f}",
         row.problem,
     ]
 
@@ -122,8 +147,8 @@ def _csv(rows: Sequence[FoldRow]) -> str:
     writer.writeheader()
     for row in rows:
         kept = "; ".join(f"{count} {reason}" for reason, count in row.kept.items())
-        size = "x".join(map(str, row.other_size or ()))
-        cells = {"kept": kept, "other_size": size, "problem": row.problem}
+        sizes = " ".join(f"{height}x{width}" for height, width in row.other_sizes)
+        cells = {"kept": kept, "other_sizes": sizes, "problem": row.problem}
         writer.writerow({**asdict(row), **cells})
     return file.getvalue()
 

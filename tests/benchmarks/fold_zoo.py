@@ -1,8 +1,8 @@
-"""Fold timm's models with random norms, and write how completely and how exactly as tables.
+"""Fold many models with random norms, and write how completely and how exactly as tables.
 
 Each model runs in a process of its own. Results are written as they arrive; an interrupted run
 continues where it stopped. Run from the project's root:
-python tests/benchmarks/fold_zoo.py [PATTERN ...], e.g. 'repvgg*' fastvit_t8
+python tests/benchmarks/fold_zoo.py [PATTERN ...], e.g. 'repvgg*' fastvit_t8 'torchvision/fcn*'
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from fold_row import FoldRow, fold_one
 from fold_table import row_line, summary, write_tables
-from timm_models import choose_models, family_of
+from zoo_models import choose_models, family_of
 
 from tinydet.atomic import write_text
 from tinydet.cli import run
@@ -40,16 +40,18 @@ def fold_zoo(
     workers: int = 1,
     timeout: float = 600.0,
     fresh: bool = False,
+    listed: Path | None = None,
     work: Callable[[str], FoldRow] = fold_one,
 ) -> list[FoldRow]:
     """Fold the models that match, write a line for each as it is done, and the tables at the end.
 
     Args:
-        patterns: names of timm's models, with wildcards; none for a sample of the families.
+        patterns: names of models, with wildcards; none for all that are listed.
         folder: where the results of each model and the tables are written.
         workers: models folded at the same time, on one thread each.
         timeout: seconds after which a model is given up.
         fresh: fold again what an earlier run has folded.
+        listed: a file of names, as in `choose_models`.
         work: what is done with each model; must be importable.
 
     Returns:
@@ -60,7 +62,7 @@ def fold_zoo(
     """
     if workers < 1 or not timeout > 0:
         raise ValueError("--workers must be at least 1 and --timeout more than 0 seconds")
-    names = choose_models(patterns)
+    names = choose_models(patterns, listed)
     path = folder / _ROWS
     folder.mkdir(parents=True, exist_ok=True)
     if fresh:
@@ -89,8 +91,8 @@ def read_rows(path: Path) -> dict[str, FoldRow]:
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             fields = json.loads(line)
-            size = fields["other_size"]
-            row = FoldRow(**{**fields, "other_size": tuple(size) if size else None})
+            sizes = tuple((height, width) for height, width in fields["other_sizes"])
+            row = FoldRow(**{**fields, "other_sizes": sizes})
         except (ValueError, TypeError, KeyError):
             continue  # Half a line of an interrupted run, or the fields of another version.
         rows[row.model] = row
@@ -111,7 +113,7 @@ def fold_in_processes(
         timeout: seconds for each.
         work: what a process does; must be importable.
     """
-    context = _context()
+    context = process_context()
     waiting = deque(names)
     running: list[_Job] = []
     try:
@@ -178,7 +180,8 @@ def _send_result(work: Callable[[str], FoldRow], name: str, sender: Connection) 
     sender.send(work(name))
 
 
-def _context() -> Any:
+def process_context() -> Any:
+    """Return the multiprocessing context in which a process starts soonest with torch imported."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -201,7 +204,13 @@ def _parser() -> argparse.ArgumentParser:
         "patterns",
         nargs="*",
         metavar="PATTERN",
-        help="names of timm's models, with wildcards; default: a sample of every family",
+        help="names of models, with wildcards; default: all that are listed",
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        metavar="FILE",
+        help="list of names to choose from, default timm_models.txt, or any with a PATTERN",
     )
     parser.add_argument("--workers", type=int, default=1, help="models at a time, default 1")
     parser.add_argument(
@@ -216,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Fold, write, print; exit status 1 if a fold is wrong."""
-    rows = fold_zoo(args.patterns, args.out, args.workers, args.timeout, args.fresh)
+    rows = fold_zoo(args.patterns, args.out, args.workers, args.timeout, args.fresh, args.models)
     if any(row.problem for row in rows):
         sys.exit(1)
 

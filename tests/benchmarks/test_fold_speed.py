@@ -1,13 +1,14 @@
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import fold_speed
 import numpy as np
 import pytest
 import torch
-from fold_speed import time_forms
+from fold_speed import time_forms, time_in_torch
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,20 +57,8 @@ def test_time_forms__a_wrong_fold_is_seen(monkeypatch):
 
 def test_time_in_turns__each_is_as_often_first():
     order = []
-
-    class Session:
-        def __init__(self, name):
-            self.name = name
-
-        def get_inputs(self):
-            return [self]
-
-        def run(self, _, feed):
-            order.append(self.name)
-            return [next(iter(feed.values()))]
-
-    sessions = {name: Session(name) for name in "abc"}
-    timings = fold_speed._time_in_turns(sessions, torch.zeros(1, dtype=torch.float32), 6)
+    calls = {name: partial(order.append, name) for name in "abc"}
+    timings = fold_speed._time_in_turns(calls, 6)
     assert Counter(order) == {"a": 9, "b": 9, "c": 9}  # Three runs of each to warm up.
     assert Counter(order[9::3]) == {"a": 2, "b": 2, "c": 2}
     assert all(len(milliseconds) == 6 for milliseconds in timings.values())
@@ -95,24 +84,38 @@ def test_time_forms__arguments_out_of_range(options):
         time_forms("resnet18", **options)
 
 
+def test_time_in_torch(monkeypatch):
+    used = []
+    right = fold_speed._time_in_turns
+    monkeypatch.setattr(
+        fold_speed,
+        "_time_in_turns",
+        lambda *given: used.append(torch.get_num_threads()) or right(*given),
+    )
+    before = torch.get_num_threads()
+    forms = time_in_torch("test_resnet", size=64, threads=before + 1, repeats=2)
+    assert used == [before + 1]
+    assert torch.get_num_threads() == before
+    assert list(forms) == ["unfolded", "timm", "folded"]
+    assert 0 < forms["folded"].difference < 1e-5
+    assert all(len(form.milliseconds) == 2 for form in forms.values())
+
+
 def test_time_forms__unknown_model():
     with pytest.raises(ValueError, match="resnit: timm has no such model"):
         time_forms("resnit")
 
 
 @pytest.mark.slow
-def test_command(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--torch"]], ids=["onnxruntime", "torch"])
+def test_command(tmp_path, options):
     script = [
         sys.executable,
         str(_ROOT / "tests/benchmarks/fold_speed.py"),
-        "--size",
-        "64",
-        "--repeats",
-        "1",
     ]
     environment = {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
-        [*script, "--size", "64", "--repeats", "1", "test_resnet"],
+        [*script, *options, "--size", "64", "--repeats", "1", "test_resnet"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

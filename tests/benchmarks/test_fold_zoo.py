@@ -65,8 +65,8 @@ def fake_folds(monkeypatch):
             if name in fold_all.interrupted:
                 raise KeyboardInterrupt
             error = "crashed" if name in fold_all.crashing else ""
-            size = (160, 192)
-            yield FoldRow(name, "resnet", 128, other_size=size, kept={"why": 2}, error=error)
+            sizes = ((160, 192),)
+            yield FoldRow(name, "resnet", 128, other_sizes=sizes, kept={"why": 2}, error=error)
 
     fold_all.interrupted, fold_all.crashing, fold_all.asked = set(), set(), []
     monkeypatch.setattr(fold_zoo, "fold_in_processes", fold_all)
@@ -95,7 +95,9 @@ def test_fold_zoo__resumes_and_repeats_what_failed(tmp_path, fake_folds, capsys)
     assert "1 of 4 models were folded before" in screen
     assert "FAILED  resnet18: crashed" in screen
     assert "ok      resnet50: norms 0 -> 0" in screen
-    assert rows[0] == FoldRow("resnet101", "resnet", 128, other_size=(160, 192), kept={"why": 2})
+    assert rows[0] == FoldRow(
+        "resnet101", "resnet", 128, other_sizes=((160, 192),), kept={"why": 2}
+    )
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
 
 
@@ -120,7 +122,7 @@ def test_rows_survive_the_file(tmp_path):
     rows = [
         FoldRow("levit_a", "levit", 224, 50, 4, error64=1e-15, kept={"why": 4}),
         FoldRow("vgg_c", "vgg", error="its process died (SIGKILL)"),
-        FoldRow("vgg_d", "vgg", other_size=(160, 192)),
+        FoldRow("vgg_d", "vgg", other_sizes=((160, 192), (123, 131)), peak_mb=5.5),
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
@@ -129,11 +131,12 @@ def test_rows_survive_the_file(tmp_path):
 
 def test_main__exit_status(monkeypatch):
     given = ["a*", "b", "--out", "x", "--workers", "2", "--timeout", "5", "--fresh"]
+    given += ["--models", "list.txt"]
     args = fold_zoo._parser().parse_args(given)
     asked, rows = [], [FoldRow("a", "vgg")]
     monkeypatch.setattr(fold_zoo, "fold_zoo", lambda *given: asked.append(given) or rows)
     fold_zoo.main(args)
-    assert asked == [(["a*", "b"], Path("x"), 2, 5.0, True)]
+    assert asked == [(["a*", "b"], Path("x"), 2, 5.0, True, Path("list.txt"))]
     rows.append(FoldRow("b", "vgg", error64=5e-9))
     with pytest.raises(SystemExit) as stop:
         fold_zoo.main(args)
