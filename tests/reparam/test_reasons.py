@@ -62,10 +62,6 @@ _FACTORS = {
         lambda: _scaled(lambda m, x: m.s(m.conv(m.conv(x).relu())), s=LayerScale2d(4)),
         ["conv runs 2 times"],
     ),
-    "computed weights": (
-        lambda: _scaled(lambda m, x: F.conv2d(x, m.conv.weight.exp()) * m.g),
-        ["does not just apply the weights of a layer"],
-    ),
 }
 
 

@@ -50,13 +50,10 @@ SUMS = ("aten.add", "aten.add_", "aten.sub", "aten.sub_")
 _ELEMENTWISE = (*FACTORS, *SUMS, "aten.rsub", "aten.neg")
 
 
-def moved_across(
-    flow: DataFlow, op: Op, seen: View, affine: ChannelAffine, forward: bool
-) -> ChannelAffine | None:
+def moved_across(op: Op, seen: View, affine: ChannelAffine, forward: bool) -> ChannelAffine | None:
     """Return the scale and shift on the other side of an operation.
 
     Args:
-        flow: the observed forward pass.
         op: an operation of which one argument depends on the network's input.
         seen: that argument.
         affine: the scale and shift of that argument, or of the result.
@@ -85,8 +82,6 @@ def moved_across(
         return affine.uniform(list(range(len(seen.shape) - PLACES[op.name], len(seen.shape))))
     if op.name == "aten.mean":
         return _across_mean(op, seen, affine, forward)
-    if op.name == "aten.convolution":
-        return _across_filter(flow, op, seen, affine, forward)
     return None
 
 
@@ -204,36 +199,6 @@ def _varied(generic: Tensor, shape: Sequence[int], seed: int) -> Tensor:
 
 def _is_view_of(argument: object, view: View) -> bool:
     return isinstance(argument, Tensor) and storage_of(argument) == view.storage
-
-
-def _across_filter(
-    flow: DataFlow, op: Op, seen: View, affine: ChannelAffine, forward: bool
-) -> ChannelAffine | None:
-    """Move a map across a depthwise convolution with constant weights, such as a blur."""
-    weight, bias, padding, transposed, groups = (op.args[i] for i in (1, 2, 4, 6, 8))
-    channels = seen.shape[1]
-    several = len(weight) // channels
-    whole = len(seen.shape) == weight.ndim and bias is None and not transposed
-    if not whole or groups != channels or (several > 1 and not forward):
-        return None
-    affine = affine.uniform(list(range(2, weight.ndim)))
-    if affine.shift is None and several == 1:
-        return affine
-    affine = affine.expand((affine.scale.shape[0], channels, *affine.scale.shape[2:]))
-    affine = affine.changed(lambda values: values.repeat_interleave(several, 1))
-    if affine.shift is None:
-        return affine
-    if any(padding):
-        raise NotFusableError(f"{op.name} in between pads with zeros: those would be shifted too")
-    sums = weight.flatten(1).sum(1).view(1, -1, *[1] * (weight.ndim - 2))
-    if forward:
-        generic = _varied(affine.generic, sums.shape, storage_of(weight))
-        return ChannelAffine(affine.scale, affine.shift * sums, generic)
-    # Trained weights need not keep their sum.
-    fixed = storage_of(weight) in flow.buffers
-    if not fixed or not torch.allclose(sums, torch.ones_like(sums)):
-        raise NotFusableError(f"the weights of {op.name} in between need not sum to 1")
-    return affine
 
 
 def copies_into(flow: DataFlow, op: Op) -> list[Op]:

@@ -120,7 +120,6 @@ class DataFlow:
         inputs: the network's input tensors.
         outputs: the tensors the network returned.
         returned: the network's output itself.
-        buffers: addresses of the memory of the network's buffers.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -128,7 +127,6 @@ class DataFlow:
     inputs: tuple[View, ...] = ()
     outputs: tuple[View, ...] = ()
     returned: Any = None
-    buffers: frozenset[int] = frozenset()
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Return the calls of one module, in order."""
@@ -338,7 +336,6 @@ def observe(
         recorder.flow.inputs = recorder.views((args, kwargs))
         recorder.flow.returned = model(*args, **kwargs)
         recorder.flow.outputs = recorder.views(recorder.flow.returned)
-    recorder.flow.buffers = frozenset(storage_of(buffer) for buffer in model.buffers())
     return recorder.flow
 
 

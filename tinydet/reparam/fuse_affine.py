@@ -132,7 +132,7 @@ def producer_fusions(
         return producer_fusions(flow, source, set(copies), affine)
     inputs = op.varying(flow.depends_on_input())
     if len(inputs) == 1:
-        moved = moved_across(flow, op, inputs[0], affine, forward=False)
+        moved = moved_across(op, inputs[0], affine, forward=False)
         if moved is not None:
             return producer_fusions(flow, inputs[0], {op}, moved)
     if op.name in SUMS and len(op.inputs) == len(inputs) == 2 and not op.kwargs:
@@ -260,7 +260,7 @@ def _reader_fusions(flow: DataFlow, op: Op, number: int, affine: ChannelAffine) 
         ]
         return consumer_fusions(flow, op.outputs[0], concatenated(parts, axis))
     if len(op.varying(flow.depends_on_input())) == 1:
-        there = moved_across(flow, op, seen, affine, forward=True)
+        there = moved_across(op, seen, affine, forward=True)
         if there is not None:
             return consumer_fusions(flow, op.outputs[0], there)
     raise NotFusableError(f"its output is used by {_where(op)}")
