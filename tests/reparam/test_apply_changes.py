@@ -18,17 +18,16 @@ class _Silent(nn.Module):
 def _sets(name, make):
     """A change that puts another module in a place once it is there no more."""
 
-    def change(model):
-        setattr(model, name, make())
-        return model, f"made {name}"
-
-    return Change(name, frozenset((name,)), change)
+    return lambda model: Change(
+        name, frozenset((name,)), lambda: (f"made {name}", {getattr(model, name): make()})
+    )
 
 
 def _find(changes):
     def find(model, flow, refused):
         del flow, refused
-        return [c for c in changes if isinstance(getattr(model, c.name), nn.Dropout)]
+        proposed = [change(model) for change in changes]
+        return [c for c in proposed if isinstance(getattr(model, c.name), nn.Dropout)]
 
     return find
 
@@ -84,11 +83,11 @@ def test_one_bad_change_among_many_is_found_in_few_rounds():
 
 def test_only_the_selected_modules_are_touched():
     def change(name):
-        def make(model):
-            model[int(name)] = nn.Identity()
-            return model, ""
+        def proposed(model):
+            module = model[int(name)]
+            return Change(name, frozenset((module,)), lambda: ("", {module: nn.Identity()}))
 
-        return lambda model: Change(name, frozenset((model[int(name)],)), make)
+        return proposed
 
     def find(model, flow, refused):
         del flow
@@ -107,7 +106,7 @@ def test_refused_changes_may_be_proposed_in_another_way():
         if isinstance(model[0], nn.Identity):
             return []
         if "first way" in refused:
-            return [_sets("0", nn.Identity)]
+            return [_sets("0", nn.Identity)(model)]
         return [Change("first way", frozenset(), _refuse)]
 
     network, done, refused = _apply(find)
@@ -116,18 +115,17 @@ def test_refused_changes_may_be_proposed_in_another_way():
     assert isinstance(network.model[0], nn.Identity)
 
 
-def _refuse(_):
+def _refuse():
     raise RefusedError("not so")
 
 
 def test_changes_that_touch_the_same_wait_for_the_next_round():
     seen = []
 
-    def slow(name, needs):
-        def change(model):
+    def slow(model, name, needs):
+        def change():
             assert needs <= {n for n, m in model.named_children() if isinstance(m, nn.Identity)}
-            setattr(model, name, nn.Identity())
-            return model, ""
+            return "", {getattr(model, name): nn.Identity()}
 
         return Change(name, frozenset(("all",)), change)
 
@@ -135,7 +133,7 @@ def test_changes_that_touch_the_same_wait_for_the_next_round():
         del flow, refused
         left = [n for n, m in model.named_children() if isinstance(m, nn.Dropout)]
         seen.append(left)
-        return [slow(n, {str(i) for i in range(int(n))}) for n in left]
+        return [slow(model, n, {str(i) for i in range(int(n))}) for n in left]
 
     _, done, _ = _apply(find)
     assert [step.name for step in done] == ["0", "1", "2", "3"]

@@ -94,3 +94,20 @@ def test_fold__of_a_network_that_names_dtypes(way, randomise):
     assert report.max_rel < 1e-12
     with torch.no_grad():
         assert_same(model(x), folded(x), 1e-4 if way is not _half else 3e-2)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_depthwise_convolutions_are_those_of_torch(stride, dilation, multiplier, bias):
+    shape = {"stride": stride, "dilation": dilation, "groups": 16, "bias": bias}
+    for kernel, padding in (((3, 3), (1, 1)), ((2, 5), (0, 3)), ((1, 1), 0), ((4, 1), "valid")):
+        conv = nn.Conv2d(16, 16 * multiplier, kernel, padding=padding, **shape).double()
+        for size in ((9, 9), (12, 7)):
+            x = torch.randn(2, 16, *size, dtype=torch.float64)
+            expected = conv(x)
+            with torch.no_grad(), exact_arithmetic():
+                torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad(), exact_arithmetic(), pytest.raises(RuntimeError):
+        conv(torch.randn(1, 16, 1, 3, dtype=torch.float64))

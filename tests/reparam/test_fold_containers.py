@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tinydet.reparam import fold
-from tinydet.reparam.module_swap import replace_module
+from tinydet.reparam.module_swap import replace_modules
 
 from .reference_blocks import Amber, assert_same
 from .small_networks import check_nothing_unused, norms_of
@@ -19,7 +19,7 @@ from .small_networks import check_nothing_unused, norms_of
 _Held = namedtuple("_Held", "first second")
 
 
-def test_replace_module__in_every_container():
+def test_replace_modules__in_every_container():
     old, new, other = nn.ReLU(), nn.Identity(), nn.Tanh()
     inner = nn.Module()
     inner.x, inner.rows = old, ["a", (other, {"k": [old]})]
@@ -27,7 +27,7 @@ def test_replace_module__in_every_container():
     inner.held, inner.other = _Held(old, other), [other]
     model = nn.Sequential(inner, old)
     rows, kept = inner.rows, inner.other
-    replace_module(model, old, new)
+    replace_modules(model, {old: new})
     assert model[1] is inner.x is inner.beside is inner.held.first is new
     assert inner.rows == ["a", (other, {"k": [new]})]
     assert type(inner.held) is _Held

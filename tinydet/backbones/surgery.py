@@ -25,7 +25,7 @@ from tinydet.backbones.blocks import Place, channel_gates, residual_blocks, stag
 from tinydet.backbones.module_trace import ModuleCall, channel_axis, eval_mode, trace_modules
 from tinydet.layers import AconA, AconB, AconC, CoordinateAttention, MetaAcon
 from tinydet.reparam.dataflow import DataFlow
-from tinydet.reparam.module_swap import give_hooks, replace_module
+from tinydet.reparam.module_swap import give_hooks, replace_modules
 from tinydet.reparam.verify import difference, tensors_in
 
 Make = Callable[[int], nn.Module]
@@ -239,7 +239,7 @@ def _new_attention(kind: str | Make, found: Place, place: str) -> nn.Module:
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     move_appended_layers(old, new)  # Such as attention added before.
     give_hooks(old, new)
-    replace_module(model, old, new)
+    replace_modules(model, {old: new})
 
 
 def _to_place_of(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:

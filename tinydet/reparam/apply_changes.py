@@ -13,6 +13,7 @@ from torch import nn
 
 from tinydet.reparam.dataflow import DataFlow, observe
 from tinydet.reparam.examples import Example
+from tinydet.reparam.module_swap import Replacements, replace_modules
 from tinydet.reparam.norms import is_norm
 from tinydet.reparam.report import Step
 from tinydet.reparam.snapshot import Snapshot
@@ -32,13 +33,13 @@ class Change:
     Attributes:
         name: what is changed; unique.
         touches: modules that no other change of the same round may touch.
-        make: changes a network in place, or returns another one, and returns a description; raises
+        make: makes the change; returns a description and the modules to replace by others. Raises
             `RefusedError`. It must assign new parameters instead of writing into existing ones.
     """
 
     name: str
     touches: frozenset[nn.Module]
-    make: Callable[[nn.Module], tuple[nn.Module, str]]
+    make: Callable[[], tuple[str, Replacements]]
 
 
 Finder = Callable[[nn.Module, DataFlow, Mapping[str, str]], list[Change]]
@@ -122,13 +123,15 @@ def apply_changes(network: Network, find: Finder) -> tuple[list[Step], dict[str,
     refused: dict[str, str] = {}
     most = sys.maxsize  # changes in a round
     while True:
-        model, known = network.model, len(refused)
-        proposed = [c for c in find(model, network.flow, refused) if c.name not in refused]
+        known = len(refused)
+        proposed = find(network.model, network.flow, refused)
+        proposed = [change for change in proposed if change.name not in refused]
         if not proposed:
             return done, refused
-        snapshot = Snapshot(model)
-        names = {module: name for name, module in model.named_modules()}
+        snapshot = Snapshot(network.model)
+        names = {module: name for name, module in network.model.named_modules()}
         last: list[Step] = []
+        replacements: dict[nn.Module, nn.Module | None] = {}
         taken: set[nn.Module] = set()
         for change in proposed:
             if change.touches & taken or len(last) >= most:
@@ -138,16 +141,18 @@ def apply_changes(network: Network, find: Finder) -> tuple[list[Step], dict[str,
                 continue
             network.say(change.name)
             try:
-                network.model, what = change.make(network.model)
+                what, replaced = change.make()
             except RefusedError as error:
                 refused[change.name] = str(error)
                 continue
             taken |= change.touches
+            replacements.update(replaced)
             last.append(Step(change.name, what))
         if not last:
             if len(refused) == known:
                 return done, refused
             continue  # `find` may propose another change in place of a refused one.
+        replace_modules(network.model, replacements)
         problem = network.update()
         if not problem:
             done += last
@@ -155,7 +160,6 @@ def apply_changes(network: Network, find: Finder) -> tuple[list[Step], dict[str,
             continue
         # Undo this round and make fewer changes at a time, to find the one at fault.
         snapshot.restore()
-        network.model = model
         network.flow = observe(network.model, network.examples[0], is_leaf=is_norm)
         if len(last) == 1:
             refused[last[0].name] = f"changed, {problem}"

@@ -43,7 +43,7 @@ from tinydet.reparam.fx_graph import (
     trace,
 )
 from tinydet.reparam.linear_subgraph import LinearSubgraph, extract_subgraph, replace_subgraph
-from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
+from tinydet.reparam.module_swap import Replacements, has_hooks, hooks_disabled, record_calls
 from tinydet.reparam.norms import is_norm, why_not_linear
 from tinydet.reparam.report import Step
 from tinydet.reparam.rewrite import as_replacement, rewrite
@@ -98,7 +98,11 @@ def bake(network: Network) -> tuple[list[Step], list[Step]]:
         return [
             *_computed_tensors(model, flow),
             *(
-                Change(n, frozenset(m.modules()), partial(_replace, n, records.get(m), flow))
+                Change(
+                    n,
+                    frozenset(m.modules()),
+                    partial(_replace, n, m, records.get(m), flow, m is model),
+                )
                 for n, m in modules.items()
             ),
         ]
@@ -153,7 +157,9 @@ def _computed_tensors(model: nn.Module, flow: DataFlow) -> list[Change]:
     """Return the removals of torch's parametrizations, weight norms and pruning masks."""
     return [
         Change(
-            f"weights of {name or 'the network'}", frozenset([module]), partial(_store, name, flow)
+            f"weights of {name or 'the network'}",
+            frozenset([module]),
+            partial(_store, name, module, flow),
         )
         for name, module in model.named_modules()
         if parametrize.is_parametrized(module) or any(map(_computes, _pre_hooks(module)))
@@ -168,9 +174,8 @@ def _computes(hook: Any) -> bool:
     return isinstance(hook, (WeightNorm, SpectralNorm, prune.BasePruningMethod))
 
 
-def _store(name: str, flow: DataFlow, model: nn.Module) -> tuple[nn.Module, str]:
+def _store(name: str, module: nn.Module, flow: DataFlow) -> tuple[str, Replacements]:
     """Make the computed tensors of one module plain parameters (a `Change.make`)."""
-    module = model.get_submodule(name)
     _refuse_shared(flow, name, module.parameters())
     kind = parametrize.type_before_parametrizations(module)
     if parametrize.is_parametrized(module):
@@ -200,7 +205,7 @@ def _store(name: str, flow: DataFlow, model: nn.Module) -> tuple[nn.Module, str]
             del module._load_state_dict_pre_hooks[
                 key
             ]  # They look for the tensors that are gone, and cannot be pickled.
-    return model, f"the computed weights of this {kind.__name__} are stored"
+    return f"the computed weights of this {kind.__name__} are stored", {}
 
 
 def _refuse_shared(flow: DataFlow, name: str, weights: Iterable[Tensor]) -> None:
@@ -215,10 +220,14 @@ def _refuse_shared(flow: DataFlow, name: str, weights: Iterable[Tensor]) -> None
 
 
 def _replace(
-    name: str, record: tuple[Any, Any, Any] | None, flow: DataFlow, model: nn.Module
-) -> tuple[nn.Module, str]:
+    name: str,
+    module: nn.Module,
+    record: tuple[Any, Any, Any] | None,
+    flow: DataFlow,
+    keep: bool,
+) -> tuple[str, Replacements]:
     """Replace one module, or layers in its code, by plain layers (a `Change.make`)."""
-    module = model.get_submodule(name)
+    kind = type(module).__name__
     if record is None:
         raise RefusedError("its code does not run as a module's call")
     args, kwargs, output = record
@@ -228,21 +237,19 @@ def _replace(
         except _NotPlainError as reason:
             graph = _with_plain_layers(module, args, kwargs, str(reason))
             _check(flow, name, module, _used(graph), output, observe_nodes(graph).returned)
-            new = rewrite(module, graph, keep=module is model)
+            new = rewrite(module, graph, keep)
         else:
             _check(flow, name, module, list(layer.parameters()), output, layer(*copied(args)))
             new = (
                 rewrite(module, single_call(module, args, layer), keep=True)
-                if module is model
+                if keep
                 else as_replacement(layer, module)
             )
     except (NotTraceableError, _NotPlainError) as error:
         raise RefusedError(str(error)) from error
     if "weight" in vars(module):
         new._forward_pre_hooks = OrderedDict()  # They computed the weight.
-    if new is not module:
-        replace_module(model, module, new)
-    return model, f"{type(module).__name__} is now a plain {type(new).__name__}"
+    return f"{kind} is now a plain {type(new).__name__}", {module: new} if new is not module else {}
 
 
 def _check(

@@ -231,9 +231,11 @@ class Recorder(TorchDispatchMode):
 
     def views(self, value: Any) -> tuple[View, ...]:
         """Return the current views of the tensors in an argument or result."""
+        return self._views(tensors_in(value))
+
+    def _views(self, tensors: list[Tensor]) -> tuple[View, ...]:
         # Empty tensors have no memory and could not be told apart.
-        found = [t for t in tensors_in(value) if t.numel() and t.layout == torch.strided]
-        return tuple(self._view(t) for t in found)
+        return tuple(self._view(t) for t in tensors if t.numel() and t.layout == torch.strided)
 
     def _view(self, tensor: Tensor) -> View:
         storage = storage_of(tensor)
@@ -251,13 +253,15 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
             return parts
-        inputs = self.views((args, kwargs))
+        given = tensors_in((args, kwargs))
+        inputs = self._views(given)
         result = func(*args, **kwargs)
-        self._alive += [t.detach() for t in tensors_in((args, kwargs, result))]
+        returned = tensors_in(result)
+        self._alive += [t.detach() for t in (*given, *returned)]
         mutates = func._schema.is_mutable  # torch has no public name for an operator's schema.
         for storage in _written(func, args, kwargs) if mutates else ():
             self._writes[storage] = self._writes.get(storage, 0) + 1
-        outputs = self.views(result)
+        outputs = self._views(returned)
         memory = {view.storage for view in inputs}
         aliases = bool(outputs) and all(view.storage in memory for view in outputs)
         op = Op(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,6 +52,8 @@ class _Float64(TorchDispatchMode):
         kwargs = kwargs or {}
         if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
             return parts
+        if func is torch.ops.aten.convolution.default and _is_depthwise(args):
+            return _depthwise(*args[:6])
         if dtype := kwargs.get("dtype"):
             kwargs = {**kwargs, "dtype": _exact(dtype)}
         result = func(*args, **kwargs)
@@ -63,6 +67,30 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128
     return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _is_depthwise(args: tuple[Any, ...]) -> bool:
+    """Whether this is a depthwise 2-D convolution with fewer taps than channels."""
+    x, weight, _, stride, padding, _, transposed, _, groups = args
+    several = x.ndim == weight.ndim == 4 and len(stride) == len(padding) == 2
+    return several and not transposed and groups == x.shape[1] > weight[0].numel()
+
+
+def _depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """Return a depthwise convolution, summed tap by tap: in float64 torch runs group by group."""
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    x = x.repeat_interleave(len(weight) // x.shape[1], 1)
+    spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    ends = [n - span for n, span in zip(x.shape[2:], spans, strict=True)]
+    sizes = [(end - 1) // s + 1 for end, s in zip(ends, stride, strict=True)]
+    y = x.new_zeros(*x.shape[:2], *sizes)
+    for i, j in itertools.product(*map(range, weight.shape[2:])):
+        top, left = i * dilation[0], j * dilation[1]
+        seen = x[:, :, top : top + ends[0] : stride[0], left : left + ends[1] : stride[1]]
+        y.addcmul_(seen, weight[:, 0, i, j].view(1, -1, 1, 1))
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
 @contextmanager

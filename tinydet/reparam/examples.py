@@ -14,13 +14,14 @@ from tinydet.reparam.verify import copied, map_tensors
 
 ExampleInput = Tensor | tuple[Any, ...] | dict[str, Any]
 
-# A map of 2x2 cells at stride 32 is the smallest that still tells a place from a channel.
-_SMALL_SIDES = (64, 96, 128)
+# Sides of small inputs. Maps of stride 32 mostly have 2x2 cells at the first of them: with one
+# cell, places could not be told from channels.
+_SMALL_SIDES = (36, 64, 96, 128)
 # Smaller and larger sizes, odd and even, not square; then those that networks with a fixed stride
 # take. Each is a function of the number of the axis and its size.
 _OTHER_SIZES: tuple[tuple[Callable[[int, int], int], ...], ...] = (
     (lambda axis, n: (n // 2 | 1) + 2 * axis, lambda _, n: n // 2),
-    (lambda axis, n: n + 32 - 15 * (axis % 2), lambda axis, n: n + 32 * (axis + 1)),
+    (lambda axis, n: n + 9 + axis, lambda axis, n: n + 32 * (axis + 1)),
 )
 
 

@@ -16,7 +16,7 @@ from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, named, storage_o
 from tinydet.reparam.examples import Example
 from tinydet.reparam.fuse_affine import Fusion, apply_fusions, one_per_layer, producer_fusions
 from tinydet.reparam.fx_graph import NotTraceableError, erase, observe_nodes, trace
-from tinydet.reparam.module_swap import has_hooks, record_calls, replace_module
+from tinydet.reparam.module_swap import Replacements, has_hooks, record_calls
 from tinydet.reparam.norms import is_norm
 from tinydet.reparam.rewrite import rewrite
 
@@ -71,15 +71,13 @@ def find_factors(
         example.run(model)
 
     def change(name: str, module: nn.Module, op: Op, fusions: list[Fusion]) -> Change:
-        def make(model: nn.Module) -> tuple[nn.Module, str]:
+        def make() -> tuple[str, Replacements]:
             try:
                 graph = _without_factor(module, records.get(module), flow, op)
                 new = rewrite(module, graph, keep=module is model)
             except NotTraceableError as error:
                 raise RefusedError(f"the code that multiplies stays: {error}") from error
-            if new is not module:
-                replace_module(model, module, new)
-            return model, apply_fusions(fusions)
+            return apply_fusions(fusions), {module: new} if new is not module else {}
 
         return Change(name, frozenset((module, *(a.call.module for a in fusions))), make)
 

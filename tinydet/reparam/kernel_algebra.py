@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tinydet.reparam.affine import each_axis
 from tinydet.reparam.dataflow import SIZE_ONLY, Op, Value, View, storage_of
@@ -398,7 +399,8 @@ class LinearMap:
                         raise NotSupportedError(f"{op.name} on a weight")
                     results = op.func(*args, **kwargs)
                 else:
-                    results = self._apply(op, args, kwargs)
+                    with _disable_current_modes():  # Kernels are of float64 in any case.
+                        results = self._apply(op, args, kwargs)
             if isinstance(results, Tensor | Kernel | _Stack):
                 results = [results]
             results = [r for r in results if not isinstance(r, Tensor) or r.numel()]

@@ -28,7 +28,7 @@ from tinydet.reparam.linear_subgraph import (
     replace_subgraph,
     writes,
 )
-from tinydet.reparam.module_swap import has_hooks, hooks_disabled, record_calls, replace_module
+from tinydet.reparam.module_swap import Replacements, has_hooks, hooks_disabled, record_calls
 from tinydet.reparam.norms import is_norm
 from tinydet.reparam.report import Step
 from tinydet.reparam.rewrite import as_replacement, rewrite
@@ -64,7 +64,11 @@ def merge_branches(network: Network) -> tuple[list[Step], list[Step]]:
         with record_calls(list(modules.values())) as records:
             network.examples[0].run(model)
         return [
-            Change(name, frozenset(module.modules()), partial(_merge, name, records.get(module)))
+            Change(
+                name,
+                frozenset(module.modules()),
+                partial(_merge, module, records.get(module), module is model),
+            )
             for name, module in modules.items()
         ]
 
@@ -81,21 +85,21 @@ def _depth(scope: str) -> int:
     return len(scope.split(".")) if scope else 0
 
 
-def _merge(name: str, record: tuple[Any, Any, Any] | None, model: nn.Module) -> Any:
+def _merge(
+    module: nn.Module, record: tuple[Any, Any, Any] | None, keep: bool
+) -> tuple[str, Replacements]:
     """Merge the linear subgraphs in one module of a network (a `Change.make`)."""
-    module = model.get_submodule(name)
+    kind = type(module).__name__
     if record is None:
         raise RefusedError("its code is TorchScript, or does not run as a module's call")
     try:
         try:
-            new, layers = _merge_module(module, *record, module is model)
+            new, layers = _merge_module(module, *record, keep)
         except NotAConvolutionError:
-            new, layers = _merge_subgraphs(module, *record, module is model)
+            new, layers = _merge_subgraphs(module, *record, keep)
     except (NotTraceableError, NotAConvolutionError) as error:
         raise RefusedError(str(error)) from error
-    if new is not module:
-        replace_module(model, module, new)
-    return model, f"{type(module).__name__} merged into {', '.join(layers)}"
+    return f"{kind} merged into {', '.join(layers)}", {module: new} if new is not module else {}
 
 
 def _merge_module(
@@ -210,7 +214,7 @@ def merge_series(network: Network) -> list[Step]:
     return done
 
 
-def _merge_pair(flow: DataFlow, first: Call, second: Call, model: nn.Module) -> Any:
+def _merge_pair(flow: DataFlow, first: Call, second: Call) -> tuple[str, Replacements]:
     """Merge two layers of a network (a `Change.make`)."""
     pair = nn.Sequential(first.module, second.module)
     ops = [*first.ops, *second.ops]
@@ -219,9 +223,7 @@ def _merge_pair(flow: DataFlow, first: Call, second: Call, model: nn.Module) -> 
         layer, geometry = _one_layer(pair, flow, ops, source, out, cheaper=True)
     except NotAConvolutionError as error:
         raise RefusedError(str(error)) from error
-    replace_module(model, first.module, layer)
-    replace_module(model, second.module, nn.Identity())
-    return model, f"merged into {geometry}"
+    return f"merged into {geometry}", {first.module: layer, second.module: nn.Identity()}
 
 
 def _series(flow: DataFlow) -> Iterator[tuple[Call, Call]]:
@@ -234,8 +236,19 @@ def _series(flow: DataFlow) -> Iterator[tuple[Call, Call]]:
         if second is None or flow.is_returned(made.value) or not is_layer_call(second):
             continue
         alone = all(op.call is second for op in readers) and second.inputs == (made,)
-        if alone and _is_independent(flow, second) and second.module is not first.module:
+        alone = alone and second.module is not first.module
+        if alone and _is_independent(flow, second) and _may_be_cheaper(first.module, second.module):
             yield first, second
+
+
+def _may_be_cheaper(first: Any, second: Any) -> bool:
+    """Whether one layer in place of two may need fewer multiply-adds or weights than they do."""
+    own = getattr(first, "groups", 1)
+    groups = math.gcd(own, getattr(second, "groups", 1))
+    inputs = first.weight.shape[1] * own // groups
+    taps = max(math.prod(layer.weight.shape[2:]) for layer in (first, second))  # or more
+    weights: int = first.weight.numel() + second.weight.numel()
+    return len(second.weight) * inputs * taps <= weights
 
 
 def _is_independent(flow: DataFlow, call: Call) -> bool:

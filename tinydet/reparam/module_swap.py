@@ -7,7 +7,7 @@ block is executed alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,37 +25,41 @@ HOOK_TABLES = (
 )
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module by another, under every name it has and in every attribute of the model.
+Replacements = Mapping[nn.Module, nn.Module | None]
 
-    Lists, tuples and dicts that hold it are replaced by others, not changed.
+
+def replace_modules(model: nn.Module, replacements: Replacements) -> None:
+    """Replace modules, under every name they have and in every attribute of the model.
+
+    Lists, tuples and dicts that hold them are replaced by others, not changed.
     """
-    for module in list(model.modules()):
-        if module is old or isinstance(module, torch.jit.ScriptModule):
+    for module in model.modules():
+        if module in replacements or isinstance(module, torch.jit.ScriptModule):
             continue
-        for name, value in [*vars(module).items()]:
-            if name == "_modules":
-                value.update({k: new for k, child in value.items() if child is old})
-            elif name[0] != "_":
-                module.__dict__[name] = with_replaced(value, old, new)
+        for name, child in module._modules.items():
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+        for name, value in vars(module).items():
+            if name[0] != "_" and isinstance(value, (nn.Module, dict, list, tuple)):
+                module.__dict__[name] = with_replaced(value, replacements)
 
 
-def with_replaced(value: Any, old: nn.Module, new: nn.Module | None) -> Any:
-    """Return a value with a module replaced in nested lists, tuples and dicts.
+def with_replaced(value: Any, replacements: Replacements) -> Any:
+    """Return a value with modules replaced in nested lists, tuples and dicts.
 
-    It is the value itself if it does not hold the module.
+    It is the value itself if it holds none of them.
     """
-    if value is old:
-        return new
+    if isinstance(value, nn.Module):
+        return replacements.get(value, value)
     if isinstance(value, dict):
-        items = {k: with_replaced(v, old, new) for k, v in value.items()}
+        items = {k: with_replaced(v, replacements) for k, v in value.items()}
         if all(items[k] is v for k, v in value.items()):
             return value
         changed = copy.copy(value)
         changed.update(items)
         return changed
     if isinstance(value, (list, tuple)):
-        parts = [with_replaced(v, old, new) for v in value]
+        parts = [with_replaced(v, replacements) for v in value]
         if all(a is b for a, b in zip(parts, value, strict=True)):
             return value
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

@@ -261,9 +261,12 @@ def _remove_unused(module: nn.Module, before: set[str], after: set[str]) -> list
             if isinstance(member, Tensor) and isinstance(module, _TORCH_LAYERS):
                 # As a layer without bias has it: code such as `extra_repr` looks at it.
                 module.register_parameter(name, None)
+            removed = {cast(nn.Module, member): None}
             for attribute, value in list(vars(module).items()):
                 if attribute[0] != "_":
-                    module.__dict__[attribute] = with_replaced(value, cast(nn.Module, member), None)
+                    module.__dict__[attribute] = with_replaced(
+                        value, {cast(nn.Module, member): None}
+                    )
         elif isinstance(member, (nn.ModuleList, nn.ModuleDict)) and "" not in rest[1]:
             _remove_unused(member, *rest)
     return gone

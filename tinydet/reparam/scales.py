@@ -24,11 +24,11 @@ from tinydet.reparam.fuse_affine import (
     producer_fusions,
 )
 from tinydet.reparam.module_swap import (
+    Replacements,
     give_hooks,
     has_hooks,
     has_pre_hooks,
     hooks_disabled,
-    replace_module,
 )
 from tinydet.reparam.norms import is_norm, scale_and_shift, why_not_linear, without_norm
 from tinydet.reparam.report import Step
@@ -95,9 +95,8 @@ def _scale_modules(flow: DataFlow, kept: dict[str, str]) -> list[Change]:
 def _change(name: str, module: nn.Module, fusions: list[Fusion]) -> Change:
     """Return the change that removes a module and fuses its effect into layers."""
 
-    def make(model: nn.Module) -> tuple[nn.Module, str]:
-        _remove_module(model, module)
-        return model, apply_fusions(fusions)
+    def make() -> tuple[str, Replacements]:
+        return apply_fusions(fusions), {module: _rest_of(module)}
 
     return Change(name, frozenset((module, *(a.call.module for a in fusions))), make)
 
@@ -178,10 +177,11 @@ def _scale_and_shift_at(call: Call, shape: Sequence[int]) -> list[Tensor]:
     return [one - zero, zero]
 
 
-def _remove_module(model: nn.Module, module: nn.Module) -> None:
+def _rest_of(module: nn.Module) -> nn.Module:
+    """Return what remains of a module without its scale and shift."""
     rest = without_norm(module) if is_norm(module) else nn.Identity()
     if has_hooks(module):
         # The norm's activation may be shared with others: the hooks go on a wrapper of it.
         rest = nn.Sequential(rest)
         give_hooks(module, rest)
-    replace_module(model, module, rest)
+    return rest

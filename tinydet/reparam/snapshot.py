@@ -20,13 +20,15 @@ class Snapshot:
         self._containers: dict[int, tuple[Any, Any]] = {}
         for _, _, attributes in self._modules:
             for value in attributes.values():
-                self._note(value)
+                if isinstance(value, (list, tuple, dict, set)):
+                    self._note(value)
 
     def _note(self, value: Any) -> None:
         if isinstance(value, (list, dict, set)) and id(value) not in self._containers:
             self._containers[id(value)] = (value, value.copy())
-        if isinstance(value, (list, tuple, dict)):
-            for item in value.values() if isinstance(value, dict) else value:
+        items = value.values() if isinstance(value, dict) else value
+        for item in items if isinstance(value, (list, tuple, dict)) else ():
+            if isinstance(item, (list, tuple, dict, set)):
                 self._note(item)
 
     def restore(self) -> None:

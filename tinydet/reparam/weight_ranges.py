@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -42,7 +43,7 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
         layer = isinstance(module, (_ConvNd, nn.Linear))
         weight = getattr(module, "weight", None) if layer else None
         if isinstance(weight, Tensor) and weight.numel():  # not where code computes it
-            channels = _largest_by_channel(module)
+            channels = _largest_by_channel(module).double()
             largest = channels.max().item()
             median = channels[channels > 0].quantile(0.5).item() if largest > 0 else 1.0
             found.append(WeightRange(name, largest, largest / median if largest > 0 else 1.0))
@@ -50,9 +51,9 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
 
 
 def _largest_by_channel(layer: _ConvNd | nn.Linear) -> Tensor:
-    """Return the largest absolute weight of each output channel, (C_out,) float64."""
-    weight = layer.weight.detach().abs().double()
+    """Return the largest absolute weight of each output channel, (C_out,)."""
+    weight = layer.weight.detach()
     if isinstance(layer, _ConvTransposeNd):  # (C_in, C_out / groups, ...)
         by_group = weight.view(layer.groups, -1, *weight.shape[1:])
-        return by_group.flatten(3).amax((1, 3)).flatten()
-    return weight.flatten(1).amax(1)
+        return by_group.abs().flatten(3).amax((1, 3)).flatten()
+    return torch.maximum(weight.flatten(1).amax(1), -weight.flatten(1).amin(1))
