@@ -21,7 +21,7 @@ _SMALL_SIDES = (36, 64, 96, 128)
 # take. Each is a function of the number of the axis and its size.
 _OTHER_SIZES: tuple[tuple[Callable[[int, int], int], ...], ...] = (
     (lambda axis, n: (n // 2 | 1) + 2 * axis, lambda _, n: n // 2),
-    (lambda axis, n: n + 9 + axis, lambda axis, n: n + 32 * (axis + 1)),
+    (lambda axis, n: max(n + 9, 45) + axis, lambda axis, n: n + 32 * (axis + 1)),
 )
 
 

@@ -264,9 +264,7 @@ def _remove_unused(module: nn.Module, before: set[str], after: set[str]) -> list
             removed = {cast(nn.Module, member): None}
             for attribute, value in list(vars(module).items()):
                 if attribute[0] != "_":
-                    module.__dict__[attribute] = with_replaced(
-                        value, {cast(nn.Module, member): None}
-                    )
+                    module.__dict__[attribute] = with_replaced(value, removed)
         elif isinstance(member, (nn.ModuleList, nn.ModuleDict)) and "" not in rest[1]:
             _remove_unused(member, *rest)
     return gone
