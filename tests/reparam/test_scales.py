@@ -373,3 +373,18 @@ def test_move_whose_check_fails_is_undone(fails, check_fold, monkeypatch):
     assert [step.name for step in report.kept] == [fails]
     assert "its output changes by" in report.kept[0].detail
     assert len(report.folded) == 1
+
+
+def test_factor_of_a_number(check_fold):
+    """As in torchvision's detectors, which scale by numbers that depend on the image."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.norm(self.conv(x))
+            return y * (y.mean() * 2.0)
+
+    check_fold(Net().double(), torch.randn(2, 4, 7, 7, dtype=torch.float64))

@@ -112,7 +112,7 @@ def _affine_of_factor(op: Op, data: set[Value]) -> ChannelAffine:
     factor = torch.as_tensor(other, dtype=tensors[0].dtype)
     if "div" in op.name:
         factor = 1.0 / factor
-    return ChannelAffine.of(factor.view(*[1] * (len(view.shape) - factor.ndim), *factor.shape))
+    return ChannelAffine.of(factor.view([1] * (len(view.shape) - factor.ndim) + [*factor.shape]))
 
 
 def _without_factor(
