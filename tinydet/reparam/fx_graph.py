@@ -337,7 +337,7 @@ def add_layer(graph: fx.GraphModule, layer: nn.Module) -> str:
     name = next(
         n
         for n in itertools.chain([_NAME], numbered)
-        if not hasattr(graph, n) and not hasattr(graph.meta["module"], n)
+        if all(getattr(m, n, None) is None for m in (graph, graph.meta["module"]))
     )
     graph.add_submodule(name, layer)
     return name

@@ -156,7 +156,7 @@ def rewrite(module: nn.Module, graph: fx.GraphModule, keep: bool) -> nn.Module:
     if chain is not None and not keep and not _still_useful(code):
         single = None if has_hooks(module) else _single_layer(list(chain.values()))
         return as_replacement(single or nn.Sequential(chain), module)
-    added = [name for name in sorted(_first(after)) if not hasattr(module, name)]
+    added = [n for n in sorted(_first(after)) if getattr(module, n, None) is None]
     module.__class__ = code.build()
     for name in added:
         value = getattr(graph, name)
