@@ -75,9 +75,16 @@ class Network:
 
     def update(self) -> str:
         """Observe the network again; return how its outputs differ, empty if they do not."""
-        self.max_rel = 0.0
         try:
             self.flow = observe(self.model, self.examples[0], is_leaf=is_norm)
+        except Exception as error:
+            return _no_longer_runs(error)
+        return self.why_different()
+
+    def why_different(self) -> str:
+        """Return how the network's outputs differ on all examples, empty if they do not."""
+        self.max_rel = 0.0
+        try:
             for number, (example, expected) in enumerate(
                 zip(self.examples, self.expected, strict=True)
             ):
@@ -87,8 +94,7 @@ class Network:
                 self.max_rel = max(self.max_rel, difference(expected, found).max_rel)
         except Exception as error:
             # Other code of the network may depend on what was changed, and fail in any way.
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            return f"the network no longer runs ({what})"
+            return _no_longer_runs(error)
         return ""
 
     def _nudged(self, example: Example) -> Any:
@@ -105,6 +111,11 @@ class Network:
         if now - self._shown > _SHOW_SECONDS:
             self._shown = now
             sys.stderr.write(f"fold: at {what}, {now - self._begin:.0f} s so far\n")
+
+
+def _no_longer_runs(error: Exception) -> str:
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"the network no longer runs ({what})"
 
 
 def apply_changes(network: Network, find: Finder) -> tuple[list[Step], dict[str, str]]:

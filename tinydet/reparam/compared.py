@@ -31,6 +31,10 @@ class OperationNames(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # To keep torch.compile out takes longer than many an operation.
+
     def __torch_dispatch__(
         self,
         func: Any,

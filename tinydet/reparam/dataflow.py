@@ -242,6 +242,10 @@ class Recorder(TorchDispatchMode):
         value = (storage, self._writes.get(storage, 0))
         return View(value, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # To keep torch.compile out takes longer than many an operation.
+
     def __torch_dispatch__(
         self,
         func: Any,

@@ -41,6 +41,10 @@ class _Float64(TorchDispatchMode):
     reduce the precision of checks, or meet float64 tensors in operations that refuse a mixture.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # To keep torch.compile out takes longer than many an operation.
+
     def __torch_dispatch__(
         self,
         func: Any,

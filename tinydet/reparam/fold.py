@@ -108,7 +108,7 @@ def fold(
                 rows = merge_series(network)
                 after = _Counts.of(network.flow)
                 network.examples, network.expected = examples, expected
-                problem = network.update()
+                problem = network.why_different()
                 if not problem:
                     break
         folded, max_rel = network.model, network.max_rel
