@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinydet.reparam import compare_outputs, fold
 from tinydet.reparam.compared import choose_examples
@@ -234,3 +235,40 @@ def test_progress_is_shown_in_long_folds(way, capfd, monkeypatch):
     monkeypatch.setattr("tinydet.reparam.apply_changes._SHOW_SECONDS", 0.0)
     fold(way(_plain), _X)
     assert "fold: at norm, " in capfd.readouterr().err
+
+
+def test_multiply_adds_are_those_of_the_example(way):
+    model, x = way(_plain), torch.zeros(2, 4, 150, 130)
+    folded, report = fold(model, x)
+    for form, found in ((model, report.macs_before), (folded, report.macs_after)):
+        with FlopCounterMode(display=False) as counter:
+            form(x)
+        assert 2 * found == counter.get_total_flops()
+
+
+def test_weights_that_are_no_parameters_of_the_network_are_refused(way):
+    def hidden(m, x):
+        return m.last(m.norm(m.conv(x))) * m.hidden[0]()
+
+    class Weight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self):
+            return self.weight.relu()
+
+    model = way(hidden)
+    object.__setattr__(model, "hidden", [Weight()])  # In a list, and registered nowhere.
+    with pytest.raises(ValueError, match="weights that are not among its parameters"):
+        fold(model, _X)
+
+
+def test_a_network_that_does_not_run_in_float64(way):
+    def picky(m, x):
+        if x.dtype == torch.float64:
+            raise TypeError("float32 please")
+        return _plain(m, x)
+
+    with pytest.raises(ValueError, match=r"float64 on the CPU \(TypeError: float32 please\)"):
+        fold(way(picky), _X)

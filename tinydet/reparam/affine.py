@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence, Set
+from typing import Any
 
 import torch
 
@@ -124,24 +125,26 @@ def multiply_adds(ops: Iterable[Op]) -> int:
     Products of two weights or of two activations (attention) count as well, also inside torch's
     fused attention kernels.
     """
-    total = 0
-    for op in ops:
-        if op.name.startswith("aten._scaled_dot_product"):
-            query, key, value = op.args[:3]  # (..., N, D), (..., M, D), (..., M, E)
-            pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-            total += pairs * (query.shape[-1] + value.shape[-1])
-        elif op.name == "aten._native_multi_head_attention":
-            x = op.args[0]  # (B, N, D): three projections, two products of them, one more
-            total += math.prod(x.shape) * (4 * x.shape[-1] + 2 * x.shape[-2])
-        elif op.name == "aten.convolution":
-            weight, transposed = op.args[1], bool(op.args[6])
-            # Each output (of a transposed conv: each input) is multiplied by one kernel.
-            positions = op.inputs[0] if transposed else op.outputs[0]
-            total += math.prod(positions.shape) * math.prod(weight.shape[1:])
-        elif is_product(op):
-            left = op.args[1] if op.name in ("aten.addmm", "aten.baddbmm") else op.args[0]
-            total += math.prod(op.outputs[0].shape) * left.shape[-1]
-    return total
+    return sum(multiply_adds_of(op.name, op.args, op.outputs[0].shape) for op in ops if op.outputs)
+
+
+def multiply_adds_of(name: str, args: Sequence[Any], shape: Sequence[int]) -> int:
+    """Return the multiply-adds of one operation with a result of this shape."""
+    if name.startswith("aten._scaled_dot_product"):
+        query, key, value = args[:3]  # (..., N, D), (..., M, D), (..., M, E)
+        pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+        return int(pairs * (query.shape[-1] + value.shape[-1]))
+    if name == "aten._native_multi_head_attention":
+        x = args[0]  # (B, N, D): three projections, two products of them, one more
+        return int(math.prod(x.shape) * (4 * x.shape[-1] + 2 * x.shape[-2]))
+    if name == "aten.convolution":
+        x, weight, transposed = args[0], args[1], bool(args[6])
+        # Each output (of a transposed conv: each input) is multiplied by one kernel.
+        return math.prod(x.shape if transposed else shape) * math.prod(weight.shape[1:])
+    if name in _PRODUCTS:
+        left = args[1] if name in ("aten.addmm", "aten.baddbmm") else args[0]
+        return math.prod(shape) * int(left.shape[-1])
+    return 0
 
 
 def reach(op: Op) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinydet.reparam.affine import multiply_adds_of
 from tinydet.reparam.exact import exact_arithmetic, exact_copy
 from tinydet.reparam.examples import Example
 from tinydet.reparam.verify import difference, tensors_in
@@ -19,10 +20,11 @@ from tinydet.reparam.verify import difference, tensors_in
 _KERNELS = ("batch_norm", "scaled_dot_product", "convolution", "layer_norm")
 
 
-class OperationNames(TorchDispatchMode):
-    """Lists the names of the operations that run, apart from casts.
+class Operations(TorchDispatchMode):
+    """Notes the operations that run, apart from casts.
 
     Attributes:
+        macs: their multiply-adds.
         names: the name, the same for all kernels of one operation, and the number of tensors of
             each operation.
     """
@@ -30,6 +32,7 @@ class OperationNames(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.macs = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -47,12 +50,14 @@ class OperationNames(TorchDispatchMode):
             name = str(func.overloadpacket)
             name = next((kernel for kernel in _KERNELS if kernel in name), name)
             self.names.append(f"{name} of {sum(isinstance(a, Tensor) for a in args)}")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        first = next(iter(tensors_in(result)), None)
+        if first is not None:
+            self.macs += multiply_adds_of(str(func.overloadpacket), args, first.shape)
+        return result
 
 
-def run_in_own_dtype(
-    model: nn.Module, example: Example, mode: OperationNames | None = None
-) -> Any | None:
+def run_in_own_dtype(model: nn.Module, example: Example, mode: Operations) -> Any | None:
     """Run a network as it is on an example; None if it cannot, as half precision on some CPUs."""
     weight = next((t for _, t in floating_tensors(model)), torch.empty(0))
 
@@ -64,12 +69,12 @@ def run_in_own_dtype(
 
     for change in (moved, cast):
         try:
-            with mode or torch.no_grad():
+            with mode:
                 return example.mapped(change).run(model)
         except Exception:
             # Any network may reject an input, or a device a dtype, with any exception.
-            if mode:
-                mode.names.clear()
+            mode.names.clear()
+            mode.macs = 0
     return None
 
 
@@ -89,18 +94,25 @@ def choose_examples(
             Then it is compared on as well, as it does not run in its own dtype.
 
     Raises:
-        ValueError: nothing can be compared, as the outputs hold no number.
+        ValueError: the network does not run, or nothing can be compared, as its outputs hold no
+            number.
     """
     base = given[0].random()
     output: Any = None
     for small in base.smaller():
-        mode = OperationNames()
+        mode = Operations()
         output = _output(original, small, mode)
         if output is not None and mode.names == list(names):
             base = small
             break
     else:
-        output = base.run(original)
+        try:
+            output = base.run(original)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"{type(original).__name__} does not run in float64 on the CPU ({what})"
+            ) from error
     examples, outputs = [base], [output]
     for sizes in base.of_other_sizes():
         tried = ((other, _output(original, other)) for other in sizes)
@@ -119,7 +131,7 @@ def choose_examples(
     return examples, outputs
 
 
-def _output(model: nn.Module, example: Example, mode: OperationNames | None = None) -> Any | None:
+def _output(model: nn.Module, example: Example, mode: Operations | None = None) -> Any | None:
     """Return a network's output, or None if it does not take the input."""
     try:
         with mode or torch.no_grad():
@@ -129,7 +141,9 @@ def _output(model: nn.Module, example: Example, mode: OperationNames | None = No
         return None
 
 
-def why_imprecise(model: nn.Module, folded: nn.Module, example: Example, expected: Any) -> str:
+def why_imprecise(
+    model: nn.Module, folded: nn.Module, example: Example, expected: Any, mode: Operations
+) -> str:
     """Return what is wrong with a folded network in its own dtype; empty if nothing is.
 
     Args:
@@ -137,6 +151,7 @@ def why_imprecise(model: nn.Module, folded: nn.Module, example: Example, expecte
         folded: the folded network, cast to the original's dtypes.
         example: the caller's example.
         expected: the original's output for it in its own dtype; None if it does not run.
+        mode: notes the operations of the folded network.
     """
     for name, tensor in floating_tensors(folded):
         # The sum is finite only if all numbers are, and takes a tenth of the time of `isfinite`.
@@ -144,7 +159,7 @@ def why_imprecise(model: nn.Module, folded: nn.Module, example: Example, expecte
             return f"{name} does not fit {tensor.dtype}"
     if expected is None:
         return ""
-    found = run_in_own_dtype(folded, example)
+    found = run_in_own_dtype(folded, example, mode)
     if found is None:
         return "it does not run in its own dtype"
     if _is_finite(expected) and not _is_finite(found):

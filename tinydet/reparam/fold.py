@@ -21,12 +21,12 @@ from tinydet.reparam.affine import branch_sums, multiply_adds
 from tinydet.reparam.apply_changes import Network
 from tinydet.reparam.bake import bake
 from tinydet.reparam.compared import (
-    OperationNames,
+    Operations,
     choose_examples,
     run_in_own_dtype,
     why_imprecise,
 )
-from tinydet.reparam.dataflow import DataFlow
+from tinydet.reparam.dataflow import DataFlow, storage_of
 from tinydet.reparam.exact import exact_arithmetic, exact_copy
 from tinydet.reparam.examples import ExampleInput, as_examples
 from tinydet.reparam.expand import matches
@@ -36,6 +36,7 @@ from tinydet.reparam.merge import merge_branches, merge_series
 from tinydet.reparam.norms import count_norms, is_norm
 from tinydet.reparam.report import FoldReport
 from tinydet.reparam.scales import fold_scales
+from tinydet.reparam.verify import tensors_in
 from tinydet.reparam.weight_ranges import weight_ranges
 
 Where = Callable[[str, nn.Module], bool]
@@ -78,18 +79,19 @@ def fold(
         The folded network, with the original's dtypes and devices, and the report.
 
     Raises:
-        ValueError: the model is in training mode, nothing is selected, the outputs hold no numbers
-            to compare, or the folded network computes another function, also in its own dtype.
+        ValueError: the model is in training mode or does not run in float64, nothing is selected,
+            the outputs hold no numbers to compare, or the folded network computes another function,
+            also in its own dtype.
     """
     _check_eval_mode(model)
     selects = _selection(model, where)
     given = as_examples(example_input)
     with _LOCK, torch.inference_mode(False), torch.no_grad(), _one_thread():
-        names = OperationNames()
-        own = [run_in_own_dtype(model, x, names if x is given[0] else None) for x in given]
+        ran, runs = [Operations() for _ in given], [Operations() for _ in given]
+        own = [run_in_own_dtype(model, x, mode) for x, mode in zip(given, ran, strict=True)]
         with exact_arithmetic():
             original = exact_copy(model)
-            examples, expected = choose_examples(original, given, names.names)
+            examples, expected = choose_examples(original, given, ran[0].names)
             # First compare on one input after each change, which is fast, and on all in the end.
             # If that fails, start over and compare on all inputs after each change.
             for compared in (1, len(examples)):
@@ -108,13 +110,13 @@ def fold(
                 rows = merge_series(network)
                 after = _Counts.of(network.flow)
                 network.examples, network.expected = examples, expected
-                problem = network.why_different()
+                problem = network.why_different() or _unregistered(network)
                 if not problem:
                     break
         folded, max_rel = network.model, network.max_rel
         like_original(folded, model)
-        for output, example in zip(own, given, strict=True):
-            problem = problem or why_imprecise(model, folded, example, output)
+        for output, example, mode in zip(own, given, runs, strict=True):
+            problem = problem or why_imprecise(model, folded, example, output, mode)
     if problem:
         raise ValueError(f"{type(model).__name__}: folded, {problem}; not folded")
     report = FoldReport(
@@ -124,8 +126,8 @@ def fold(
         norms_after=count_norms(folded),
         params_before=sum(p.numel() for p in model.parameters()),
         params_after=sum(p.numel() for p in folded.parameters()),
-        macs_before=before.macs,
-        macs_after=after.macs,
+        macs_before=ran[0].macs or before.macs,
+        macs_after=runs[0].macs or after.macs,
         branches_before=before.branches,
         branches_after=after.branches,
         scales_before=before.scales,
@@ -146,6 +148,16 @@ class _Counts:
     @classmethod
     def of(cls, flow: DataFlow) -> _Counts:
         return cls(multiply_adds(flow.ops), len(branch_sums(flow)), count_scales(flow))
+
+
+def _unregistered(network: Network) -> str:
+    """Return which weights the network uses that are not among its parameters, if any."""
+    own = {storage_of(parameter) for parameter in network.model.parameters()}
+    for op in network.flow.ops:
+        for tensor in tensors_in((op.args, op.kwargs)):
+            if isinstance(tensor, nn.Parameter) and storage_of(tensor) not in own:
+                return f"{op.scope or 'its code'} uses weights that are not among its parameters"
+    return ""
 
 
 def _selection(model: nn.Module, where: str | Where) -> Where | None:
