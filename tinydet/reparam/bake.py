@@ -18,8 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
-import torch
-from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils import (
     parametrize,
@@ -29,12 +27,11 @@ from torch.nn.utils import (
 )
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from tinydet.reparam.affine import is_affine, is_layer, is_product
 from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
-from tinydet.reparam.dataflow import SIZE_ONLY, DataFlow, Op, Value, observe, storage_of
-from tinydet.reparam.equivalent_layer import NotAConvolutionError, randomised
+from tinydet.reparam.dataflow import DataFlow, Op, Value, observe, storage_of
+from tinydet.reparam.equivalent_layer import NotAConvolutionError
 from tinydet.reparam.fx_graph import (
     NotTraceableError,
     observe_nodes,
@@ -45,31 +42,14 @@ from tinydet.reparam.fx_graph import (
 from tinydet.reparam.linear_subgraph import LinearSubgraph, extract_subgraph, replace_subgraph
 from tinydet.reparam.module_swap import Replacements, has_hooks, hooks_disabled, record_calls
 from tinydet.reparam.norms import is_norm, why_not_linear
+from tinydet.reparam.plain_layer import SCALES, NotPlainError, plain_layer, right_operand
 from tinydet.reparam.report import Step
 from tinydet.reparam.rewrite import as_replacement, rewrite
 from tinydet.reparam.verify import copied, difference
 
 _TOLERANCE = 1e-9
 _REMOVALS: dict[type, Any] = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
-_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_ZERO_PADS: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
-_BATCH_NORMS: dict[int, Any] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
-_PADS = {"aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d",
-         "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d",
-         "aten.replication_pad3d", "aten.clone"}  # fmt: skip
-_ADDS = {"aten.add", "aten.add_"}
 _ROOTS = {"aten.rsqrt", "aten.rsqrt_", "aten.sqrt", "aten.sqrt_", "aten.pow", "aten.pow_"}
-_SCALES = {"aten.mul", "aten.mul_", "aten.div", "aten.div_", "aten.sub", "aten.sub_", *_ADDS}
-
-
-class _NotPlainError(ValueError):
-    """A module is no plain layer; the message says why."""
 
 
 def bake(network: Network) -> tuple[list[Step], list[Step]]:
@@ -88,7 +68,7 @@ def bake(network: Network) -> tuple[list[Step], list[Step]]:
         stored = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
         targets = list(_targets(model, flow))
         for op in targets:
-            if is_product(op) and storage_of(_weight(op)) not in stored:
+            if is_product(op) and storage_of(right_operand(op)) not in stored:
                 left.add(op.call.name if op.call else op.scope)
         names = dict.fromkeys(op.call.name if op.call else op.scope for op in targets)
         modules = {n: model.get_submodule(n) for n in names if n not in refused}
@@ -122,14 +102,14 @@ def _targets(model: nn.Module, flow: DataFlow) -> Iterator[Op]:
                 yield op
         elif is_affine(op, data) and len(op.varying(data)) == 1:
             norm = op.name == "aten.native_batch_norm"
-            scale = op.name in _SCALES and op.scope in rooted
+            scale = op.name in SCALES and op.scope in rooted
             if (norm or scale) and (module is None or why_not_linear(module)):
                 yield op
 
 
 def _is_product_of_constants(op: Op, flow: DataFlow, data: set[Value]) -> bool:
     """Return whether an operation multiplies an activation from the right by constant weights."""
-    if not is_layer(op, data) or not op.inputs or _is_varying(_weight(op), op, data):
+    if not is_layer(op, data) or not op.inputs or _is_varying(right_operand(op), op, data):
         return False
     # Weights that are mixed for each image, as in CondConv, are best left where they are.
     made = op.outputs[0].value
@@ -141,16 +121,11 @@ def _is_varying(tensor: Tensor, op: Op, data: set[Value]) -> bool:
     return storage_of(tensor) in {view.storage for view in op.varying(data)}
 
 
-def _weight(op: Op) -> Tensor:
-    """Return the right operand of a product."""
-    return cast(Tensor, op.args[2 if op.name in ("aten.addmm", "aten.baddbmm") else 1])
-
-
 def _is_own(op: Op, module: nn.Module) -> bool:
     """Return whether a product is that of a layer with its own weight."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
-    layer = isinstance(module, (nn.Linear, *_CONVS.values(), *_TRANSPOSED.values()))
-    return layer and weight is not None and storage_of(weight) == storage_of(_weight(op))
+    layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return layer and weight is not None and storage_of(weight) == storage_of(right_operand(op))
 
 
 def _computed_tensors(model: nn.Module, flow: DataFlow) -> list[Change]:
@@ -234,7 +209,7 @@ def _replace(
     try:
         try:
             layer = _whole(module, args, kwargs)
-        except _NotPlainError as reason:
+        except NotPlainError as reason:
             graph = _with_plain_layers(module, args, kwargs, str(reason))
             _check(flow, name, module, _used(graph), output, observe_nodes(graph).returned)
             new = rewrite(module, graph, keep)
@@ -245,7 +220,7 @@ def _replace(
                 if keep
                 else as_replacement(layer, module)
             )
-    except (NotTraceableError, _NotPlainError) as error:
+    except (NotTraceableError, NotPlainError) as error:
         raise RefusedError(str(error)) from error
     if "weight" in vars(module):
         new._forward_pre_hooks = OrderedDict()  # They computed the weight.
@@ -273,16 +248,16 @@ def _whole(module: nn.Module, args: Any, kwargs: Any) -> nn.Module:
     """Return the plain layer that is equivalent to a module, and the modules that run after it.
 
     Raises:
-        _NotPlainError: there is none.
+        NotPlainError: there is none.
     """
     if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-        raise _NotPlainError("it takes more than one tensor")
+        raise NotPlainError("it takes more than one tensor")
     if any(has_hooks(child) for child in module.modules() if child is not module):
-        raise _NotPlainError("a module inside has a forward hook")
+        raise NotPlainError("a module inside has a forward hook")
     with hooks_disabled(module):
         flow = observe(module, copied(args), is_leaf=lambda m: m is not module)
         if sum(is_product(op) for op in flow.ops if op.varying(flow.depends_on_input())) > 1:
-            raise _NotPlainError("it runs more than one layer")
+            raise NotPlainError("it runs more than one layer")
         first, made = copy.deepcopy(module), flow.outputs
         rest: list[nn.Module] = []
         for call in reversed(flow.calls if next(module.children(), None) else []):
@@ -300,20 +275,20 @@ def _with_plain_layers(module: nn.Module, args: Any, kwargs: Any, reason: str) -
 
     Raises:
         NotTraceableError: its code cannot be traced.
-        _NotPlainError: nothing was replaced, for this reason or another one.
+        NotPlainError: nothing was replaced, for this reason or another one.
     """
     if is_norm(module):
-        raise _NotPlainError(reason)
+        raise NotPlainError(reason)
     graph = trace(module, args, kwargs)
     tried: set[fx.Node] = set()
     baked: list[nn.Module] = []
     while (code := _replace_node(graph, tried)) is not None:
         baked.append(code)
     if not baked:
-        raise _NotPlainError(reason)
+        raise NotPlainError(reason)
     weights = [*_used(graph), *(p for part in baked for p in part.parameters())]
     if len({*map(id, weights)}) < len(weights):
-        raise _NotPlainError("its weights are used more than once")
+        raise NotPlainError("its weights are used more than once")
     return graph
 
 
@@ -339,7 +314,7 @@ def _replace_node(graph: fx.GraphModule, tried: set[fx.Node]) -> nn.Module | Non
             try:
                 code = extract_subgraph(graph, found, data)
                 layer = plain_layer(code, source.shape)
-            except (_NotPlainError, NotAConvolutionError):
+            except (NotPlainError, NotAConvolutionError):
                 continue
             replace_subgraph(graph, found, layer)
             return code
@@ -360,181 +335,3 @@ def _varies(node: fx.Node, data: set[Value]) -> bool:
 def _is_norm(op: Op, data: set[Value]) -> bool:
     """Return whether an operation is a batch norm with fixed statistics."""
     return op.name == "aten.native_batch_norm" and is_affine(op, data) and bool(op.varying(data))
-
-
-@torch.no_grad()
-def plain_layer(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """Return the plain layer that is equivalent to a module.
-
-    Args:
-        module: takes one tensor and returns one; in float64 and eval mode.
-        shape: an input shape that it takes.
-
-    Raises:
-        _NotPlainError: it is no single convolution, linear layer or batch norm with fixed weights.
-    """
-    try:
-        generic = randomised(copy.deepcopy(module))
-        agree = (_agree(generic, one, shape) for one in _candidates(generic, shape))
-        number = next((i for i, same in enumerate(agree) if same), None)
-        if number is None:
-            raise _NotPlainError("it differs from the plain layer of its geometry")
-        layer = list(_candidates(module, shape))[number]
-        if not _agree(module, layer, shape):
-            raise _NotPlainError("it differs from the plain layer with its weights")
-    except _NotPlainError:
-        raise
-    except Exception as error:
-        # This runs any code with weights it was not made for, which may fail in any way.
-        raise _NotPlainError(f"it does not run alone ({type(error).__name__})") from error
-    trained = [p.requires_grad for p in module.parameters()]
-    return layer.requires_grad_(any(trained))
-
-
-def _candidates(module: nn.Module, shape: tuple[int, ...]) -> Iterator[nn.Module]:
-    """Yield the plain layers that a module may be, judged by what it does to one input."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    flow = observe(module, (x,), is_leaf=lambda _: False)
-    data = flow.depends_on_input()
-    work = [
-        op for op in flow.ops if op.varying(data) and not op.is_view and op.name not in SIZE_ONLY
-    ]
-    products = [i for i, op in enumerate(work) if is_layer(op, data)]
-    if not isinstance(flow.returned, Tensor):
-        raise _NotPlainError("it returns more than one tensor")
-    if len(products) == 1:
-        (at,) = products
-        before, op, after = work[:at], work[at], work[at + 1 :]
-        adds = all(o.name in _ADDS and len(o.varying(data)) == 1 for o in after)
-        if adds and all(o.name in _PADS for o in before):
-            zero = cast(Tensor, module(torch.zeros_like(x)))
-            yield from _layers(module, op, before, zero, biased=bool(after))
-            return
-    elif [op.name for op in work] == ["aten.native_batch_norm"] and is_affine(work[0], data):
-        yield _batch_norm(work[0], len(shape))
-        return
-    elif len(shape) == 4 and all(o.name in _SCALES and is_affine(o, data) for o in work):
-        zero, one = (module(like(x)) for like in (torch.zeros_like, torch.ones_like))
-        if zero.shape == x.shape:
-            yield _frozen_batch_norm(one - zero, zero, module)
-            return
-    raise _NotPlainError("it does more than a convolution, a linear layer or a batch norm")
-
-
-def _layers(
-    module: nn.Module, op: Op, before: list[Op], zero: Tensor, biased: bool
-) -> Iterator[nn.Module]:
-    """Yield the convolutions or the linear layer that multiply by the weight of an operation.
-
-    Args:
-        module: the module that ran it.
-        op: the operation.
-        before: the operations on the activation before it.
-        zero: the module's response to zeros.
-        biased: whether a constant is added afterwards.
-    """
-    if op.name != "aten.convolution":
-        matrix = _weight(op)  # (C_in, C_out)
-        if matrix.ndim != 2:
-            raise _NotPlainError("its weight is no matrix")
-        linear = nn.Linear(matrix.shape[0], matrix.shape[1], biased or op.name == "aten.addmm")
-        yield _filled(linear, matrix.t(), zero.movedim(-1, 0))
-        return
-    _, weight, bias, stride, padding, dilation, transposed, output_padding, groups = op.args
-    axes = weight.ndim - 2
-    shape: dict[str, Any] = {"stride": tuple(stride), "dilation": tuple(dilation), "groups": groups}
-    shape["bias"] = biased or bias is not None
-    kernel, rows = tuple(weight.shape[2:]), zero.movedim(1, 0)
-    if transposed:
-        shape["output_padding"] = tuple(output_padding)
-        channels = (weight.shape[0], weight.shape[1] * groups)
-        layer = _TRANSPOSED[axes](*channels, kernel, padding=tuple(padding), **shape)
-        yield _filled(layer, weight, rows)
-        return
-    channels = (weight.shape[1] * groups, weight.shape[0])
-    pads = [o.args[1] for o in before if o.name == "aten.constant_pad_nd"]
-    ends = [sum(p[i] if i < len(p) else 0 for p in pads) for i in range(2 * axes)]
-    if ends[::2] == ends[1::2]:
-        total = tuple(p + e for p, e in zip(padding, ends[::2][::-1], strict=True))
-        yield _filled(_CONVS[axes](*channels, kernel, padding=total, **shape), weight, rows)
-    mode = getattr(module, "padding_mode", "zeros")
-    if mode != "zeros":
-        own: Any = {"padding": module.padding, "padding_mode": mode}
-        yield _filled(_CONVS[axes](*channels, kernel, **own, **shape), weight, rows)
-    if axes == 2 and not any(padding):
-        yield _filled(Conv2dSame(*channels, kernel, **shape), weight, rows)
-    conv = _CONVS[axes](*channels, kernel, padding=tuple(padding), **shape)
-    yield nn.Sequential(_ZERO_PADS[axes](tuple(ends)), _filled(conv, weight, rows))
-
-
-def _filled(layer: Any, weight: Tensor, rows: Tensor) -> nn.Module:
-    """Fill a layer; `rows` is (C_out, ...), the response to zeros."""
-    layer = layer.to(weight.dtype)
-    layer.weight.copy_(weight)
-    if layer.bias is not None:
-        layer.bias.copy_(rows.flatten(1)[:, 0])
-    return cast(nn.Module, layer)
-
-
-def _batch_norm(op: Op, ndim: int) -> nn.Module:
-    """Return the layer of a batch norm with fixed statistics."""
-    _, weight, bias, mean, var, _, momentum, eps = op.args
-    affine = weight is not None or bias is not None
-    if ndim not in _BATCH_NORMS:
-        raise _NotPlainError("its input is no batch")
-    norm = _BATCH_NORMS[ndim](len(mean), eps=eps, momentum=momentum, affine=affine).to(mean.dtype)
-    values = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-    for name, value in values.items():
-        if value is not None:
-            getattr(norm, name).copy_(value)
-    return cast(nn.Module, norm.eval())
-
-
-def _frozen_batch_norm(scale: Tensor, shift: Tensor, module: nn.Module) -> nn.Module:
-    """Return the norm with a fixed scale and shift, given for each place of a (B, C, H, W) map."""
-    norm = FrozenBatchNorm2d(scale.shape[1], eps=0.0).to(scale.dtype)
-    for name, value in (("weight", scale), ("bias", shift)):
-        values = value.movedim(1, 0).flatten(1)[:, 0].clone()
-        if any(p.requires_grad for p in module.parameters()):
-            del norm._buffers[name]
-            norm.register_parameter(name, nn.Parameter(values))
-        else:
-            getattr(norm, name).copy_(values)
-    return norm
-
-
-def _agree(module: nn.Module, layer: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Compare a module and a layer on inputs of the given and of other sizes."""
-    generator = torch.Generator().manual_seed(1)
-    for size in dict.fromkeys(_sizes(layer, shape)):
-        x = torch.randn(size, generator=generator, dtype=torch.float64)
-        try:
-            expected = module(x.clone())
-        except Exception:
-            # Any code may reject other sizes, with any exception.
-            if size == shape:
-                raise
-            continue
-        try:
-            if not difference(expected, layer(x)).max_rel <= _TOLERANCE:
-                return False
-        except (RuntimeError, ValueError):
-            return False
-    return True
-
-
-def _sizes(layer: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield the given input shape, then tiny, odd and even ones with as many channels."""
-    yield shape
-    last = layer[-1] if isinstance(layer, nn.Sequential) else layer
-    channel = len(shape) - 1 if isinstance(last, nn.Linear) else 1
-    dilated = zip(getattr(last, "kernel_size", ()), getattr(last, "dilation", ()), strict=True)
-    spans = [d * (k - 1) for k, d in dilated]
-    free = [axis for axis in range(len(shape)) if axis != channel]
-    spans = [0] * (len(free) - len(spans)) + spans
-    for more in range(5):
-        lengths = {
-            a: 1 + i + more + (s if more else 0)
-            for i, (a, s) in enumerate(zip(free, spans, strict=True))
-        }
-        yield tuple(lengths.get(axis, n) for axis, n in enumerate(shape))

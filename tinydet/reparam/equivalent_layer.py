@@ -4,7 +4,7 @@ A function that is affine and shift-invariant is a convolution whose kernel is t
 impulse response. It does not matter how the module computes it: parallel branches of any kernel
 size, dilation and number of groups, identities, norms, pools, constant factors, layers in series.
 The bias is the response to zeros, the kernel the response to unit impulses. This is slow but needs
-no rule for any operation; `kernel_algebra.py` has rules for the usual ones.
+no rule for any operation; `linear_map.py` has rules for the usual ones.
 
 However it was found, the layer is compared with the module on random inputs of several sizes,
 including tiny ones, where borders matter most.

@@ -21,7 +21,7 @@ from tinydet.reparam.equivalent_layer import (
 )
 from tinydet.reparam.fuse_affine import Layer, is_layer_call
 from tinydet.reparam.fx_graph import NotTraceableError, observe_nodes, single_call, trace
-from tinydet.reparam.kernel_algebra import LinearMap, NotSupportedError, weights_of
+from tinydet.reparam.linear_map import LinearMap, NotSupportedError, weights_of
 from tinydet.reparam.linear_subgraph import (
     extract_subgraph,
     linear_subgraphs,

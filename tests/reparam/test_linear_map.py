@@ -13,7 +13,7 @@ from tinydet.reparam import fold
 from tinydet.reparam.affine import crops
 from tinydet.reparam.dataflow import observe
 from tinydet.reparam.equivalent_layer import NotAConvolutionError, equivalent_layer, find_geometry
-from tinydet.reparam.kernel_algebra import LinearMap, NotSupportedError, weights_of
+from tinydet.reparam.linear_map import LinearMap, NotSupportedError, weights_of
 
 from . import reference_blocks as blocks
 from .random_networks import CHANNELS, EXAMPLE, SERIES, build, built, runs
