@@ -195,3 +195,12 @@ def test_fold__feature_hooks(randomise):
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     for a, b in zip(model(x), folded(x), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9 * a.abs().max().item())
+
+
+def test_fold__shares_no_memory_with_the_original():
+    """Also in float64, which needs no conversion: training the one must not change the other."""
+    model = _net().double()
+    model.append(nn.Linear(6, 6))
+    folded, _ = fold(model, torch.zeros(1, 3, 8, 8).double())
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    assert not own & {t.untyped_storage().data_ptr() for t in folded.state_dict().values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -10,11 +11,15 @@ from torch import Tensor, nn
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def deep_copy(model: Network) -> Network:
+def deep_copy(model: Network, known: Mapping[Tensor, Tensor] | None = None) -> Network:
     """Return a deep copy, also of a network with weights that a hook computes in each call.
 
     `torch.nn.utils.weight_norm` and `spectral_norm` store such a weight as an attribute with a
     gradient function, which `copy.deepcopy` refuses. The copy has its value.
+
+    Args:
+        model: the network.
+        known: tensors that are not copied, with what takes their places in the copy.
     """
     computed = (
         value
@@ -22,4 +27,6 @@ def deep_copy(model: Network) -> Network:
         for value in vars(module).values()
         if isinstance(value, Tensor) and value.grad_fn is not None
     )
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    memo = {id(value): value.detach().clone() for value in computed}
+    memo |= {id(tensor): other for tensor, other in (known or {}).items()}
+    return copy.deepcopy(model, memo)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinydet.reparam.dataflow import storage_of
 from tinydet.reparam.verify import difference
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -187,9 +188,10 @@ def checked_layer(module: nn.Module, geometry: Geometry, weight: Tensor, bias: T
         NotAConvolutionError: the two differ.
     """
     layer = geometry.build()
-    layer.weight.copy_(weight)
+    shared = storage_of(weight) in map(storage_of, module.parameters())
+    layer.weight = nn.Parameter(weight.clone() if shared else weight.contiguous())
     if layer.bias is not None:
-        layer.bias.copy_(bias)
+        layer.bias = nn.Parameter(bias.clone())
     _check(module, layer, geometry)
     return layer
 

@@ -19,7 +19,13 @@ from tinydet.reparam.verify import map_tensors, tensors_in
 
 def exact_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a network in float64 on the CPU, with the tensors of plain attributes."""
-    exact = deep_copy(model).cpu().double()
+    # Converted on the way: a copy in the original's dtype would take time and memory.
+    known: dict[Tensor, Tensor] = {
+        p: nn.Parameter(_in_float64(p.detach()), p.requires_grad)
+        for p in model.parameters()
+        if type(p) is nn.Parameter and p.is_floating_point() and not vars(p)
+    }
+    exact = deep_copy(model, known).cpu().double()
     for module in exact.modules():
         vars(module).update(map_tensors(plain_tensors(module), _in_float64))
     return exact
@@ -31,7 +37,7 @@ def plain_tensors(module: nn.Module) -> dict[str, Any]:
 
 
 def _in_float64(x: Tensor) -> Tensor:
-    return x.to("cpu", _exact(x.dtype))
+    return x.to("cpu", _exact(x.dtype), copy=True)
 
 
 class _Float64(TorchDispatchMode):

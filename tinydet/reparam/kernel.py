@@ -123,7 +123,9 @@ class Kernel:
         groups, _, columns, *kernel = outer.shape
         if self.groups == len(self.weight) and self.weight.shape[1] == 1:
             # Each channel comes from one of the source: no need for a dense kernel.
-            if all(1 in sizes for sizes in zip(self.taps, kernel, strict=True)):
+            if math.prod(self.taps) == 1 and bool((self.weight == 1).all()):
+                weight = outer  # The source itself, most often.
+            elif all(1 in sizes for sizes in zip(self.taps, kernel, strict=True)):
                 weight = outer * self.weight.view(groups, 1, columns, *self.taps)
             else:
                 images, kernels = self.weight.transpose(0, 1), outer.transpose(1, 2).flatten(0, 1)
