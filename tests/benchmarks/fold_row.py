@@ -153,7 +153,7 @@ def _fold_one(name: str) -> dict[str, Any]:
             exact = _run(model64, inputs64)[1]
         baseline32 = difference(exact, _run(model, inputs)[1]).max_rel
         error32 = difference(exact, _run(folded, inputs)[1]).max_rel
-    again = fold(folded64, inputs64)[1]
+    again = fold(folded, example_inputs(name, 1, side, side))[1]
     left = {path: module for path, module in folded.named_modules() if is_norm(module)}
     return {
         "input": side,
