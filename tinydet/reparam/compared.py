@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinydet.reparam.affine import multiply_adds_of
+from tinydet.reparam.dispatch import DispatchMode
 from tinydet.reparam.exact import exact_arithmetic, exact_copy
 from tinydet.reparam.examples import Example
 from tinydet.reparam.verify import difference, tensors_in
@@ -20,7 +20,7 @@ from tinydet.reparam.verify import difference, tensors_in
 _KERNELS = ("batch_norm", "scaled_dot_product", "convolution", "layer_norm")
 
 
-class Operations(TorchDispatchMode):
+class Operations(DispatchMode):
     """Notes the operations that run, apart from casts.
 
     Attributes:
@@ -34,23 +34,13 @@ class Operations(TorchDispatchMode):
         self.names: list[str] = []
         self.macs = 0
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # To keep torch.compile out takes longer than many an operation.
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and note it."""
         if func.overloadpacket is not torch.ops.aten._to_copy:
             name = str(func.overloadpacket)
             name = next((kernel for kernel in _KERNELS if kernel in name), name)
             self.names.append(f"{name} of {sum(isinstance(a, Tensor) for a in args)}")
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         first = next(iter(tensors_in(result)), None)
         if first is not None:
             self.macs += multiply_adds_of(str(func.overloadpacket), args, first.shape)

@@ -1,6 +1,6 @@
 """The data flow of a network, observed during one forward pass.
 
-A `TorchDispatchMode` records every operation, also those outside of any module such as `x + y`. So
+A dispatch mode records every operation, also those outside of any module such as `x + y`. So
 "the only consumer of this tensor" is observed and not guessed from the order in which modules were
 defined. A value is a piece of memory between two writes: views share it, and an in-place operation
 reads one value and produces the next.
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinydet.reparam.dispatch import DispatchMode
 from tinydet.reparam.examples import Example, seeded
 from tinydet.reparam.verify import copied, tensors_in
 
@@ -211,7 +211,7 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Records every operation in a `DataFlow`, with the module that it runs in.
 
     Attributes:
@@ -242,21 +242,8 @@ class Recorder(TorchDispatchMode):
         value = (storage, self._writes.get(storage, 0))
         return View(value, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # To keep torch.compile out takes longer than many an operation.
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
-        if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
-            return parts
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and record it."""
         given = tensors_in((args, kwargs))
         inputs = self._views(given)
         result = func(*args, **kwargs)
@@ -300,17 +287,6 @@ class Recorder(TorchDispatchMode):
         if self._call is not None and self._call.module is module:
             self._call.outputs = self.views(output)
             self._call = None
-
-
-def decomposed(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run a composite operation in a mode; NotImplemented if torch has decomposed it already.
-
-    In inference mode it does not.
-    """
-    if not torch.is_inference_mode_enabled():
-        return NotImplemented
-    with mode:
-        return func.decompose(*args, **kwargs)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:

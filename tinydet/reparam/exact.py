@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinydet.reparam.dataflow import decomposed
 from tinydet.reparam.deep_copy import deep_copy
+from tinydet.reparam.dispatch import DispatchMode
 from tinydet.reparam.verify import map_tensors, tensors_in
 
 
@@ -40,28 +39,15 @@ def _in_float64(x: Tensor) -> Tensor:
     return x.to("cpu", _exact(x.dtype), copy=True)
 
 
-class _Float64(TorchDispatchMode):
+class _Float64(DispatchMode):
     """Makes every cast, factory and reduction with a floating or complex dtype use float64.
 
     Networks name such dtypes for mixed precision, or because a factory needs one. Here they would
     reduce the precision of checks, or meet float64 tensors in operations that refuse a mixture.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # To keep torch.compile out takes longer than many an operation.
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
-        kwargs = kwargs or {}
-        if (parts := decomposed(self, func, args, kwargs)) is not NotImplemented:
-            return parts
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation in float64."""
         if func is torch.ops.aten.convolution.default and _is_depthwise(args):
             return _depthwise(*args[:6])
         if dtype := kwargs.get("dtype"):
