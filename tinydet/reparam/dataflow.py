@@ -227,7 +227,7 @@ class Recorder(DispatchMode):
         self._call: Call | None = None
         self._writes: dict[int, int] = {}
         # Freed memory would be reused at the same address: keep all of it alive until the end.
-        self._alive: list[Tensor] = []
+        self._alive: dict[int, torch.UntypedStorage] = {}
 
     def views(self, value: Any) -> tuple[View, ...]:
         """Return the current views of the tensors in an argument or result."""
@@ -238,7 +238,9 @@ class Recorder(DispatchMode):
         return tuple(self._view(t) for t in tensors if t.numel() and t.layout == torch.strided)
 
     def _view(self, tensor: Tensor) -> View:
-        storage = storage_of(tensor)
+        memory = tensor.untyped_storage()
+        storage = memory.data_ptr()
+        self._alive[storage] = memory
         value = (storage, self._writes.get(storage, 0))
         return View(value, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
@@ -248,7 +250,6 @@ class Recorder(DispatchMode):
         inputs = self._views(given)
         result = func(*args, **kwargs)
         returned = tensors_in(result)
-        self._alive += [t.detach() for t in (*given, *returned)]
         mutates = func._schema.is_mutable  # torch has no public name for an operator's schema.
         for storage in _written(func, args, kwargs) if mutates else ():
             self._writes[storage] = self._writes.get(storage, 0) + 1

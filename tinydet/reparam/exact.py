@@ -77,7 +77,8 @@ def _depthwise(
 ) -> Tensor:
     """Return a depthwise convolution, summed tap by tap: in float64 torch runs group by group."""
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    x = x.repeat_interleave(len(weight) // x.shape[1], 1)
+    if len(weight) > x.shape[1]:
+        x = x.repeat_interleave(len(weight) // x.shape[1], 1)
     spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     ends = [n - span for n, span in zip(x.shape[2:], spans, strict=True)]
     sizes = [(end - 1) // s + 1 for end, s in zip(ends, stride, strict=True)]

@@ -36,12 +36,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors in nested tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
+    # This is called for each operation: the most frequent kinds first.
     if value is None or isinstance(value, (int, float, str, bytes)):
-        return []  # Most are: this is called very often.
+        return []
+    if isinstance(value, (tuple, list)) or isinstance(value, Sequence):
+        return [t for item in value for t in tensors_in(item)]
     if isinstance(value, Mapping):
         return [t for item in value.values() for t in tensors_in(item)]
-    if isinstance(value, Sequence):
-        return [t for item in value for t in tensors_in(item)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [t for f in dataclasses.fields(value) for t in tensors_in(getattr(value, f.name))]
     return []
