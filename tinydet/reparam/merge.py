@@ -67,7 +67,9 @@ def merge_branches(network: Network) -> tuple[list[Step], list[Step]]:
             Change(
                 name,
                 frozenset(module.modules()),
-                partial(_merge, module, records.get(module), module is model),
+                partial(
+                    _merge, module, records.get(module), _is_linear(flow, name), module is model
+                ),
             )
             for name, module in modules.items()
         ]
@@ -85,8 +87,19 @@ def _depth(scope: str) -> int:
     return len(scope.split(".")) if scope else 0
 
 
+def _is_linear(flow: DataFlow, name: str) -> bool:
+    """Whether all that runs in a module is linear."""
+    data = flow.depends_on_input()
+    inside = f"{name}." if name else ""
+    return all(
+        affine.is_affine(op, data) or affine.sums_a_stack(op, flow)
+        for op in flow.ops
+        if (op.scope == name or op.scope.startswith(inside)) and op.varying(data)
+    )
+
+
 def _merge(
-    module: nn.Module, record: tuple[Any, Any, Any] | None, keep: bool
+    module: nn.Module, record: tuple[Any, Any, Any] | None, linear: bool, keep: bool
 ) -> tuple[str, Replacements]:
     """Merge the linear subgraphs in one module of a network (a `Change.make`)."""
     kind = type(module).__name__
@@ -94,6 +107,8 @@ def _merge(
         raise RefusedError("its code is TorchScript, or does not run as a module's call")
     try:
         try:
+            if not linear:
+                raise NotAConvolutionError("it is not linear")
             new, layers = _merge_module(module, *record, keep)
         except NotAConvolutionError:
             new, layers = _merge_subgraphs(module, *record, keep)
@@ -153,19 +168,22 @@ def _merge_subgraphs(
     layers: list[str] = []
     tried: set[str] = set()
     reasons: list[str] = []
-    while layer := _merge_one(graph, tried, reasons):
+    flow = observe_nodes(graph)
+    while layer := _merge_one(graph, flow, tried, reasons):
         layers.append(layer)
+        flow = observe_nodes(graph)
     if not layers:
         raise NotAConvolutionError(reasons[0] if reasons else "its branches have no one source")
-    found = difference(output, observe_nodes(graph).returned)
+    found = difference(output, flow.returned)
     if not found.max_rel <= _TOLERANCE:
         raise NotAConvolutionError(f"merged, it differs by {found.max_rel:.1e} of its output")
     return rewrite(module, graph, keep), layers
 
 
-def _merge_one(graph: fx.GraphModule, tried: set[str], reasons: list[str]) -> str | None:
+def _merge_one(
+    graph: fx.GraphModule, flow: DataFlow, tried: set[str], reasons: list[str]
+) -> str | None:
     """Replace the last subgraph of a graph that can be merged, and describe the new layer."""
-    flow = observe_nodes(graph)
     data = flow.depends_on_input()
     for last in reversed(graph.graph.nodes):
         if last.name in tried:

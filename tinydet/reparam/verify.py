@@ -39,7 +39,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     # This is called for each operation: the most frequent kinds first.
     if value is None or isinstance(value, (int, float, str, bytes)):
         return []
-    if isinstance(value, (tuple, list)) or isinstance(value, Sequence):
+    if isinstance(value, (tuple, list, Sequence)):
         return [t for item in value for t in tensors_in(item)]
     if isinstance(value, Mapping):
         return [t for item in value.values() for t in tensors_in(item)]
