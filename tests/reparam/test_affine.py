@@ -46,6 +46,36 @@ def test_branch_sums(count, way):
     assert len(branch_sums(_observed(way))) == count
 
 
+def _transposed(layer, x, scale=1.0):
+    return (scale * layer(x.transpose(1, 2))).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "way"),
+    [
+        (1, lambda m, x: m.a(x) + m.b(x)),
+        (1, lambda m, x: x + m.a(x) * m.scale),
+        (1, lambda m, x: m.a(x[:, 0]) + m.b(x[:, 0])),
+        (1, lambda m, x: (lambda y, z: m.part(y) + m.part(z))(*x[:, 0].clone().chunk(2, 1))),
+        (0, lambda m, x: m.a(x[:, 0]) + m.b(x[:, 1])),  # of two tokens
+        (0, lambda m, x: x + _transposed(m.tokens, x) * m.scale),  # as in ResMLP
+    ],
+)
+def test_branch_sums__linear_layers(count, way):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.part = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(3, 6)
+            self.tokens, self.scale = nn.Linear(5, 5), nn.Parameter(torch.randn(6))
+
+        def forward(self, x):
+            return way(self, x)
+
+    for memory in (torch.randn(2, 5, 6), torch.randn(2, 6, 5).transpose(1, 2)):
+        found = branch_sums(observe(Net().eval(), (memory,), is_leaf=lambda _: False))
+        assert len(found) == count
+
+
 @pytest.mark.parametrize(
     ("affine", "way"),
     [

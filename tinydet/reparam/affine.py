@@ -40,7 +40,8 @@ _VIEWS = {
 _SUMS = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
 _NUMERATOR = {"aten.div", "aten.div_"}
 _BIASED_PRODUCTS = {"aten.addmm", "aten.baddbmm", "aten.addcmul", "aten.addcmul_"}
-_PRODUCTS = {"aten.convolution", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
+_CONV = "aten.convolution"
+_PRODUCTS = {_CONV, "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
 
 
 def is_product(op: Op) -> bool:
@@ -212,7 +213,7 @@ def _back_to_one_source(
         inside.append(op)
         frontier |= {view.value for view in varying}
         if len(frontier) == 1:
-            return inside
+            return [] if _differ_by_place(flow, inside, frontier, data) else inside
         # In this order all readers of a value have been met before it.
         made = {value: flow.producer(value) for value in frontier}
         latest = max(frontier, key=lambda value: order.get(id(made[value]), -1))
@@ -222,3 +223,32 @@ def _back_to_one_source(
         op = made[latest]
         frontier.remove(latest)
     return []
+
+
+def _differ_by_place(
+    flow: DataFlow, inside: list[Op], source: Set[Value], data: Set[Value]
+) -> bool:
+    """Whether branches of linear layers see different places, or treat places differently.
+
+    Such as two classifiers of two tokens, or a linear layer over the tokens whose result is scaled
+    by one number for each channel.
+    """
+    if any(op.name == _CONV for op in inside):
+        return False
+    seen = {view for op in inside for view in op.varying(data) if view.value in source}
+    made = flow.producer(next(iter(source)))
+    whole = made.outputs if made else [v for v in flow.inputs if v.value in source]
+    axes = max((len(view.shape) for view in whole if view.value in source), default=0)
+    if len({view.offset for view in seen}) > 1 and all(len(v.shape) < axes for v in seen):
+        return True
+    for op in inside:
+        if is_product(op):
+            continue
+        # The channels of a linear layer are next to each other in memory.
+        (view, *_), constants = op.varying(data), [v for v in op.inputs if v.value not in data]
+        for constant in constants:
+            shape = (1,) * (len(view.shape) - len(constant.shape)) + constant.shape
+            sides = zip(shape, view.shape, view.stride, strict=False)
+            if any(n == m > 1 and stride > 1 for n, m, stride in sides):
+                return True
+    return False

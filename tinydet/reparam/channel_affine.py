@@ -18,6 +18,10 @@ class NotFusableError(Exception):
     """A norm or a factor cannot be fused; the message is the reason."""
 
 
+class OtherAxisError(NotFusableError):
+    """It varies along another axis than the channels of the layer."""
+
+
 @dataclass(frozen=True)
 class ChannelAffine:
     """y = scale * x + shift.
@@ -177,7 +181,7 @@ class ChannelAffine:
         if differs.any():
             if (generic == _IDENTITY).any():
                 raise NotFusableError("other places of the same channels are used elsewhere")
-            raise NotFusableError("its channels are not the channels of the layer before")
+            raise OtherAxisError("its channels are not the channels of the layer before")
         return self.changed(lambda values: rows(values).gather(-1, first).reshape(kept))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from tinydet.reparam.affine import is_affine, is_layer
 from tinydet.reparam.apply_changes import Change, RefusedError
-from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError
+from tinydet.reparam.channel_affine import ChannelAffine, NotFusableError, OtherAxisError
 from tinydet.reparam.channelwise_ops import FACTORS, SUMS
 from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, named, storage_of
 from tinydet.reparam.examples import Example
@@ -173,8 +173,20 @@ def scales(flow: DataFlow) -> dict[str, str]:
     return {
         name: op.call.name if op.call is not None and only_scales(op.call, data) else name
         for name, op in _named_factors(flow).items()
-        if len(op.inputs) == 2 and _follows_a_layer(flow, op, data)
+        if len(op.inputs) == 2 and _follows_a_layer(flow, op, data) and _is_of_channels(flow, op)
     }
+
+
+def _is_of_channels(flow: DataFlow, op: Op) -> bool:
+    """Whether a factor is one number for each channel of the layer before it, not of each token."""
+    data = flow.depends_on_input()
+    try:
+        producer_fusions(flow, op.varying(data)[0], {op}, _affine_of_factor(op, data))
+    except OtherAxisError:
+        return False
+    except NotFusableError:
+        pass
+    return True
 
 
 def count_scales(flow: DataFlow) -> int:
