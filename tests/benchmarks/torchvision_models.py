@@ -16,6 +16,7 @@ from torchvision.models import get_model, get_model_builder, list_models
 PREFIX = "torchvision/"
 _FRAMES = 4  # of a video
 _KINDS = ("detection", "segmentation", "video", "optical_flow")
+_PROPOSALS = 50
 _DETECTIONS = 20  # of an image
 
 
@@ -41,6 +42,8 @@ def build_model(name: str, side: int) -> nn.Module:
         options["weights_backbone"] = None
     if name.endswith(("googlenet", "inception_v3")):
         options["init_weights"] = False  # Theirs takes long.
+    if "rcnn" in name:
+        options["rpn_post_nms_top_n_test"] = _PROPOSALS  # Of 1000, the heads take most of the time.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(name))
         model = get_model(name.removeprefix(PREFIX), **options)

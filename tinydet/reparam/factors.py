@@ -41,6 +41,7 @@ def find_factors(
     flow: DataFlow,
     refused: Mapping[str, str],
     kept: dict[str, str],
+    untraceable: dict[nn.Module, str],
 ) -> list[Change]:
     """Find multiplications by constants in the code of modules that can be fused into layers.
 
@@ -50,6 +51,7 @@ def find_factors(
         flow: the data flow observed in it.
         refused: names of the changes that were refused, with the reasons.
         kept: gets the names of the factors that cannot be fused, with the reasons.
+        untraceable: modules whose code is known not to be traceable, with the reasons; gets more.
     """
     data = flow.depends_on_input()
     found: list[tuple[str, nn.Module, Op, list[Fusion]]] = []
@@ -73,9 +75,14 @@ def find_factors(
     def change(name: str, module: nn.Module, op: Op, fusions: list[Fusion]) -> Change:
         def make() -> tuple[str, Replacements]:
             try:
+                # To trace a detector's code may take as long as to run it.
+                if module in untraceable:
+                    raise NotTraceableError(untraceable[module])
                 graph = _without_factor(module, records.get(module), flow, op)
                 new = rewrite(module, graph, keep=module is model)
             except NotTraceableError as error:
+                if error.__cause__ is not None:  # Raised by the code, not for this factor alone.
+                    untraceable[module] = str(error)
                 raise RefusedError(f"the code that multiplies stays: {error}") from error
             return apply_fusions(fusions), {module: new} if new is not module else {}
 
@@ -162,7 +169,7 @@ def _depends_on_an_argument(node: fx.Node) -> bool:
 
 
 def scales(flow: DataFlow) -> dict[str, str]:
-    """Return the multiplications of a layer's output by a constant tensor.
+    """Return the multiplications of a layer's output by a constant for each channel.
 
     A norm, a view or another factor may come in between, another reader of the output may not.
 
@@ -190,7 +197,7 @@ def _is_of_channels(flow: DataFlow, op: Op) -> bool:
 
 
 def count_scales(flow: DataFlow) -> int:
-    """Count the multiplications of a layer's output by a constant tensor."""
+    """Count the multiplications of a layer's output by a constant for each channel."""
     return len(scales(flow))
 
 

@@ -35,7 +35,8 @@ class FoldReport:
         macs_after: the same, folded.
         branches_before: additions of parallel linear branches with a common input.
         branches_after: the same, folded.
-        scales_before: multiplications of a conv's or linear layer's output by a constant.
+        scales_before: multiplications of a conv's or linear layer's output by one number for each
+            channel.
         scales_after: the same, folded.
         max_rel: largest difference between the outputs in float64, as a fraction of the largest
             absolute output.

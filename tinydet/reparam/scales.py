@@ -45,6 +45,7 @@ def fold_scales(network: Network) -> tuple[list[Step], list[Step]]:
     """
     kept: dict[str, str] = {}
     factors: dict[str, str] = {}
+    untraceable: dict[nn.Module, str] = {}
 
     def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
         kept.clear()
@@ -53,7 +54,7 @@ def fold_scales(network: Network) -> tuple[list[Step], list[Step]]:
         return [
             *_norms(model, flow, kept),
             *_scale_modules(flow, kept),
-            *find_factors(model, network.examples[0], flow, refused, kept),
+            *find_factors(model, network.examples[0], flow, refused, kept, untraceable),
         ]
 
     done, refused = apply_changes(network, find)
