@@ -137,7 +137,9 @@ def _cells(network: str, costs: dict[str, Cost | str]) -> list[str]:
             cells += [f"{cost.cpu_seconds:.2f}"]
             cells += ["" if cost.peak_mb is None else f"{cost.peak_mb:.0f}"]
     both = isinstance(own, Cost) and isinstance(timms, Cost)
-    return [*cells, f"{own.cpu_seconds / timms.cpu_seconds:.1f}" if both else ""]
+    # timm's tool may find nothing to do, and take no time that can be measured.
+    ratio = f"{own.cpu_seconds / timms.cpu_seconds:.1f}" if both and timms.cpu_seconds else ""
+    return [*cells, ratio]
 
 
 def _parser() -> argparse.ArgumentParser:
