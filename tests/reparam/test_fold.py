@@ -199,8 +199,7 @@ def test_fold__feature_hooks(randomise):
 
 def test_fold__shares_no_memory_with_the_original():
     """Also in float64, which needs no conversion: training the one must not change the other."""
-    model = _net().double()
-    model.append(nn.Linear(6, 6))
+    model = _net().append(nn.ReLU()).append(nn.Linear(6, 6)).double().eval()
     folded, _ = fold(model, torch.zeros(1, 3, 8, 8).double())
     own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     assert not own & {t.untyped_storage().data_ptr() for t in folded.state_dict().values()}
