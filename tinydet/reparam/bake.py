@@ -97,6 +97,8 @@ def _targets(model: nn.Module, flow: DataFlow) -> Iterator[Op]:
     rooted = {op.scope for op in flow.ops if op.name in _ROOTS and not op.varying(data)}
     for op in flow.ops:
         module = op.call.module if op.call else None
+        if isinstance(module, nn.RNNBase):
+            continue  # The same weights in each step.
         if _is_product_of_constants(op, flow, data):
             if not _is_own(op, model.get_submodule(op.scope)):
                 yield op
