@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
+from tinydet.reparam.dataflow import observe
 from tinydet.reparam.examples import Example
 
 _EXAMPLES = [Example((torch.ones(2, 3).double(),)), Example((torch.zeros(1, 3).double(),))]
@@ -39,7 +40,8 @@ def _model(layers=4):
 def _apply(find, layers=4, where=None):
     model = _model(layers)
     expected = [example.run(model) for example in _EXAMPLES]
-    network = Network(model, _EXAMPLES, expected, lambda: _model(layers), where)
+    flow = observe(model, _EXAMPLES[0], is_leaf=lambda _: False)
+    network = Network(model, _EXAMPLES, expected, lambda: _model(layers), flow, where)
     return network, *apply_changes(network, find)
 
 

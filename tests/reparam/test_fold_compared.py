@@ -130,7 +130,9 @@ def test_sizes_that_are_tried(side):
             seen.append(tuple(x.shape))
             return x.mean((2, 3))
 
-    examples, outputs = choose_examples(Noting(), [Example((torch.zeros(2, 3, side, side),))], [])
+    examples, outputs, _ = choose_examples(
+        Noting(), [Example((torch.zeros(2, 3, side, side),))], []
+    )
     shapes = [example.args[0].shape for example in examples]
     assert len(outputs) == len(examples)
     for axis in (2, 3):
@@ -146,7 +148,7 @@ def test_sizes_that_are_not_taken_are_left_out():
             assert x.shape[-1] % 2 == 0
             return x.mean((2, 3))
 
-    examples, _ = choose_examples(Even(), [Example((torch.zeros(1, 3, 16, 16),))], [])
+    examples, *_ = choose_examples(Even(), [Example((torch.zeros(1, 3, 16, 16),))], [])
     assert all(example.args[0].shape[-1] % 2 == 0 for example in examples)
     assert len(examples) == 4  # the small one, a smaller, a larger, and the given one itself
 

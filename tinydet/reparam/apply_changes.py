@@ -55,8 +55,8 @@ class Network:
         examples: inputs whose outputs are compared; the data flow is observed on the first.
         expected: the outputs for them.
         original: returns a new copy of the unchanged network.
-        where: whether a module of that name may be changed; None if all may.
         flow: the data flow of the network as it is now.
+        where: whether a module of that name may be changed; None if all may.
         max_rel: the largest difference of the outputs that the last update found.
     """
 
@@ -64,14 +64,13 @@ class Network:
     examples: Sequence[Example]
     expected: Sequence[Any]
     original: Callable[[], nn.Module]
+    flow: DataFlow
     where: Callable[[str, nn.Module], bool] | None = None
-    flow: DataFlow = field(init=False)
     max_rel: float = 0.0
     _begin: float = field(init=False, default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._shown = self._begin
-        self.flow = observe(self.model, self.examples[0], is_leaf=is_norm)
 
     def update(self) -> str:
         """Observe the network again; return how its outputs differ, empty if they do not."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tinydet.reparam.affine import multiply_adds_of
+from tinydet.reparam.dataflow import DataFlow, Op, observe
 from tinydet.reparam.dispatch import DispatchMode
 from tinydet.reparam.exact import exact_arithmetic, exact_copy
 from tinydet.reparam.examples import Example
+from tinydet.reparam.norms import is_norm
 from tinydet.reparam.verify import difference, tensors_in
 
 # Kernels of one operation have names of their own on each device.
@@ -37,14 +39,22 @@ class Operations(DispatchMode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation and note it."""
         if func.overloadpacket is not torch.ops.aten._to_copy:
-            name = str(func.overloadpacket)
-            name = next((kernel for kernel in _KERNELS if kernel in name), name)
-            self.names.append(f"{name} of {sum(isinstance(a, Tensor) for a in args)}")
+            self.names.append(_name(str(func.overloadpacket), args))
         result = func(*args, **kwargs)
         first = next(iter(tensors_in(result)), None)
         if first is not None:
             self.macs += multiply_adds_of(str(func.overloadpacket), args, first.shape)
         return result
+
+
+def _name(name: str, args: Sequence[Any]) -> str:
+    """Return a name of an operation that is the same for all kernels of it."""
+    name = next((kernel for kernel in _KERNELS if kernel in name), name)
+    return f"{name} of {sum(isinstance(a, Tensor) for a in args)}"
+
+
+def _work(flow: DataFlow) -> list[Op]:
+    return [op for op in flow.ops if op.name != "aten._to_copy"]
 
 
 def run_in_own_dtype(model: nn.Module, example: Example, mode: Operations) -> Any | None:
@@ -70,8 +80,8 @@ def run_in_own_dtype(model: nn.Module, example: Example, mode: Operations) -> An
 
 def choose_examples(
     original: nn.Module, given: Sequence[Example], names: Sequence[str]
-) -> tuple[list[Example], list[Any]]:
-    """Return the inputs to compare on, and the original's output for each.
+) -> tuple[list[Example], list[Any], DataFlow]:
+    """Return the inputs to compare on, the original's output for each, and its flow for the first.
 
     The first is random and as small as the network allows without running other operations; then
     come odd, larger and smaller sizes and another batch size as far as the network takes them, and
@@ -88,22 +98,20 @@ def choose_examples(
             number.
     """
     base = given[0].random()
-    output: Any = None
     for small in base.smaller():
-        mode = Operations()
-        output = _output(original, small, mode)
-        if output is not None and mode.names == list(names):
+        flow = _observed(original, small)
+        if flow is not None and [_name(op.name, op.args) for op in _work(flow)] == list(names):
             base = small
             break
     else:
         try:
-            output = base.run(original)
+            flow = observe(original, base, is_leaf=is_norm)
         except Exception as error:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
                 f"{type(original).__name__} does not run in float64 on the CPU ({what})"
             ) from error
-    examples, outputs = [base], [output]
+    examples, outputs = [base], [flow.returned]
     for sizes in base.of_other_sizes():
         tried = ((other, _output(original, other)) for other in sizes)
         for other, output in itertools.islice((x for x in tried if x[1] is not None), 1):
@@ -118,14 +126,22 @@ def choose_examples(
             f"{type(original).__name__} returns no numbers for the example input, so there is "
             "nothing to compare; give an example for which it does"
         )
-    return examples, outputs
+    return examples, outputs, flow
 
 
-def _output(model: nn.Module, example: Example, mode: Operations | None = None) -> Any | None:
+def _observed(model: nn.Module, example: Example) -> DataFlow | None:
+    """Return a network's data flow, or None if it does not take the input."""
+    try:
+        return observe(model, example, is_leaf=is_norm)
+    except Exception:
+        # Any network may reject other sizes, with any exception.
+        return None
+
+
+def _output(model: nn.Module, example: Example) -> Any | None:
     """Return a network's output, or None if it does not take the input."""
     try:
-        with mode or torch.no_grad():
-            return example.run(model)
+        return example.run(model)
     except Exception:
         # Any network may reject other sizes, with any exception.
         return None

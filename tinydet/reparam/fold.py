@@ -26,7 +26,7 @@ from tinydet.reparam.compared import (
     run_in_own_dtype,
     why_imprecise,
 )
-from tinydet.reparam.dataflow import DataFlow, storage_of
+from tinydet.reparam.dataflow import DataFlow, observe, storage_of
 from tinydet.reparam.exact import exact_arithmetic, exact_copy
 from tinydet.reparam.examples import ExampleInput, as_examples
 from tinydet.reparam.expand import matches
@@ -91,15 +91,19 @@ def fold(
         own = [run_in_own_dtype(model, x, mode) for x, mode in zip(given, ran, strict=True)]
         with exact_arithmetic():
             original = exact_copy(model)
-            examples, expected = choose_examples(original, given, ran[0].names)
+            examples, expected, flow = choose_examples(original, given, ran[0].names)
             # First compare on one input after each change, which is fast, and on all in the end.
             # If that fails, start over and compare on all inputs after each change.
-            for compared in (1, len(examples)):
+            for again, compared in enumerate((1, len(examples))):
+                if again:
+                    original = exact_copy(model)
+                    flow = observe(original, examples[0], is_leaf=is_norm)
                 network = Network(
-                    original if compared == 1 else exact_copy(model),
+                    original,
                     examples[:compared],
                     expected[:compared],
                     partial(exact_copy, model),
+                    flow,
                     selects,
                 )
                 before = _Counts.of(network.flow)
