@@ -43,7 +43,7 @@ def test_choose_models__patterns():
         "repvgg_a2",
         "rexnet_100",
     ]
-    assert choose_models(["rexnet_10*:classifier", "torchvision/fcn*"]) == [
+    assert choose_models(["rexnet_10?:classifier", "torchvision/fcn*"]) == [
         "rexnet_100:classifier",
         "torchvision/fcn_resnet101",
         "torchvision/fcn_resnet50",

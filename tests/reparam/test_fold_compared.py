@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinydet.reparam import compare_outputs, fold
-from tinydet.reparam.compared import choose_examples
+from tinydet.reparam.compared import Operations, choose_examples, run_in_own_dtype
+from tinydet.reparam.exact import exact_arithmetic
 from tinydet.reparam.examples import Example, as_examples
 
 _X = torch.zeros(1, 4, 16, 16)
@@ -151,6 +152,20 @@ def test_sizes_that_are_not_taken_are_left_out():
     examples, *_ = choose_examples(Even(), [Example((torch.zeros(1, 3, 16, 16),))], [])
     assert all(example.args[0].shape[-1] % 2 == 0 for example in examples)
     assert len(examples) == 4  # the small one, a smaller, a larger, and the given one itself
+
+
+def test_the_first_input_is_small_where_the_same_operations_run(way):
+    for function, side in (
+        (_plain, 36),
+        (lambda m, x: _plain(m, x) if x.shape[-1] > 100 else x * 2, 128),
+        (lambda m, x: _plain(m, x) if x.shape[-1] > 150 else x * 2, 160),
+    ):
+        model, given = way(function), Example((torch.zeros(1, 4, 160, 160),))
+        mode = Operations()
+        assert run_in_own_dtype(model, given, mode) is not None
+        with exact_arithmetic():
+            examples, _, flow = choose_examples(model.double(), [given], mode.names)
+        assert examples[0].args[0].shape == flow.inputs[0].shape == (1, 4, side, side)
 
 
 @pytest.mark.parametrize("large", [True, False])

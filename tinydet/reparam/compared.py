@@ -69,8 +69,7 @@ def run_in_own_dtype(model: nn.Module, example: Example, mode: Operations) -> An
 
     for change in (moved, cast):
         try:
-            with mode:
-                return example.mapped(change).run(model)
+            return example.mapped(change).run(model, mode)
         except Exception:
             # Any network may reject an input, or a device a dtype, with any exception.
             mode.names.clear()

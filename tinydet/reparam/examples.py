@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,10 +37,16 @@ class Example:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, model: nn.Module) -> Any:
-        """Run a network on a copy of the arguments, with the same random numbers each time."""
-        with torch.no_grad(), seeded():
-            return model(*copied(self.args), **copied(self.kwargs))
+    def run(self, model: nn.Module, mode: AbstractContextManager[Any] | None = None) -> Any:
+        """Run a network on a copy of the arguments, with the same random numbers each time.
+
+        Args:
+            model: the network.
+            mode: a context for the network alone, not for the copying of the arguments.
+        """
+        args, kwargs = copied((self.args, self.kwargs))
+        with torch.no_grad(), seeded(), mode or nullcontext():
+            return model(*args, **kwargs)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Example:
         """Return the example with each tensor changed."""
