@@ -7,11 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tinydet.reparam.equivalent_layer import (
-    NotAConvolutionError,
-    equivalent_layer,
-    find_geometry,
-)
+from tinydet.reparam.equivalent_layer import equivalent_layer, find_geometry
+from tinydet.reparam.geometry import NotAConvolutionError
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from tinydet.reparam import fold
 from tinydet.reparam.affine import crops
 from tinydet.reparam.dataflow import observe
-from tinydet.reparam.equivalent_layer import NotAConvolutionError, equivalent_layer, find_geometry
+from tinydet.reparam.equivalent_layer import equivalent_layer, find_geometry
+from tinydet.reparam.geometry import NotAConvolutionError
 from tinydet.reparam.linear_map import LinearMap, NotSupportedError, weights_of
 
 from . import reference_blocks as blocks

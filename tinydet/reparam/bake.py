@@ -31,7 +31,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from tinydet.reparam.affine import is_affine, is_layer, is_product
 from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
 from tinydet.reparam.dataflow import DataFlow, Op, Value, observe, storage_of
-from tinydet.reparam.equivalent_layer import NotAConvolutionError
 from tinydet.reparam.fx_graph import (
     NotTraceableError,
     observe_nodes,
@@ -39,6 +38,7 @@ from tinydet.reparam.fx_graph import (
     targets,
     trace,
 )
+from tinydet.reparam.geometry import NotAConvolutionError
 from tinydet.reparam.linear_subgraph import LinearSubgraph, extract_subgraph, replace_subgraph
 from tinydet.reparam.module_swap import Replacements, has_hooks, hooks_disabled, record_calls
 from tinydet.reparam.norms import is_norm, why_not_linear

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinydet.reparam.equivalent_layer import (
-    NO_TAP,
-    Geometry,
-)
+from tinydet.reparam.equivalent_layer import NO_TAP
+from tinydet.reparam.geometry import Geometry
 
 _CONV_TRANSPOSE = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 Numbers = Sequence[int]

@@ -20,14 +20,12 @@ from tinydet.reparam.affine import each_axis
 from tinydet.reparam.dataflow import SIZE_ONLY, Op, Value, View, storage_of
 from tinydet.reparam.equivalent_layer import (
     NO_TAP,
-    Geometry,
-    NotAConvolutionError,
-    as_geometry,
     keeps_groups_apart,
     mixtures,
     random_like,
     seeded,
 )
+from tinydet.reparam.geometry import Geometry, NotAConvolutionError, as_geometry
 from tinydet.reparam.kernel import Kernel, NotSupportedError, Numbers, added, concatenated
 from tinydet.reparam.verify import tensors_in
 

@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 
 from tinydet.reparam import affine
 from tinydet.reparam.dataflow import DataFlow, Op, Value
-from tinydet.reparam.equivalent_layer import NotAConvolutionError
 from tinydet.reparam.fx_graph import add_layer, erase
+from tinydet.reparam.geometry import NotAConvolutionError
 from tinydet.reparam.module_swap import has_hooks
 
 

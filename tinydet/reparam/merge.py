@@ -12,15 +12,10 @@ from torch import Tensor, fx, nn
 from tinydet.reparam import affine
 from tinydet.reparam.apply_changes import Change, Network, RefusedError, apply_changes
 from tinydet.reparam.dataflow import Call, DataFlow, Op, Value, View, named, observe
-from tinydet.reparam.equivalent_layer import (
-    Geometry,
-    NotAConvolutionError,
-    checked_layer,
-    equivalent_layer,
-    find_geometry,
-)
+from tinydet.reparam.equivalent_layer import checked_layer, equivalent_layer, find_geometry
 from tinydet.reparam.fuse_affine import Layer, is_layer_call
 from tinydet.reparam.fx_graph import NotTraceableError, observe_nodes, single_call, trace
+from tinydet.reparam.geometry import Geometry, NotAConvolutionError
 from tinydet.reparam.linear_map import LinearMap, NotSupportedError, weights_of
 from tinydet.reparam.linear_subgraph import (
     extract_subgraph,
