@@ -10,6 +10,7 @@ from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
 from tinydet.training.distributed import all_gather_dict, rank, world_size
+from tinydet.training.threads import Threads
 from tinydet.yolof.detection_model import DetectionModel
 
 
@@ -37,7 +38,9 @@ def detect_split(
         device=device,
     )
     found: dict[str, ImageDetections] = {}
+    threads = Threads(device)
     for batch in loader:
+        threads.adapt()
         images = batch.images.to(device, non_blocking=True)
         images = images.contiguous(memory_format=torch.channels_last)
         for image_id, result in zip(

@@ -51,6 +51,7 @@ from tinydet.training.resume import (
 from tinydet.training.runs import Saver, new_run_dir
 from tinydet.training.signals import Signals
 from tinydet.training.state import TrainingState, start_training
+from tinydet.training.threads import Threads
 from tinydet.yolof.detector import build_detector
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ def prepare(
     data, settings = experiment.data, experiment.train
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(settings.seed)
+    threads = Threads(device)
+    threads.adapt()
     train_index, test_index = broadcast_from_rank0(
         lambda: (load_split(data, data.train_split), load_split(data, data.test_split))
     )
@@ -151,7 +154,8 @@ def prepare(
     )
     build = build_detector if checkpoint is None else build_unloaded
     detector = build(experiment.model, train_index.classes).to(device)
-    state = start_training(experiment, detector, len(loader), next(iter(loader)).to(device))
+    first_batch = next(iter(loader)).to(device)
+    state = start_training(experiment, detector, len(loader), first_batch, threads)
     return state, loader, train_index, test_index
 
 
@@ -206,6 +210,7 @@ def train_epoch(
     log.start_epoch()
     start = time.perf_counter()
     for batches in _groups(loader, settings.accumulate):  # an optimizer step each
+        state.threads.adapt()
         guard.snapshot()  # of the norms' running statistics, should the step be skipped
         losses: list[Mapping[str, Tensor]] = []
         loss_weights: list[Tensor] = []

@@ -22,6 +22,7 @@ from tinydet.training.distributed import (
 from tinydet.training.ema import AveragedWeights
 from tinydet.training.optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 from tinydet.training.precision import Precision, choose_precision
+from tinydet.training.threads import Threads
 from tinydet.yolof.detector import Detector
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class TrainingState:
         scaler: scales the loss in float16; disabled otherwise.
         schedule: iterations and learning rate after scaling.
         precision: dtype and memory format of a step.
+        threads: how many torch uses on a CPU.
         batches_an_epoch: length of the loader.
         epoch: epochs trained and evaluated.
         step: batches done of the next epoch; all of them if only its evaluation is left.
@@ -58,6 +60,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     schedule: Schedule
     precision: Precision
+    threads: Threads
     batches_an_epoch: int
     epoch: int = 0
     step: int = 0
@@ -124,7 +127,11 @@ class TrainingState:
 
 
 def start_training(
-    experiment: Experiment, detector: Detector, batches_an_epoch: int, first_batch: Batch
+    experiment: Experiment,
+    detector: Detector,
+    batches_an_epoch: int,
+    first_batch: Batch,
+    threads: Threads,
 ) -> TrainingState:
     """Return the state of a new run; choices made here are logged.
 
@@ -133,6 +140,7 @@ def start_training(
         detector: on its device.
         batches_an_epoch: length of the loader.
         first_batch: a batch on the same device, to time steps with.
+        threads: adapted to the machine's load.
     """
     settings = experiment.train
     device = first_batch.images.device
@@ -165,5 +173,6 @@ def start_training(
         scaler=torch.amp.GradScaler(device.type, enabled=precision.dtype == "float16"),
         schedule=schedule,
         precision=precision,
+        threads=threads,
         batches_an_epoch=batches_an_epoch,
     )
