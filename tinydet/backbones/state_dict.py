@@ -150,12 +150,14 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     """Load every tensor of a feature extractor, or raise and load none.
 
     Args:
-        module: made by timm with `features_only`, which writes `stages_0` for `stages.0`.
+        module: made by timm with `features_only`, which writes `stages_0` for `stages.0`. Layers of
+            the experiment's own may keep their initial values.
         tensors: of the whole network or of such an extractor; tensors unknown to it are ignored.
         source: where the tensors come from and for which network, for messages.
 
     Returns:
-        Remarks on a removed prefix and ignored tensors; empty if there are none.
+        Remarks on a removed prefix, on tensors that were ignored, and on layers of the experiment's
+        own that keep their initial values; empty if there are none.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or has integers instead of floats.
@@ -168,8 +170,9 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     by_plain_name = {_plain(name): tensor for name, tensor in found.items()}
     given = {name: found.get(name, by_plain_name.get(_plain(name))) for name in own}
     problems = {name: _mismatch(given[name], own[name]) for name in own}
+    initial = {name for name in own_tensors(body) if given[name] is None}
     # Old files lack these counters, which are not used.
-    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    needed = [n for n in own if n not in initial and not n.endswith("num_batches_tracked")]
     wrong = [name for name in needed if problems[name]]
     if wrong:
         raise ValueError(
@@ -185,7 +188,21 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     remarks = [f"removed the prefix {prefix} from its tensor names"] if prefix else []
     if unused:
         remarks.append(f"{len(unused)} tensors are not part of the backbone, e.g. {unused[0]}")
+    if initial:
+        example = min(initial)
+        remarks.append(f"{len(initial)} tensors of own layers are initial, e.g. {example}")
     return "; ".join(remarks)
+
+
+def own_tensors(module: nn.Module) -> set[str]:
+    """Return the names of the tensors of layers whose classes are the experiment's own."""
+    libraries = ("torch", "timm", "torchvision", "tinydet")
+    return {
+        f"{name}.{key}".removeprefix(".")
+        for name, layer in module.named_modules()
+        if type(layer).__module__.partition(".")[0] not in libraries
+        for key in (*layer._parameters, *layer._buffers)
+    }
 
 
 def _plain(name: str) -> str:

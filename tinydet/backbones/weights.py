@@ -15,7 +15,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from tinydet.backbones.repvgg import convert_official_names
-from tinydet.backbones.state_dict import check_weights_file, load_strict, read_tensors
+from tinydet.backbones.state_dict import (
+    check_weights_file,
+    load_strict,
+    own_tensors,
+    read_tensors,
+)
 from tinydet.backbones.yolov5_checkpoint import convert_official
 from tinydet.config import ConfigError
 
@@ -40,7 +45,8 @@ def load_weights(
     Args:
         module: the extractor, with random weights.
         build: builds another one; takes timm's `pretrained`.
-        name: timm name of the backbone.
+        name: timm name of the backbone. A variant of a timm model with layers of the experiment's
+            own gets the weights of that model; those layers keep their initial values.
         weights: "imagenet", "random" or the path of a state-dict file with timm's names, with or
             without a prefix, such as `backbone.` in TinyDet's checkpoints; for RepVGG and YOLOv5
             also a checkpoint of their authors.
@@ -50,6 +56,8 @@ def load_weights(
     """
     if weights == "random":
         return
+    if own_tensors(module):
+        name = getattr(module, "pretrained_cfg", {}).get("architecture", name)
     if weights != "imagenet":
         tensors = _read_file(Path(weights), name)
     elif _package_installed(name):
@@ -61,7 +69,7 @@ def load_weights(
         remarks = load_strict(module, tensors, f"model.weights={weights} for timm's {name}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if remarks and weights != "imagenet":
+    if remarks and (weights != "imagenet" or own_tensors(module)):
         logger.info(f"model.weights={weights}: {remarks}")
 
 
@@ -71,7 +79,9 @@ def _read_hub(module: nn.Module, build: Callable[..., nn.Module], name: str) -> 
         # The run's random numbers stay the same as with other sources of weights.
         with torch.random.fork_rng(devices=[]):
             # timm loads a classifier strictly but an extractor leniently: build one for its errors.
-            timm.create_model(name, pretrained=True)
+            classifier = timm.create_model(name, pretrained=True)
+            if own_tensors(module):
+                return classifier.state_dict()
             return build(pretrained=True).state_dict()
     except Exception as error:
         package = _PACKAGES.get(name.split(".")[0])
