@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_predictor(parser)
     parser.add_argument(
-        "--out", type=Path, help="a folder, or for one image a file; default: this folder"
+        "--out", type=Path, help="a folder, or a file for one picture of all; default: this folder"
     )
     return parser
 

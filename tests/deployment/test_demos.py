@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tinydet.config import Data
+from tinydet.data.image import read_image
 from tinydet.deployment.demos import draw_camera, draw_frames, draw_images, drawn_paths
 from tinydet.deployment.predictor import Predictor
 from tinydet.report.draw import save_image
@@ -44,7 +45,7 @@ def test_every_drawing_has_a_name_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("out", "count", "says"),
     [
-        ("all.jpg", 2, "--out .*all.jpg: 2 images need a folder"),
+        ("itself.png", 2, "is the image itself"),
         ("a.txt", 1, "not the name of an image file"),
         ("gone/a.jpg", 1, "there is no folder .*gone"),
         ("itself.png", 1, "is the image itself"),
@@ -75,6 +76,24 @@ def test_a_broken_image_of_several_is_skipped(finder, tmp_path, caplog):
         list(draw_images(finder, [bad, gone], [tmp_path / "a.jpg"] * 2))
     with pytest.raises(ValueError, match=r"bad\.jpg: cannot be decoded"):
         list(draw_images(finder, [bad], [tmp_path / "a.jpg"]))
+
+
+def test_drawings_of_several_images_in_one_picture(finder, tmp_path):
+    images = [tmp_path / name for name in ("a.png", "bad.png", "b.png", "c.png")]
+    for path in images:
+        save_image(_noise(1)[0], path)
+    images[1].write_text("no image")
+    out = tmp_path / "all.png"
+    *_, last = draw_images(finder, images, drawn_paths(images, out))
+    assert last.endswith(" detections in 3 images, 1 skipped")
+    # Two columns and two rows, the last cell of which is empty, with borders of 4 pixels.
+    sheet = read_image(out)
+    height, width = read_image(images[0]).shape[1:]
+    assert sheet.shape == (3, 2 * height + 12, 2 * width + 12)
+    list(draw_images(finder, [images[2]], [tmp_path / "alone.png"]))
+    second = sheet[:, 4 : 4 + height, 8 + width : 8 + 2 * width]
+    assert torch.equal(second, read_image(tmp_path / "alone.png"))
+    assert (sheet[:, 8 + height :, 8 + width :] == 255).all()
 
 
 def test_an_image_alone_is_reported_box_by_box(finder, tmp_path):

@@ -16,6 +16,7 @@ from tinydet.report.draw import (
     draw_detections,
     draw_errors,
     encode_jpeg,
+    grid,
     resize_between,
     save_image,
     side_by_side,
@@ -279,3 +280,33 @@ def test_a_jpeg_is_the_image():
     assert image.format == "JPEG"
     assert image.size == (400, 300)
     assert abs(np.asarray(image).astype(int) - 128).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (5, 2, 3), (9, 3, 3)]
+)
+def test_a_grid_of_pictures_of_different_sizes(number, rows, columns):
+    sizes = [(50, 80), (60, 40), (30, 30)] * 3
+    pictures = [torch.full((3, *size), i, dtype=torch.uint8) for i, size in enumerate(sizes)]
+    drawn = grid(pictures[:number])
+    height = max(h for h, _ in sizes[:number])
+    width = max(w for _, w in sizes[:number])
+    border = 4 if number > 1 else 0
+    assert drawn.dtype == torch.uint8
+    assert drawn.shape == (
+        3,
+        rows * (height + border) + border,
+        columns * (width + border) + border,
+    )
+    for i, (h, w) in enumerate(sizes[:number]):
+        top = border + i // columns * (height + border)
+        left = border + i % columns * (width + border)
+        cell = drawn[:, top : top + height, left : left + width]
+        assert (cell[:, :h, :w] == i).all()
+        assert (cell[:, h:] == 255).all()
+        assert (cell[:, :, w:] == 255).all()
+
+
+def test_a_grid_of_large_pictures_has_cells_of_at_most_640_pixels():
+    large = torch.zeros(3, 1000, 2000, dtype=torch.uint8)
+    assert grid([large, large]).shape == (3, 320 + 8, 2 * 640 + 12)

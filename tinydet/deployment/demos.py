@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinydet.data.image import DRAWN, IMAGE_SUFFIXES, read_image
 from tinydet.deployment.predictor import Predictor
-from tinydet.report.draw import draw_detections, save_image, write_in_corner
+from tinydet.report.draw import draw_detections, grid, save_image, write_in_corner
 from tinydet.yolof.decode import Detections
 
 T = TypeVar("T")
@@ -29,23 +29,20 @@ def drawn_paths(images: Sequence[Path], out: Path | None) -> list[Path]:
 
     Args:
         images: at least one.
-        out: a folder, which is created; for a single image also a file in an existing folder; None
-            is the working folder.
+        out: a folder, which is created; or a file in an existing folder, which is the path of all
+            images; None is the working folder.
 
     Raises:
-        ValueError: `out` is a file although there are several images, it is in a folder that does
-            not exist, or it is the image itself.
+        ValueError: `out` is a file in a folder that does not exist, or one of the images.
     """
     if out is not None and not out.is_dir() and out.suffix:
-        if len(images) > 1:
-            raise ValueError(f"--out {out}: {len(images)} images need a folder, not a file")
         if out.suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"--out {out}: not the name of an image file; end it in .jpg or .png")
         if not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
-        if out.exists() and out.samefile(images[0]):
+        if out.exists() and any(image.exists() and out.samefile(image) for image in images):
             raise ValueError(f"--out {out}: is the image itself; give another name")
-        return [out]
+        return [out] * len(images)
     folder, used, paths = out or Path(), Counter[str](), []
     for image in images:
         used[image.stem] += 1
@@ -64,12 +61,14 @@ def draw_images(
     Args:
         predictor: detects the objects.
         images: files.
-        paths: output path of each.
+        paths: output path of each; or the same for all, whose drawings are then in one picture.
 
     Raises:
         ValueError: none of the images can be read.
     """
     total, done = 0, 0
+    pictures: list[Tensor] = []
+    in_one_file = len(set(paths)) < len(images)
     for i, (path, out) in enumerate(zip(images, paths, strict=True), 1):
         try:
             image = read_image(path, orientation=True)
@@ -79,7 +78,11 @@ def draw_images(
             logger.warning("%s: skipped", error)
             continue
         (found,) = predictor([image])
-        save_image(_draw(predictor, image, found), out)
+        picture = _draw(predictor, image, found)
+        if in_one_file:
+            pictures.append(picture)
+        else:
+            save_image(picture, out)
         if len(images) == 1:
             yield from _each(predictor, found)
         counts = Counter(predictor.classes[label] for label in found.labels.tolist())
@@ -88,6 +91,8 @@ def draw_images(
         total, done = total + len(found.scores), done + 1
     if not done:
         raise ValueError(f"none of the {len(images)} images can be read")
+    if pictures:
+        save_image(grid(pictures), paths[0])
     skipped = f", {len(images) - done} skipped" if done < len(images) else ""
     yield f"{total} detections in {done} image{'s'[: done != 1]}{skipped}"
     if not total:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import colorsys
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from tinydet.atomic import replacing
 from tinydet.report.fonts import class_names, drawable, font_for
@@ -163,6 +166,23 @@ def side_by_side(pictures: Sequence[Tensor], captions: Sequence[str], below: str
     text = _fitted(texts[-1], size[0] - 8, fonts[-1])
     draw.text((4, line + height + 4), text, fill=(90, 90, 90), font=fonts[-1])
     return _to_tensor(canvas)
+
+
+def grid(pictures: Sequence[Tensor]) -> Tensor:
+    """Return pictures in rows of equal length, about as many rows as columns.
+
+    Args:
+        pictures: (3, H, W) uint8 RGB each, of any sizes; those with a side above 640 pixels are
+            resized. Each has a white border.
+
+    Returns:
+        (3, H', W') uint8 RGB.
+    """
+    small = [resize_between(picture, 0, 640)[0] for picture in pictures]
+    height, width = (max(picture.shape[side] for picture in small) for side in (1, 2))
+    cells = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=255.0) for p in small]
+    columns = math.ceil(math.sqrt(len(cells)))
+    return make_grid(cells, nrow=columns, padding=4, pad_value=255)
 
 
 def resize_between(image: Tensor, shortest: int, longest: int) -> tuple[Tensor, float]:
