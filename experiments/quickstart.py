@@ -1,14 +1,17 @@
-"""A detector from scratch on synthetic shapes: no download, no pretrained weights.
+"""A detector of synthetic shapes, from ImageNet weights: trained in minutes on two CPU cores.
 
 bash tools/quickstart.sh
+
+Nothing is downloaded: the images are rendered, and the weights come with the installation.
 """
 
 from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
 
 experiment = Experiment(
     model=Model(
-        backbone="resnet18",
-        weights="random",
+        backbone="tf_efficientnet_lite0",
+        weights="imagenet",
+        freeze_stages=2,
         feature="C4",
         encoder_channels=96,
         encoder_mid_channels=48,
@@ -26,12 +29,13 @@ experiment = Experiment(
     ),
     optim=Optim(
         optimizer="adamw",
-        lr=1.5e-3,
-        backbone_lr_factor=1.0,
+        lr=3e-3,
+        backbone_lr_factor=1 / 3,
         weight_decay=0.05,
         schedule="cosine",
-        warmup_iters=50,
+        warmup_iters=100,
         clip_norm=10.0,
+        base_batch=8,
     ),
-    train=Train(epochs=38, batch_size=16, ema_decay=0.99, eval_every=10),
+    train=Train(epochs=6, batch_size=8, ema_decay=0.99, eval_every=3),
 )

