@@ -33,6 +33,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         logging.getLogger(name).setLevel(logging.ERROR)
     # torch reads the log levels of its parts from here as it is imported.
     os.environ.setdefault("TORCH_LOGS", "-all")
+    # The same: what an Apple GPU lacks runs on the CPU, with a warning of torch's.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         main(args)
     except (ValueError, OSError) as error:
@@ -150,7 +152,7 @@ def add_predictor(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help=".pt or .onnx; default: the newest run's best checkpoint",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="drop lower scores")
     add_overrides(parser)
 

@@ -315,8 +315,9 @@ class Optim(Checked, path="optim"):
 class Train(Checked, path="train"):
     """The training run.
 
-    `dtype="auto"` and `memory_format="auto"` time the choices on a CPU; on a GPU they are float16
-    with loss scaling, and channels_last. On a CPU depthwise convs stay in float32: their bfloat16
+    `dtype="auto"` and `memory_format="auto"` time the choices on a CPU. On a GPU they are bfloat16,
+    before NVIDIA's Ampere (compute capability 8.0) float16 with loss scaling, and channels_last; on
+    Apple's GPUs float32 and contiguous. On a CPU depthwise convs stay in float32: their bfloat16
     backward pass is several times slower.
     """
 
@@ -365,7 +366,9 @@ class Train(Checked, path="train"):
     )
     eval_batch_size: int = option(16, "images per step of evaluation", at_least=1)
     seed: int = option(0, "seed of initial weights, image order and augmentation")
-    device: str = option("auto", '"cpu", "cuda", "cuda:N", or "auto": the first GPU, else the CPU')
+    device: str = option(
+        "auto", '"cpu", "cuda", "cuda:N", "mps" (Apple), or "auto": the first GPU, else the CPU'
+    )
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="after 2, 4, 8, ... seeds, drop ideas that do not help, with that confidence",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; short for --set train.device=DEVICE")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; short for --set train.device=D")
     parser.add_argument("--out", type=Path, help="folder (default runs/compare/BASE-...)")
     add_overrides(parser)
     return parser

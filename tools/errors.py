@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one or two .pt files of either form, or run folders; experiment files that register "
         "their own backbones may come before them",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
     parser.add_argument(
         "--out", type=Path, help="folder for pictures of the images that changed most, side by side"
     )

@@ -16,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="first evaluate best.pt again, which needs the data, for curves and worst images",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N, for --evaluate")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps, for --evaluate")
     return parser
 
 

@@ -14,7 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("experiment", type=Path, help="a file of experiments/, or experiment.json")
     parser.add_argument("checkpoint", type=Path, help=".pt of either form, or .onnx")
     parser.add_argument("--eval", default="mAP", choices=["mAP"], help="what to compute")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     add_overrides(parser)
     return parser
@@ -36,7 +36,9 @@ def main(args: argparse.Namespace) -> None:
     from tinydet.training.evaluate import evaluate_detector
     from tinydet.training.results import write_json
 
-    with process_group(args.device) as name:
+    # As in the demos: few installations of ONNX Runtime support GPUs.
+    on_cpu = args.checkpoint.suffix == ".onnx" and args.device == "auto"
+    with process_group("cpu" if on_cpu else args.device) as name:
         device = pick_device(name)
         if args.checkpoint.suffix == ".onnx":
             detector = OnnxDetector(args.checkpoint, device)

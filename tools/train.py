@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
         "--work-dir", type=Path, help="the run's folder; default: the next runs/NAME/N"
     )
     parser.add_argument("--seed", type=int, help="short for --set train.seed=N")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; short for --set train.device=D")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; short for --set train.device=D")
     resume = parser.add_mutually_exclusive_group()
     resume.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="resume from it")
     resume.add_argument(

@@ -22,7 +22,7 @@ def test_batch__pin_memory():
     pinned = batch().pin_memory()
     assert pinned.images.is_pinned()
     assert all(v.is_pinned() for v in pinned.targets[0].values())
-    assert torch.equal(pinned.to("cuda", non_blocking=True).images.cpu(), pinned.images)
+    assert torch.equal(pinned.to("cuda").images.cpu(), pinned.images)
 
 
 def test_batch__to_moves_every_tensor_and_keeps_the_rest():

@@ -9,6 +9,7 @@ from tinydet.deployment.fold_checkpoint import fold_checkpoint
 from tinydet.deployment.images import random_images
 from tinydet.deployment.speed import table, time_checkpoint
 from tinydet.deployment.timer import Timing
+from tinydet.training.device import describe_device
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_both_forms_on_a_cpu(checkpoint):
     assert rows[-3:] == ["folded", "unfolded", "4"]
     assert f"folding     {checkpoint}" in text
     assert "100 GFLOP/s in a large float32 matrix product" in text
-    assert f"CPU, {torch.get_num_threads()} threads" in text
+    assert f"device      {describe_device(torch.device('cpu'))}\n" in text
     assert "timed       forward and post-processing, no data loading; wall clock" in text
     assert "64x64" in text
     assert "random images" in text

@@ -102,7 +102,7 @@ def test_measure__refuses_nothing():
 
 
 def test_wall_clock():
-    clock = WallClock()
+    clock = WallClock(torch.device("cpu"))
     assert clock.elapsed(1.0, 1.25) == 250
     assert clock.elapsed(clock.mark(), clock.mark()) >= 0
 
@@ -110,6 +110,15 @@ def test_wall_clock():
 def test_clock_for():
     assert isinstance(clock_for(torch.device("cpu")), WallClock)
     assert isinstance(clock_for(torch.device("cuda:0")), CudaClock)
+
+
+def test_an_apple_gpu_is_waited_for_at_each_mark(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    clock = clock_for(torch.device("mps"))
+    assert clock.name == "wall clock"
+    assert clock.elapsed(clock.mark(), clock.mark()) >= 0
+    assert len(waited) == 2
 
 
 @pytest.mark.gpu

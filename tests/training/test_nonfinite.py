@@ -72,16 +72,19 @@ def test_a_bad_step_leaves_no_trace_but_a_report(
     assert ("non-finite loss" if spoil == "images" else "non-finite gradient") in line
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("adamw", "float32"), ("sgd", "float32"), ("sgd", "bfloat16")]
+)
 def test_a_verdict_one_step_late_protects_as_well(
-    tiny_experiment, tmp_path, monkeypatch, optimizer
+    tiny_experiment, tmp_path, monkeypatch, optimizer, dtype
 ):
-    """What a GPU does, here on a CPU: the optimizer skips, the host hears of it a step later."""
+    """What CUDA does, here on a CPU: the optimizer skips, the host hears of it a step later."""
     late = functools.partial(NonFiniteGuard, lag=1)
     monkeypatch.setattr(loop, "NonFiniteGuard", late)
     before = _spoil(monkeypatch, {0, 2, 5})
     optim = replace(tiny_experiment.optim, optimizer=optimizer)
-    train(replace(tiny_experiment, optim=optim), tmp_path / "run")
+    settings = replace(tiny_experiment.train, dtype=dtype)
+    train(replace(tiny_experiment, optim=optim, train=settings), tmp_path / "run")
     weights = [name for name, _ in _parameters(before[0])]
     for bad in (0, 2):
         assert all(torch.equal(before[bad][n], before[bad + 1][n]) for n in weights)
@@ -92,6 +95,17 @@ def test_a_verdict_one_step_late_protects_as_well(
     for state in content["optimizer"]["state"].values():
         assert _is_finite(state)
     assert len(list((tmp_path / "run").glob("bad_step_*.pt"))) == 3
+
+
+def test_a_verdict_one_step_late_protects_norms_from_two_bad_steps_in_a_row(
+    tiny_experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "NonFiniteGuard", functools.partial(NonFiniteGuard, lag=1))
+    _spoil(monkeypatch, {1, 2})
+    train(tiny_experiment, tmp_path / "run")
+    content = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert _is_finite(content["model"])
+    assert _is_finite(content["raw_model"])
 
 
 def _parameters(state_dict):

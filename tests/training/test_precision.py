@@ -44,9 +44,24 @@ def test_timing_leaves_the_detector_as_it_was(detector):
     assert all(p.grad is None for p in detector.parameters())
 
 
-def test_a_gpu_gets_half_precision_without_timing(detector):
-    chosen = choose_precision(Train(), torch.device("cuda"), detector, IMAGES, TARGETS)
-    assert (chosen.dtype, chosen.memory_format) == ("float16", "channels_last")
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((6, 1), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")],
+)
+def test_a_gpu_gets_the_half_precision_it_has_without_timing(
+    capability, dtype, detector, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability
+    )
+    second = torch.device("cuda", 1)
+    chosen = choose_precision(Train(), second, detector, IMAGES, TARGETS)
+    assert (chosen.dtype, chosen.memory_format) == (dtype, "channels_last")
+    assert set(asked) == {second}  # not the current device, which may be another model
+    if dtype == "float16":
+        with pytest.raises(ConfigError, match="trains in float16 or float32"):
+            choose_precision(Train(dtype="bfloat16"), second, detector, IMAGES, TARGETS)
 
 
 def test_float16_on_a_cpu_is_refused(detector):

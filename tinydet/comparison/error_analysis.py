@@ -41,7 +41,7 @@ def error_lines(
     Args:
         path: a checkpoint of either form, or a run's folder: its best.pt, else its last.pt.
         other: a checkpoint to compare with the first one, which is the base then.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         overrides: "a.b=value" for the checkpoints' experiments.
         out: folder for pictures of the images that changed most; None draws none.
 

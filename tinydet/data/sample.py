@@ -74,8 +74,10 @@ class Batch:
             {k: torch.from_numpy(v) for k, v in target.items()} for target in state["targets"]
         ]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with its tensors on `device`."""
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on `device`; a CUDA device copies them meanwhile."""
+        # Elsewhere memory is not pinned, and an Apple GPU would read what is freed already.
+        non_blocking = torch.device(device).type == "cuda"
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),

@@ -26,6 +26,8 @@ def seed_globally(device: torch.device, *key: int | str) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _hashed(key: tuple[int | str, ...]) -> int:

@@ -55,7 +55,7 @@ class Predictor:
         Args:
             path: the file.
             experiment: replaces the one stored in a checkpoint.
-            device: "cpu", "cuda" or "cuda:N".
+            device: "cpu", "cuda", "cuda:N" or "mps".
             score_threshold: lowest score, exclusive; None is the file's own.
             overrides: "a.b=value" for a checkpoint's experiment.
 

@@ -17,7 +17,7 @@ from tinydet.deployment.images import random_images, resize_images, sample_image
 from tinydet.deployment.timer import Candidate, Timing, clock_for, measure, peak_flops
 from tinydet.report.table import text_table
 from tinydet.training.checkpoint import load_checkpoint
-from tinydet.training.device import pick_device
+from tinydet.training.device import describe_device, pick_device
 from tinydet.training.results import write_json
 from tinydet.yolof.detector import Detector
 
@@ -54,12 +54,12 @@ def time_checkpoint(
         batch_size: images in a batch.
         size: (H, W) of the input, multiples of 32; None is the experiment's.
         precision: torch's; ONNX files run in the precision they were written in.
-        channels_last: torch's memory format; None is channels_last on a GPU only.
+        channels_last: torch's memory format; None is channels_last with CUDA only.
         compile: also time the detectors compiled by torch.compile.
         backend: what runs the checkpoint.
         beside: other checkpoints (timed folded), ONNX files, and the name of torchvision's SSDLite.
         fuse: also time the folded form.
-        device: "auto", "cpu", "cuda", "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N", "mps".
         time_limit: seconds for the whole measurement; 0 is no limit.
         out: JSON file for the figures.
 
@@ -70,7 +70,7 @@ def time_checkpoint(
     place = pick_device(device)
     loaded = load_checkpoint(checkpoint, experiment)
     experiment = loaded.experiment
-    where = _where(place)
+    where = describe_device(place)
     yield f"device      {where}"
     batches, source = _batches(experiment, images, batch_size, size)
     shapes = sorted({(b.shape[-2], b.shape[-1]) for b in batches})
@@ -182,13 +182,6 @@ def _check_options(
             raise ValueError(f"--beside {path}: give a .pt or .onnx file, or {_SSDLITE}")
     if out and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
-
-
-def _where(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} threads, timed by the wall clock (CUDA events need a GPU)"
 
 
 def _batches(

@@ -1,8 +1,9 @@
 """Time detectors side by side: forward pass and post-processing, no data loading.
 
-On a GPU the times are CUDA events, read after one synchronization per turn, so that timing itself
-does not stall the GPU. On a CPU it is the wall clock. Candidates take turns of a few batches each,
-so that a machine that slows down affects all of them.
+With CUDA the times are its events, read after one synchronization per turn, so that timing itself
+does not stall the GPU. Elsewhere it is the wall clock: the events of Apple's GPUs may hang or
+report wrong times (github.com/pytorch/pytorch, number 196395). Candidates take turns of a few
+batches each, so that a machine that slows down affects all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from tinydet.training.device import synchronize
 
 _TURN_BATCHES = 10  # most batches that a candidate runs in a turn
 _TURN_SECONDS = 1.0  # slow candidates have shorter turns and less warm-up
@@ -50,16 +53,20 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Wall clock, for work that is done when the call returns."""
+    """Wall clock, for work on a CPU, or on a device that is waited for at each mark."""
 
     name = "wall clock"
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def mark(self) -> float:
-        """Return seconds."""
+        """Return seconds, once all queued work is done."""
+        synchronize(self._device)
         return time.perf_counter()
 
     def wait(self) -> None:
-        """Do nothing: calls on a CPU are synchronous."""
+        """Do nothing: `mark` has waited."""
 
     def elapsed(self, start: float, end: float) -> float:
         """Return milliseconds."""
@@ -82,7 +89,7 @@ class CudaClock:
 
     def wait(self) -> None:
         """Wait for all queued work."""
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
 
     def elapsed(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Return milliseconds."""
@@ -91,7 +98,7 @@ class CudaClock:
 
 def clock_for(device: torch.device) -> Clock:
     """Return the right clock for work on a device."""
-    return CudaClock(device) if device.type == "cuda" else WallClock()
+    return CudaClock(device) if device.type == "cuda" else WallClock(device)
 
 
 @dataclass

@@ -91,7 +91,7 @@ def run_experiment_zoo(
         out: the folder of the table and the saved figures.
         size: (H, W) of the input, multiples of 32; None is the largest of each experiment.
         turns: of each detector, ten images each.
-        device: "auto", "cpu", "cuda", "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N", "mps".
         fresh: ignore the figures of earlier calls.
         overrides: "a.b=value" for every experiment.
 

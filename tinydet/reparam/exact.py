@@ -36,7 +36,7 @@ def plain_tensors(module: nn.Module) -> dict[str, Any]:
 
 
 def _in_float64(x: Tensor) -> Tensor:
-    return x.to("cpu", _exact(x.dtype), copy=True)
+    return x.cpu().to(_exact(x.dtype), copy=True)
 
 
 class _Float64(DispatchMode):

@@ -35,8 +35,8 @@ def like_original(folded: nn.Module, original: nn.Module) -> None:
             first = next((t for t in sources if t.ndim > 1), sources[0])
             dtype = first.dtype if tensor.is_floating_point() else tensor.dtype
             kernels = (t for t in sources if t.ndim == tensor.ndim)
-            tensor.data = tensor.data.to(
-                first.device, dtype, memory_format=memory_format_of(*kernels)
+            tensor.data = tensor.data.to(dtype).to(
+                first.device, memory_format=memory_format_of(*kernels)
             )
     originals = dict(original.named_modules())
     for name, module in folded.named_modules():

@@ -43,7 +43,7 @@ def weight_ranges(model: nn.Module) -> list[WeightRange]:
         layer = isinstance(module, (_ConvNd, nn.Linear))
         weight = getattr(module, "weight", None) if layer else None
         if isinstance(weight, Tensor) and weight.numel():  # not where code computes it
-            channels = _largest_by_channel(module).double()
+            channels = _largest_by_channel(module).cpu().double()
             largest = channels.max().item()
             median = channels[channels > 0].quantile(0.5).item() if largest > 0 else 1.0
             found.append(WeightRange(name, largest, largest / median if largest > 0 else 1.0))

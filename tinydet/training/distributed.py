@@ -34,8 +34,8 @@ def process_group(device: str) -> Iterator[str]:
         The device of this process: with several GPUs, local rank n gets the n-th.
 
     Raises:
-        ConfigError: torchrun started more processes on a machine than it has GPUs, or one GPU is
-            named for all of them.
+        ConfigError: torchrun started more processes on a machine than it has GPUs, one GPU is
+            named for all of them, or a device that has no means of communication.
     """
     if "WORLD_SIZE" not in os.environ or _is_initialized():
         yield device
@@ -44,6 +44,11 @@ def process_group(device: str) -> Iterator[str]:
     if on_gpu:
         device = _local_gpu(device)
         torch.cuda.set_device(device)
+    elif device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"train.device={device}: processes started by torchrun train on cpu or cuda; start "
+            "tools/train.py itself"
+        )
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield device if on_gpu else "cpu"

@@ -9,6 +9,7 @@ from tinydet.data.dataset import DetectionDataset
 from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
+from tinydet.training.device import fast_memory_format
 from tinydet.training.distributed import all_gather_dict, rank, world_size
 from tinydet.training.threads import Threads
 from tinydet.yolof.detection_model import DetectionModel
@@ -41,8 +42,8 @@ def detect_split(
     threads = Threads(device)
     for batch in loader:
         threads.adapt()
-        images = batch.images.to(device, non_blocking=True)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = batch.to(device).images
+        images = images.contiguous(memory_format=fast_memory_format(device))
         for image_id, result in zip(
             batch.image_ids, detector.detect(images, batch.sizes, batch.scales), strict=True
         ):

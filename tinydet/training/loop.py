@@ -215,7 +215,7 @@ def train_epoch(
         losses: list[Mapping[str, Tensor]] = []
         loss_weights: list[Tensor] = []
         for batch in batches:
-            batch = batch.to(device, non_blocking=True)
+            batch = batch.to(device)
             images = batch.images.contiguous(memory_format=state.precision.torch_format)
             # So that a resumed run draws what an uninterrupted one does, in dropout for example.
             seed_globally(device, "step", settings.seed, state.epoch, state.step, rank())
@@ -267,7 +267,7 @@ def _optimizer_step(
     # Comparing would make the host wait for a GPU: there the gradient is always multiplied.
     if clip_norm and (norm.is_cuda or norm > clip_norm):
         clip_grads_with_norm_(parameters, clip_norm, norm)
-    # On a GPU always True: there the fused optimizer skips a non-finite step by itself.
+    # With CUDA always True: there the fused optimizer skips a non-finite step by itself.
     if guard.accepts(batches, losses, norm):
         state.scaler.step(state.optimizer)
         if state.ema is not None:

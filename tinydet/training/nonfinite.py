@@ -42,10 +42,11 @@ class _Step:
 class NonFiniteGuard:
     """Skips optimizer steps whose loss or gradient is NaN or infinite.
 
-    A skipped step leaves weights, averaged weights and norm statistics unchanged. On a CPU that is
-    exact. On a GPU the host would have to wait for each step's verdict: there the optimizer skips
-    the step on the device and the host reads the verdict one step later, restoring the norm
-    statistics from before it (the averaged weights were updated towards unchanged weights).
+    A skipped step leaves weights, averaged weights and norm statistics unchanged. That is exact
+    except with CUDA, where the host would have to wait for each step's verdict: there the optimizer
+    skips the step on the device, in any dtype, and the host reads the verdict one step later,
+    restoring the norm statistics from before it (the averaged weights were updated towards
+    unchanged weights).
 
     In float16 an infinite gradient only means that the loss scale was too high, which the scaler
     handles by itself: there only the loss is checked.
@@ -53,7 +54,7 @@ class NonFiniteGuard:
     Args:
         state: the run.
         run_dir: where the batches of skipped steps are kept, as `bad_step_<number>.pt`.
-        lag: steps between a step and its verdict; None is 1 on a GPU, else 0.
+        lag: steps between a step and its verdict; None is 1 with CUDA, else 0.
     """
 
     def __init__(self, state: TrainingState, run_dir: Path, lag: int | None = None) -> None:
@@ -120,6 +121,8 @@ class NonFiniteGuard:
             return True
         state.bad_in_a_row += 1
         torch._foreach_copy_(self._buffers, step.buffers)
+        for later in self._pending:  # which began with the statistics of this step
+            torch._foreach_copy_(later.buffers, step.buffers)
         self._report(step)
         if state.bad_in_a_row >= state.experiment.train.max_bad_steps:
             raise DivergedError(

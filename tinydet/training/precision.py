@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinydet.config import ConfigError, Train
 from tinydet.reparam.expand import ExpandedConv2d
+from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
 
 _DTYPES = {
@@ -68,27 +69,29 @@ def choose_precision(
 ) -> Precision:
     """Return the experiment's precision, with "auto" resolved for this model and device.
 
-    On a GPU "auto" is float16 (with loss scaling) and channels_last. On a CPU the speed of formats
-    and dtypes differs by several times from model to model, so training steps of a copy are timed.
+    On a GPU "auto" is the first of its `training_dtypes`, and its `fast_memory_format`. On a CPU
+    the speed of formats and dtypes differs by several times from model to model, so training steps
+    of a copy are timed.
 
     Raises:
-        ConfigError: float16 on a CPU, which would need loss scaling and is not faster.
+        ConfigError: the device does not train in that dtype.
     """
-    if device.type != "cuda" and train.dtype == "float16":
-        raise ConfigError("train.dtype=float16 needs a GPU; on a CPU use bfloat16, float32 or auto")
+    dtypes, formats = training_dtypes(device), tuple(_FORMATS)
+    if train.dtype != "auto" and train.dtype not in dtypes:
+        raise ConfigError(
+            f"train.dtype={train.dtype}: device {device} trains in {' or '.join(dtypes)}; "
+            "set one of these, or auto"
+        )
     if "auto" not in (train.dtype, train.memory_format):
         return Precision(train.dtype, train.memory_format, "set by the experiment")
-    dtype: str
-    memory_format: str
-    if device.type == "cuda":
-        dtype = "float16" if train.dtype == "auto" else train.dtype
-        memory_format = "channels_last" if train.memory_format == "auto" else train.memory_format
-        return Precision(dtype, memory_format, "default on a GPU")
-
-    dtypes: tuple[str, ...] = ("float32", "bfloat16") if train.dtype == "auto" else (train.dtype,)
-    formats: tuple[str, ...] = (
-        ("channels_last", "contiguous") if train.memory_format == "auto" else (train.memory_format,)
-    )
+    if train.dtype != "auto":
+        dtypes = (train.dtype,)
+    if train.memory_format != "auto":
+        formats = (train.memory_format,)
+    elif device.type != "cpu":
+        formats = tuple(f for f in formats if _FORMATS[f] == fast_memory_format(device))
+    if device.type != "cpu":
+        return Precision(dtypes[0], formats[0], "default on a GPU")
     seconds: dict[tuple[str, str], float] = {}
     for memory_format, dtype in product(formats, dtypes):
         candidate = Precision(dtype, memory_format, "")

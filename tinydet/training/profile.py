@@ -20,7 +20,7 @@ import torch
 from tinydet.config import Experiment
 from tinydet.data.loader import DetectionLoader
 from tinydet.data.sample import Batch
-from tinydet.training.device import pick_device
+from tinydet.training.device import pick_device, synchronize
 from tinydet.training.log import RunLog
 from tinydet.training.loop import prepare, train_epoch
 from tinydet.training.nonfinite import NonFiniteGuard
@@ -184,8 +184,7 @@ def _bare_step(state: TrainingState, batch: Batch, device: torch.device) -> dict
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

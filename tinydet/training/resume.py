@@ -18,6 +18,7 @@ import torch
 from tinydet.config import Experiment, Model
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.training.checkpoint import CheckpointError
+from tinydet.training.device import training_dtypes
 from tinydet.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -73,9 +74,9 @@ def keep_precision(
 ) -> Experiment:
     """Return the experiment with what "auto" chose when the checkpoint's run began.
 
-    A float16 run of a GPU that is resumed on a CPU, which cannot train in float16, chooses again.
+    On a device that does not train in that dtype, as a CPU in float16, "auto" chooses again.
     """
-    if device.type != "cuda" and content.get("dtype") == "float16":
+    if content.get("dtype", "float32") not in training_dtypes(device):
         return experiment
     train = experiment.train
     chosen = {

@@ -144,6 +144,8 @@ def start_training(
     """
     settings = experiment.train
     device = first_batch.images.device
+    if device.type == "mps":
+        logger.warning("TinyDet has not been tested on Apple's GPUs (mps); --device cpu avoids it")
     steps_an_epoch = -(-batches_an_epoch // settings.accumulate)
     schedule = make_schedule(
         experiment.optim,

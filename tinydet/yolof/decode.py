@@ -96,6 +96,9 @@ def postprocess(
     boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
     # Boxes are offset by class so that classes do not overlap. With such offsets float32 would lose
     # digits of the coordinates; float64 is exact except within 0.001 pixels of the left border.
+    # Apple's GPUs have no float64.
+    on_mps = boxes.device.type == "mps"
+    boxes, scores, labels = (x.cpu() if on_mps else x for x in (boxes, scores, labels))
     shifted = boxes.double()
     shifted[:, 0::2] += labels[:, None] * math.ceil(image_size[1])
     keep = nms(shifted, scores.double(), nms_iou)[:max_detections]

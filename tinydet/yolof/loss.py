@@ -26,7 +26,8 @@ def pad_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor, T
     labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
     lengths = torch.tensor([len(t["labels"]) for t in targets])
     valid = torch.arange(labels.shape[1]) < lengths[:, None]
-    return boxes, labels, valid.to(labels.device, non_blocking=True)
+    # Apple's GPUs may copy memory that is freed already.
+    return boxes, labels, valid.to(labels.device, non_blocking=labels.device.type != "mps")
 
 
 def yolof_losses(

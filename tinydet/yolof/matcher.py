@@ -88,8 +88,11 @@ def uniform_match(
     valid = gt_valid[:, gt_idxs]
     positive = valid & (match_iou >= pos_ignore)
     # The last write wins, independent of the order in which the device scatters.
-    write = torch.arange(len(gt_idxs), device=anchors.device).where(valid, -1)
-    last = torch.full_like(assigned, -1).scatter_reduce(1, anchor_idxs, write, "amax")  # (B, A)
+    # In float32, which is exact up to 2**24 matches: Apple's GPUs have no such maximum of integers.
+    write = torch.arange(len(gt_idxs), dtype=torch.float32, device=anchors.device)
+    write = write.where(valid, -1)
+    last = torch.full_like(assigned, -1, dtype=torch.float32)  # (B, A)
+    last = last.scatter_reduce(1, anchor_idxs, write, "amax").long()
     written = gt_idxs[last].where(positive.gather(1, last.clamp(min=0)), IGNORED)
     assigned = written.where(last >= 0, assigned)
     return Matches(anchor_idxs, gt_idxs, positive, assigned)
