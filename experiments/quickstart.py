@@ -11,7 +11,7 @@ experiment = Experiment(
     model=Model(
         backbone="tf_efficientnet_lite0",
         weights="imagenet",
-        freeze_stages=2,
+        freeze_stages=3,
         feature="C4",
         encoder_channels=96,
         encoder_mid_channels=48,
@@ -29,7 +29,7 @@ experiment = Experiment(
     ),
     optim=Optim(
         optimizer="adamw",
-        lr=3e-3,
+        lr=5e-3,
         backbone_lr_factor=1 / 3,
         weight_decay=0.05,
         schedule="cosine",
