@@ -84,12 +84,13 @@ class Progress:
             self.say()
 
     def skip(self, units: int = 0) -> None:
-        """Count units that took no time, and leave the time since `advance` out of the estimate."""
+        """Count units that took no time, and as none the time since the last `advance`."""
         self._done += units
         self._done_before += units
-        now = self._clock()
-        self._begin += now - self._last
-        self._last = now
+        pause = self._clock() - self._last
+        self._begin += pause
+        self._said += pause
+        self._last += pause
 
     def say(self) -> None:
         """Log a line now, unless there is a bar."""
@@ -108,10 +109,9 @@ class Progress:
         parts = [f"{self._done}{f'/{self._total}' if self._total else ''} {self._unit}"]
         if self.status:
             parts.append(self.status)
-        done = self._done - self._done_before
-        if done and self._total:
-            seconds = (self._last - self._begin) / done * max(self._total - self._done, 0)
-            parts.append(f"{_in_words(seconds)} {self._left}")
+        done, to_do = self._done - self._done_before, self._total - self._done
+        if done and to_do > 0:
+            parts.append(f"{_in_words((self._last - self._begin) / done * to_do)} {self._left}")
         return ", ".join(parts)
 
 

@@ -145,10 +145,9 @@ class RunLog:
         if self._epochs is None:
             return
         epoch, _, lr = self._position
-        losses = zip(self._losses[0], means, strict=True)
-        shown = " ".join(f"{name.removeprefix('loss_')} {mean:.3f}" for name, mean in losses)
+        losses = [f"{name} {mean:.3f}" for name, mean in zip(self._losses[0], means, strict=True)]
         self._progress.what = f"epoch {epoch}/{self._epochs}"
-        self._progress.status = f"{shown}, lr {lr:.2g}, {self._speed():.1f} img/s"
+        self._progress.status = ", ".join([*losses, f"lr {lr:.2g}", f"{self._speed():.1f} img/s"])
 
     def evaluation(
         self, epoch: int, step: int, metrics: Mapping[str, Any], images: Mapping[str, Tensor]
