@@ -1,4 +1,5 @@
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -36,9 +37,12 @@ def test_auto_takes_the_fastest_of_the_timed_steps(detector, monkeypatch):
     assert (fixed.dtype, fixed.memory_format) == ("bfloat16", "channels_last")
 
 
-def test_timing_leaves_the_detector_as_it_was(detector):
+def test_timing_leaves_the_detector_as_it_was_and_says_what_it_does(detector, every_step_said):
     before = copy.deepcopy(detector.state_dict())
     choose_precision(Train(), CPU, detector, IMAGES, TARGETS)
+    what = "timing steps to choose dtype and memory format: "
+    assert all(re.match(rf"{what}\d+/12 steps", line) for line in every_step_said())
+    assert every_step_said()[0].startswith(f"{what}1/12 steps, ")
     for name, tensor in detector.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in detector.parameters())
