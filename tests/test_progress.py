@@ -71,18 +71,18 @@ def test_a_task_within_30_seconds_says_nothing(clock, said):
 def test_units_of_another_time_and_pauses_do_not_count_in_the_estimate(clock, said):
     with Progress("training", 100, "steps", done=40, left="to go", clock=clock) as progress:
         clock.now += 1000
-        progress.skip()
+        progress.pause()
         clock.now += 600
         progress.advance(10)
         clock.now += 5000
-        progress.skip(10)
+        progress.pause()
         clock.now += 600
         progress.status = "fast"
         progress.advance(10)
     # 20 steps took 1200 s.
     assert said() == [
         "training: 50/100 steps, 50 min to go",
-        "training: 70/100 steps, fast, 30 min to go",
+        "training: 60/100 steps, fast, 40 min to go",
     ]
 
 
@@ -101,25 +101,34 @@ def test_an_unknown_total(clock, said):
     assert said() == ["drawing: 7 frames"]
 
 
-def test_only_the_first_process_speaks(clock, said, monkeypatch):
+def test_other_processes_than_the_first_have_no_bar(clock, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with Progress("training", 2, "steps", clock=clock) as progress:
+    with _Terminal() as screen, Progress("training", 2, "steps", clock=clock) as progress:
         clock.now += 60
         progress.advance()
-        progress.say()
-    assert said() == []
+        assert screen() == []
 
 
-def test_lines_reach_a_pipe_at_once_and_without_codes():
-    with subprocess.Popen(
+def _pipe(**environment):
+    return subprocess.Popen(
         [sys.executable, "-c", _TOOL],
         cwd=_ROOT,
-        # Continuous integration asks for colours like this.
-        env={**os.environ, "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TERM": "xterm"},
+        env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as tool:
+    )
+
+
+def test_other_processes_than_the_first_have_no_lines():
+    with _pipe(RANK="1") as tool:
+        assert tool.communicate("\n\n") == ("", None)
+    assert tool.returncode == 0
+
+
+def test_lines_reach_a_pipe_at_once_and_without_codes():
+    # Continuous integration asks for colours like this.
+    with _pipe(FORCE_COLOR="1", TTY_COMPATIBLE="1", TERM="xterm") as tool:
         for number in (1, 2):
             tool.stdin.write("\n")
             tool.stdin.flush()

@@ -6,10 +6,10 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+import rich
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +19,15 @@ _REFRESH = 0.1  # seconds between two drawings of a bar
 class Progress:
     """Shows how far a task is; use as a context manager.
 
-    In a terminal or a notebook it is a bar that vanishes at the end; those of tasks within the task
-    are below it. Elsewhere a line is logged whenever `interval` seconds have passed, so a shorter
-    task logs none. Of several processes only the first one shows anything.
-
-    Attributes:
-        what: the task, as the user reads it.
-        status: shown after the number of units done.
+    In a terminal or a notebook it is a bar that vanishes at the end, with those of tasks within the
+    task below. Elsewhere a line is logged whenever `interval` seconds have passed.
 
     Args:
-        what: initial value of the attribute.
+        what: the task; `what` and `status`, shown after the units done, may be set at any time.
         total: units in all, 0 if unknown.
         unit: their name in the plural.
         done: units done before, which do not count in the estimate of the time left.
-        left: what is left, said after its estimated time.
+        left: what is left, said after that time.
         interval: seconds between two lines.
         clock: returns seconds.
     """
@@ -52,22 +47,28 @@ class Progress:
         self._total, self._unit, self._left = total, unit, left
         self._done = self._done_before = done
         self._interval, self._clock = interval, clock
-        self._bar: Bar | None = None
+        console = rich.get_console()
+        # Some environment variables make rich take a pipe for a terminal.
+        is_terminal = console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
+        self._bar = Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=8),
+            TextColumn("{task.fields[text]}", markup=False),
+            # A thread that draws might hold a lock while loader processes are forked.
+            auto_refresh=False,
+            transient=True,
+            disable=os.environ.get("RANK", "0") != "0" or not (is_terminal or console.is_jupyter),
+        )
+        self._task = self._bar.add_task("", total=total or None, text="")
 
     def __enter__(self) -> Progress:
-        self._begin = self._last = self._said = self._drawn = self._clock()
-        self._is_first = os.environ.get("RANK", "0") == "0"
-        self._bar = _bar() if self._is_first else None
-        if self._bar is not None:
-            total = self._total or None
-            self._task = self._bar.add_task(self.what, total=total, text=self._text())
-            self._bar.start()
-            self._draw()
+        self._begin = self._last = self._said = self._clock()
+        self._bar.start()
+        self._draw()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     @property
     def is_due(self) -> bool:
@@ -78,68 +79,39 @@ class Progress:
         """Count units that have just been done."""
         self._done += units
         self._last = self._clock()
-        if self._bar is not None and self._last - self._drawn >= _REFRESH:
+        if self._last - self._drawn >= _REFRESH:
             self._draw()
         if self.is_due:
             self.say()
 
-    def skip(self, units: int = 0) -> None:
-        """Count units that took no time, and as none the time since the last `advance`."""
-        self._done += units
-        self._done_before += units
+    def pause(self) -> None:
+        """Leave the time since the last `advance` out of the estimate."""
         pause = self._clock() - self._last
-        self._begin += pause
-        self._said += pause
-        self._last += pause
+        self._begin, self._said, self._last = (
+            second + pause for second in (self._begin, self._said, self._last)
+        )
 
     def say(self) -> None:
         """Log a line now, unless there is a bar."""
         self._said = self._clock()
-        if self._is_first and self._bar is None:
+        if self._bar.disable:
             logger.info("%s: %s", self.what, self._text())
 
     def _draw(self) -> None:
-        assert self._bar is not None
-        self._drawn = self._last
-        self._bar.update(
-            self._task, completed=self._done, description=self.what, text=self._text(), refresh=True
-        )
+        self._drawn, text = self._last, self._text()
+        self._bar.update(self._task, completed=self._done, description=self.what, text=text)
+        self._bar.refresh()
 
     def _text(self) -> str:
-        parts = [f"{self._done}{f'/{self._total}' if self._total else ''} {self._unit}"]
-        if self.status:
-            parts.append(self.status)
+        parts = [f"{self._done}{f'/{self._total}' * bool(self._total)} {self._unit}", self.status]
         done, to_do = self._done - self._done_before, self._total - self._done
         if done and to_do > 0:
-            parts.append(f"{_in_words((self._last - self._begin) / done * to_do)} {self._left}")
-        return ", ".join(parts)
+            seconds = (self._last - self._begin) / done * to_do
+            parts.append(f"{_in_words(seconds)} {self._left}")
+        return ", ".join(filter(None, parts))
 
 
 def _in_words(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _bar() -> Bar | None:
-    """Return a live display for standard output, None if it is a file or a pipe.
-
-    It shares the console with displays that are live already. It is drawn by the calling thread: a
-    thread of its own might hold a lock while loader processes are forked.
-    """
-    import rich
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    console = rich.get_console()
-    # Some variables of the environment make rich take a pipe for a terminal.
-    is_terminal = console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
-    if not is_terminal and not console.is_jupyter:
-        return None
-    return Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=8),
-        TextColumn("{task.fields[text]}", markup=False),
-        auto_refresh=False,
-        transient=True,
-    )

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
         Progress(args.video.name, video.frames, "frames") as progress,
     ):
         predictor, checkpoint = load_predictor(args)
-        progress.skip()  # of that time
+        progress.pause()
         detections = 0
         try:
             for picture, found in draw_frames(predictor, video, args.batch_size):

@@ -160,10 +160,7 @@ def test_another_comparison_uses_the_runs_of_the_first(finished, monkeypatch, ev
     told = list(compare([finished / n for n in ("base.py", "other.py", "idea.py")], **_OPTIONS))
     assert trained == [("other", 0)]
     assert "other, seed 1 of 2: training, run 2 of 6" in told
-    said = [line.split(", ")[0] for line in every_step_said()]
-    # Runs that were finished already are no measure of the time left.
-    assert [line for line in said if line.startswith("comparing")] == ["comparing: 2/6 runs"]
-    assert said.count("evaluating resampled test sets: 101/101 sets") == 2 * 4
+    assert every_step_said().count("evaluating resampled test sets: 101/101 sets") == 2 * 4
     assert "other: can't tell yet: seed 1 failed: no number" in told
     assert any(line.startswith("idea: ") for line in told)
 

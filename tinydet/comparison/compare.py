@@ -30,7 +30,6 @@ from tinydet.evaluation.weighted import (
     weighted_area_ap,
     weighted_coco_ap,
 )
-from tinydet.progress import Progress
 from tinydet.training.evaluate import ground_truth, require_objects
 from tinydet.training.nonfinite import DivergedError
 
@@ -107,19 +106,16 @@ def compare(
     entries = [_Entry(experiment) for experiment in plan.experiments]
     truth, weights = ground_truth(index), _draws(len(index), resamples)
     looks = interim_looks(seeds) if halving else []
-    with Progress("comparing", seeds * len(entries), "runs") as progress:
-        for seed in range(seeds):
-            for place, entry in enumerate(entries, seed * len(entries) + 1):
-                if entry.ended:
-                    progress.skip(1)
-                    continue
+    for seed in range(seeds):
+        for place, entry in enumerate(entries, seed * len(entries) + 1):
+            if not entry.ended:
                 title = f"{entry.experiment.name}, seed {seed + 1} of {seeds}"
                 count = f"run {place} of {seeds * len(entries)}"
-                yield from _run(entry, seed, title, count, progress, is_base=entry is entries[0])
-                if not entry.ended:
-                    _score(entry, index, truth, weights)
-            if seed + 1 in looks:
-                yield from _prune(entries, seed + 1, metric, confidence, len(looks))
+                yield from _run(entry, seed, title, count, is_base=entry is entries[0])
+            if not entry.ended:
+                _score(entry, index, truth, weights)
+        if seed + 1 in looks:
+            yield from _prune(entries, seed + 1, metric, confidence, len(looks))
     report = _report(plan, entries, metric, confidence, index)
     yield from report_lines(report)
     yield from (f"wrote       {path}" for path in write_report(report, plan.folder))
@@ -155,14 +151,11 @@ def _draws(images: int, number: int) -> np.ndarray:
     return np.concatenate([np.ones((1, images), draws.dtype), draws]).astype(np.float64)
 
 
-def _run(
-    entry: _Entry, seed: int, title: str, count: str, progress: Progress, is_base: bool
-) -> Iterator[str]:
+def _run(entry: _Entry, seed: int, title: str, count: str, is_base: bool) -> Iterator[str]:
     experiment = replace(entry.experiment, train=replace(entry.experiment.train, seed=seed))
     run = finished_run(experiment)
     if run is not None:
         yield f"{title}: finished in {run}"
-        progress.skip(1)
     else:
         yield f"{title}: training, {count}"
         try:
@@ -173,9 +166,8 @@ def _run(
                 raise ValueError(f"{title}: {error}") from error
             entry.ended = f"seed {seed + 1} failed: {' '.join(str(error).split())[:200]}"
             yield f"{title}: {entry.ended}"
-        progress.advance()
-    if run is not None:
-        entry.runs.append(run)
+            return
+    entry.runs.append(run)
 
 
 def _score(entry: _Entry, index: Index, truth: Sequence[GroundTruth], weights: np.ndarray) -> None:

@@ -198,10 +198,10 @@ def _build(entry: _Entry, known: bool, path: Path, device: torch.device) -> None
 
 
 def _time(entries: list[_Entry], path: Path, device: torch.device, turns: int) -> Iterator[str]:
-    with Progress("timing the experiments", turns * len(entries), "turns") as progress:
+    missing = sum(turn not in entry.turns for entry in entries for turn in range(turns))
+    with Progress("timing the experiments", missing, "turns") as progress:
         for turn in range(turns):
             untimed = [entry for entry in entries if entry.folded and turn not in entry.turns]
-            progress.skip(len(entries) - len(untimed))
             for entry in untimed:
                 assert entry.folded is not None
                 batch = random_images(1, entry.size).to(device)

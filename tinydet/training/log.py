@@ -93,7 +93,7 @@ class RunLog:
     def start_epoch(self) -> None:
         """Restart the clock: evaluation and saving do not count as training time."""
         self._start_line()
-        self._progress.skip()
+        self._progress.pause()
 
     def step(
         self, epoch: int, step: int, losses: Mapping[str, Tensor], lr: float, images: int

@@ -24,7 +24,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_STEPS = 3  # of each candidate, the first of which is a warm-up
 _FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -93,13 +92,14 @@ def choose_precision(
     )
     seconds: dict[tuple[str, str], float] = {}
     choices = list(product(formats, dtypes))
-    what, steps = "timing steps to choose dtype and memory format", _STEPS * len(choices)
-    with Progress(what, steps, "steps", left="left at most") as progress:
+    with Progress(
+        "timing steps in each dtype and memory format", len(choices), "timed"
+    ) as progress:
         for memory_format, dtype in choices:
             candidate = Precision(dtype, memory_format, "")
             best = min(seconds.values(), default=float("inf"))
-            step = _time_step(candidate, detector, images, targets, best, progress)
-            seconds[dtype, memory_format] = step
+            seconds[dtype, memory_format] = _time_step(candidate, detector, images, targets, best)
+            progress.advance()
     dtype, memory_format = min(seconds, key=seconds.__getitem__)
     timings = ", ".join(f"{d} {f} {s:.2f} s" for (d, f), s in sorted(seconds.items()))
     return Precision(dtype, memory_format, f"fastest of {timings} per step")
@@ -111,7 +111,6 @@ def _time_step(
     images: Tensor,
     targets: Sequence[dict[str, Tensor]],
     best: float,
-    progress: Progress,
 ) -> float:
     """Return the seconds of a training step: the shorter of two after one warm-up step.
 
@@ -122,14 +121,13 @@ def _time_step(
     precision.prepare(model)
     images = images.contiguous(memory_format=precision.torch_format)
     seconds = []
-    for _ in range(_STEPS):
+    for _ in range(3):
         start = time.perf_counter()
         with precision.autocast(images.device):
             losses, _ = model(images, targets)
         sum(losses.values()).backward()
         model.zero_grad()
         seconds.append(time.perf_counter() - start)
-        progress.advance()
         if seconds[0] > 2 * best and world_size() == 1:
             break
     return min(seconds)
