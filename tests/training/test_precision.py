@@ -40,7 +40,7 @@ def test_timing_leaves_the_detector_as_it_was_and_says_what_it_does(detector, ev
     before = copy.deepcopy(detector.state_dict())
     choose_precision(Train(), CPU, detector, IMAGES, TARGETS)
     assert [line.split(", ")[0] for line in every_step_said()] == [
-        f"timing steps in each dtype and memory format: {i}/4 timed" for i in range(1, 5)
+        f"timing dtypes and memory formats: {i}/4 timed" for i in range(1, 5)
     ]
     for name, tensor in detector.state_dict().items():
         assert torch.equal(tensor, before[name]), name

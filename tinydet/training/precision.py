@@ -92,9 +92,7 @@ def choose_precision(
     )
     seconds: dict[tuple[str, str], float] = {}
     choices = list(product(formats, dtypes))
-    with Progress(
-        "timing steps in each dtype and memory format", len(choices), "timed"
-    ) as progress:
+    with Progress("timing dtypes and memory formats", len(choices), "timed") as progress:
         for memory_format, dtype in choices:
             candidate = Precision(dtype, memory_format, "")
             best = min(seconds.values(), default=float("inf"))
