@@ -45,7 +45,7 @@ class Progress:
     ) -> None:
         self.what, self.status = what, ""
         self._total, self._unit, self._left = total, unit, left
-        self._done = self._done_before = done
+        self._done = self._done_before = self._done_said = done
         self._interval, self._clock = interval, clock
         console = rich.get_console()
         # Some environment variables make rich take a pipe for a terminal.
@@ -92,9 +92,10 @@ class Progress:
         )
 
     def say(self) -> None:
-        """Log a line now, unless there is a bar."""
+        """Log a line now, unless there is a bar, or a line for these units already."""
         self._said = self._clock()
-        if self._bar.disable:
+        if self._bar.disable and self._done != self._done_said:
+            self._done_said = self._done
             logger.info("%s: %s", self.what, self._text())
 
     def _draw(self) -> None:

@@ -111,15 +111,14 @@ def test_a_line_at_the_end_of_each_epoch_and_after_a_pause_that_does_not_count(t
 def test_a_slow_machine_speaks_within_the_epoch_and_before_the_tenth_step(tmp_path, said):
     clock = _Clock()
     with RunLog(tmp_path, 0, 200, 0, 2, clock) as log:
-        _steps(log, clock, 8, 1, range(1, 6))
-    first, last = said()
-    assert first == (
+        _steps(log, clock, 8, 1, range(1, 5))
+    (line,) = said()  # and none of the same step at the end
+    assert line == (
         "epoch 1/2: 4/200 steps, loss_cls 0.250, loss_box 2.000, lr 0.0012, 2.0 img/s, "
         "26 min of training left"
     )
-    assert last.startswith("epoch 1/2: 5/200 steps, loss_cls 0.300, ")
     records = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in records] == [5]
+    assert [json.loads(line)["step"] for line in records] == [4]
 
 
 def test_after_resuming_counts_go_on_and_the_rate_is_this_process_s(tmp_path, said):
