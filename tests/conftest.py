@@ -17,6 +17,22 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def said(caplog):
+    """Return the lines in which long tasks have said how far they are."""
+    caplog.set_level("INFO", "tinydet.progress")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "tinydet.progress"]
+
+
+@pytest.fixture
+def every_step_said(said, monkeypatch):
+    """As `said`, with a line at every step instead of every 30 seconds."""
+    from tinydet.progress import Progress
+
+    monkeypatch.setitem(Progress.__init__.__kwdefaults__, "interval", 0.0)
+    return said
+
+
 @pytest.fixture(scope="session")
 def tiny_experiment(tmp_path_factory):
     """Two dozen synthetic images and a network that trains in seconds."""

@@ -32,20 +32,23 @@ def main(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
 
-    from rich.progress import track
-
     from tinydet.deployment.demos import draw_frames
+    from tinydet.progress import Progress
     from tinydet.report.video import VideoFile, open_video
 
     video = open_video(args.video)
-    with VideoFile(out, video.frames_per_second) as file:
+    with (
+        VideoFile(out, video.frames_per_second) as file,
+        Progress(args.video.name, video.frames, "frames") as progress,
+    ):
         predictor, checkpoint = load_predictor(args)
-        frames = track(video, args.video.name, video.frames or None)
+        progress.pause()
         detections = 0
         try:
-            for picture, found in draw_frames(predictor, frames, args.batch_size):
+            for picture, found in draw_frames(predictor, video, args.batch_size):
                 file.write(picture)
                 detections += found
+                progress.advance()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {out} has {file.frames} frames") from None
     if not file.frames:

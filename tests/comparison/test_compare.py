@@ -148,7 +148,7 @@ def test_started_again_nothing_is_trained_and_all_is_the_same(compared, finished
     assert _result(finished) == _result(compared[0])
 
 
-def test_another_comparison_uses_the_runs_of_the_first(finished, monkeypatch):
+def test_another_comparison_uses_the_runs_of_the_first(finished, monkeypatch, every_step_said):
     trained = []
 
     def train_run(experiment):
@@ -159,6 +159,8 @@ def test_another_comparison_uses_the_runs_of_the_first(finished, monkeypatch):
     Path("other.py").write_text(Path("idea.py").read_text().replace("1e-3", "3e-3"))
     told = list(compare([finished / n for n in ("base.py", "other.py", "idea.py")], **_OPTIONS))
     assert trained == [("other", 0)]
+    assert "other, seed 1 of 2: training, run 2 of 6" in told
+    assert every_step_said().count("evaluating resampled test sets: 101/101 sets") == 2 * 4
     assert "other: can't tell yet: seed 1 failed: no number" in told
     assert any(line.startswith("idea: ") for line in told)
 
@@ -230,7 +232,7 @@ def test_killed_and_started_again_it_ends_with_the_same_verdict(finished, folder
     assert not Path("runs/idea/1/metrics.json").exists()
     told = list(compare(files, **_OPTIONS))
     assert told[3].startswith("base, seed 1 of 2: finished in")
-    assert told[4] == "idea, seed 1 of 2: training"
+    assert told[4] == "idea, seed 1 of 2: training, run 2 of 4"
     assert sorted(path.name for path in Path("runs/idea").iterdir()) == ["1", "2"]
     whole = finished / "runs" / "compare" / "two" / "comparison.json"
     assert _result(folder) == _without_what_varies(json.loads(whole.read_text()))

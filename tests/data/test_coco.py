@@ -370,3 +370,14 @@ def test_read_index__missing_files_and_what_is_there(coco_tree):
     assert index.image_files == ["train/d.jpg"]
     assert "train/c.heic: there is train/c.jpg" in index.problems.summary()[0]
     assert index.problems.counts == {"missing_image": 3}
+
+
+def test_read_index__says_how_far_it_is(coco_tree, every_step_said):
+    for number in (1, 2):
+        coco_tree.image(number)
+        coco_tree.object(number, CAT, (1, 1, 9, 9))
+    read_index(coco_tree.write(), "train")
+    assert [line.split(", ")[0] for line in every_step_said()] == [
+        "checking images: 1/2 images",
+        "checking images: 2/2 images",
+    ]

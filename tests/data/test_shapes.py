@@ -144,3 +144,10 @@ def test_render_shapes__another_process_was_faster(tmp_path, monkeypatch):
 def test_render_shapes__refuses_impossible_numbers(tmp_path):
     with pytest.raises(ValueError, match="num_train=0"):
         render_shapes(tmp_path / "shapes", num_train=0)
+
+
+def test_render_shapes__says_how_far_it_is(tmp_path, every_step_said):
+    render_shapes(tmp_path / "shapes", num_train=3, num_test=2, image_size=64)
+    assert [line.split(", ")[0] for line in every_step_said()] == [
+        f"rendering: {i}/5 images" for i in range(1, 6)
+    ]

@@ -369,3 +369,14 @@ def test_read_index__suffixes_beside_the_usual(tree):
     assert index.problems.counts == {"missing_image": 3, "not_rgb": 1}
     told = "c.heic; c: there is c.heic, which is not read; d)"
     assert told in index.problems.summary()[0]
+
+
+def test_read_index__says_how_far_it_is_unless_cached(tree, every_step_said):
+    tree.add("a")
+    tree.add("b")
+    root = tree.split("a", "b", "gone")
+    for _ in range(2):
+        read_index(root, "train")
+    assert [line.split(", ")[0] for line in every_step_said()] == [
+        f"reading annotations: {i}/3 images" for i in (1, 2, 3)
+    ]

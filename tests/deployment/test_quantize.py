@@ -102,7 +102,7 @@ class _Scores(nn.Module):
         return out.sigmoid().flatten(1), out
 
 
-def test_sensitivity_finds_the_layer_that_int8_destroys(images):
+def test_sensitivity_finds_the_layer_that_int8_destroys(images, every_step_said):
     net = _three_convs()
     changes = []
     for huge in (False, True):
@@ -112,6 +112,7 @@ def test_sensitivity_finds_the_layer_that_int8_destroys(images):
         model = export_network(_Scores(net), images[0], {}, RAW)
         changes.append(dict(sensitivity(Quantizer(model, images), images[:2])))
     usual, destroyed = changes
+    assert "quantizing layer by layer: 3/3 layers" in every_step_said()
     names = [conv.node.name for conv in find_convs(model).values()]
     assert list(usual) == list(destroyed) == names
     worse = [destroyed[name] / usual[name] for name in names]
@@ -136,8 +137,13 @@ def checkpoint(detector, exported_fixed, make_checkpoint, tmp_path, monkeypatch)
     return make_checkpoint(detector, Data(root=str(root), image_size=96, short_side=64))
 
 
-def test_quantize_checkpoint(checkpoint):
+def test_quantize_checkpoint(checkpoint, every_step_said):
     lines = list(quantize_checkpoint(checkpoint, size=_SIZE, images=3, budget=1.0))
+    said = [line.split(", ")[0] for line in every_step_said()]
+    assert said.count("measuring ranges: 3/3 images") == 2  # as it is, and equalized
+    assert said.count("measuring activations: 3 batches") == 2
+    assert said.count("evaluating: 3/3 images") == 3
+    assert said.count("timing: 150/150 images") == 1
     assert sum("img/s" in line for line in lines) == 1
     rows = [line for line in lines if line.startswith(("float32", "int8"))]
     assert [row[:11].strip() for row in rows] == ["float32", "int8, naive", "int8"]

@@ -45,12 +45,14 @@ def _batches(*sizes):
     return [torch.zeros(n, 3, 32, 64, dtype=torch.uint8) for n in sizes]
 
 
-def test_measure__exact_figures():
+def test_measure__exact_figures(every_step_said):
     clock, log = _FakeClock(), []
     # Three batches warm up, so the fourth figure is the first that is timed: 8, 10, 10 ... 100.
     fast = _FakeDetector(clock, log, "fast", [1, 1, 1, 8, *[10] * 18, 100], 2.0)
     slow = _FakeDetector(clock, log, "slow", [40], 10.0)
     timings = measure({"fast": fast, "slow": slow}, _batches(2), 40, clock=clock)
+    said = [line.split(", ")[0] for line in every_step_said()]
+    assert said == [f"timing: {images}/80 images" for images in (20, 40, 60, 80)]
     timing = timings["fast"]
     assert timing.images == 40
     assert timing.latencies == [10, *[12] * 18, 102]

@@ -76,7 +76,7 @@ def test_rows__counts_are_those_of_both_forms_and_detectors_take_turns(folder, m
     assert not (folder / "runs/zoo/accuracy.png").exists()
 
 
-def test_an_interrupted_run_is_continued(folder, monkeypatch):
+def test_an_interrupted_run_is_continued(folder, monkeypatch, every_step_said):
     order = _stub_times(monkeypatch)
     steps = run_experiment_zoo(find_experiments(()), turns=2, device="cpu")
     for line in steps:
@@ -91,6 +91,9 @@ def test_an_interrupted_run_is_continued(folder, monkeypatch):
     monkeypatch.setattr(zoo, "count", lambda *_: counted.append(1))
     rows, _ = _go()
     assert not counted
+    said = [line.split(", ")[0] for line in every_step_said()]
+    counts = ("1/4", "2/4", "1/2", "2/2")
+    assert said == [f"timing the experiments: {count} turns" for count in counts]
     assert len(order) == 4
     assert (rows["narrow"]["latency_ms"], rows["wide"]["latency_ms"]) == (2.0, 3.0)
     again, lines = _go()

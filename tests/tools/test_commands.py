@@ -41,7 +41,7 @@ def test_help_does_not_import_torch():
         "        runpy.run_path(script, run_name='__main__')\n"
         "    except SystemExit as stop:\n"
         "        assert not stop.code, (script, stop.code)\n"
-        "    assert not {'torch', 'matplotlib'} & set(sys.modules), script\n"
+        "    assert not {'torch', 'matplotlib', 'rich'} & set(sys.modules), script\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
@@ -86,7 +86,9 @@ def run(folder, monkeypatch, capsys):
     return run
 
 
-def test_from_training_to_a_picture_with_no_more_arguments_than_needed(run, folder, caplog):
+def test_from_training_to_a_picture_with_no_more_arguments_than_needed(
+    run, folder, caplog, every_step_said
+):
     run("tools/train.py", "tiny.py")
     trained = folder / "runs" / "tiny" / "1"
     metrics = json.loads((trained / "metrics.json").read_text())
@@ -128,6 +130,7 @@ def test_from_training_to_a_picture_with_no_more_arguments_than_needed(run, fold
         for frame in torch.zeros(3, 3, 64, 96, dtype=torch.uint8):
             film.write(frame)
     assert "in 3 frames" in run("tools/video_demo.py", "film.mp4", file)
+    assert "film.mp4: 3/3 frames" in every_step_said()
     assert open_video(folder / "film_detections.mp4").frames == 3
     watched = run("tools/webcam_demo.py", file, "--camera-id", "film.mp4", "--out", "camera.avi")
     assert "written to camera.avi" in watched

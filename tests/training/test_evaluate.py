@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinydet.comparison.error_analysis import error_lines
 from tinydet.config import ConfigError
@@ -16,9 +17,10 @@ from tinydet.evaluation.metrics import UNDEFINED
 from tinydet.report.run_folder import read_log, summarize
 from tinydet.training import loop
 from tinydet.training.checkpoint import read_checkpoint
-from tinydet.training.evaluate import ground_truth, require_objects
+from tinydet.training.evaluate import detect_split, ground_truth, require_objects
 from tinydet.training.loop import train
 from tinydet.training.runs import Saver
+from tinydet.yolof.detector import build_detector
 
 
 def _mark_difficult(root):
@@ -50,7 +52,7 @@ def test_training_says_it_and_keeps_the_newest_weights(hopeless, tmp_path, caplo
         warnings.simplefilter("error", RuntimeWarning)  # numpy's, of means of nothing
         train(hopeless, run)
         told = list(error_lines(run, device="auto"))
-    evaluations = [line for line in caplog.messages if line.startswith("epoch ")]
+    evaluations = [line for line in caplog.messages if line.startswith("epoch ") and "AP50" in line]
     assert len(evaluations) == 2
     assert all(f"AP50 and AP {UNDEFINED}, 0." in line for line in evaluations)
     assert "nan" not in caplog.text
@@ -91,3 +93,12 @@ def test_a_best_that_could_not_be_written_has_no_figure(
     assert not Path(tmp_path / "1" / "best.pt").exists()
     assert "AP50 0." in caplog.text
     assert "best AP50" not in caplog.text
+
+
+def test_an_evaluation_says_how_far_it_is(tiny_experiment, every_step_said):
+    data = tiny_experiment.data
+    index = load_split(data, "test")
+    detector = build_detector(tiny_experiment.model, index.classes).eval()
+    detect_split(detector, index, data, 3, torch.device("cpu"))
+    said = [line.split(", ")[0] for line in every_step_said() if line.startswith("evaluating")]
+    assert said == [f"evaluating: {i}/8 images" for i in (3, 6, 8)]

@@ -36,9 +36,12 @@ def test_auto_takes_the_fastest_of_the_timed_steps(detector, monkeypatch):
     assert (fixed.dtype, fixed.memory_format) == ("bfloat16", "channels_last")
 
 
-def test_timing_leaves_the_detector_as_it_was(detector):
+def test_timing_leaves_the_detector_as_it_was_and_says_what_it_does(detector, every_step_said):
     before = copy.deepcopy(detector.state_dict())
     choose_precision(Train(), CPU, detector, IMAGES, TARGETS)
+    assert [line.split(", ")[0] for line in every_step_said()] == [
+        f"timing dtypes and memory formats: {i}/4 timed" for i in range(1, 5)
+    ]
     for name, tensor in detector.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in detector.parameters())

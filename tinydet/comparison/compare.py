@@ -107,9 +107,11 @@ def compare(
     truth, weights = ground_truth(index), _draws(len(index), resamples)
     looks = interim_looks(seeds) if halving else []
     for seed in range(seeds):
-        for entry in entries:
+        for place, entry in enumerate(entries, seed * len(entries) + 1):
             if not entry.ended:
-                yield from _run(entry, seed, seeds, is_base=entry is entries[0])
+                title = f"{entry.experiment.name}, seed {seed + 1} of {seeds}"
+                count = f"run {place} of {seeds * len(entries)}"
+                yield from _run(entry, seed, title, count, is_base=entry is entries[0])
             if not entry.ended:
                 _score(entry, index, truth, weights)
         if seed + 1 in looks:
@@ -149,14 +151,13 @@ def _draws(images: int, number: int) -> np.ndarray:
     return np.concatenate([np.ones((1, images), draws.dtype), draws]).astype(np.float64)
 
 
-def _run(entry: _Entry, seed: int, seeds: int, is_base: bool) -> Iterator[str]:
+def _run(entry: _Entry, seed: int, title: str, count: str, is_base: bool) -> Iterator[str]:
     experiment = replace(entry.experiment, train=replace(entry.experiment.train, seed=seed))
-    title = f"{experiment.name}, seed {seed + 1} of {seeds}"
     run = finished_run(experiment)
     if run is not None:
         yield f"{title}: finished in {run}"
     else:
-        yield f"{title}: training"
+        yield f"{title}: training, {count}"
         try:
             run = train_run(experiment)
         except (DivergedError, RuntimeError) as error:

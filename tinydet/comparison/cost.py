@@ -18,6 +18,7 @@ from tinydet.deployment.flops import count
 from tinydet.deployment.fold_checkpoint import folded_detector
 from tinydet.deployment.images import largest_input, random_images, sample_images
 from tinydet.deployment.timer import Candidate, measure
+from tinydet.progress import Progress
 from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import load_checkpoint
 from tinydet.training.device import describe_device
@@ -135,13 +136,15 @@ def _time(
     """
     turns: dict[str, list[float]] = {name: [] for name in forms}
     order, begin = list(forms), time.monotonic()
-    for turn in range(_TURNS):
-        for name in order:
-            timing = measure({name: forms[name]}, batches[name], _IMAGES)[name]
-            turns[name].append(timing.median)
-        order = order[1:] + order[:1]
-        if turn + 1 >= _FEWEST_TURNS and time.monotonic() - begin > _SECONDS:
-            break
+    with Progress("timing the networks", _TURNS, "turns", left="left at most") as progress:
+        for turn in range(_TURNS):
+            for name in order:
+                timing = measure({name: forms[name]}, batches[name], _IMAGES)[name]
+                turns[name].append(timing.median)
+            order = order[1:] + order[:1]
+            progress.advance()
+            if turn + 1 >= _FEWEST_TURNS and time.monotonic() - begin > _SECONDS:
+                break
     return turns
 
 

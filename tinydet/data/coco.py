@@ -27,6 +27,7 @@ from tinydet.data.annotation import class_name, parse_flag
 from tinydet.data.builder import check_image
 from tinydet.data.index import CocoTruth, Index, cached_index, no_such_split
 from tinydet.data.problems import Problems
+from tinydet.progress import Progress
 from tinydet.text import read_text
 
 logger = logging.getLogger(__name__)
@@ -176,18 +177,20 @@ class _Reader:
             for item in self.coco.imgToAnns[number]:
                 self.problems.add("unknown_image", f"object {item['id']}", f"image {number!r}")
         ids, files, sizes, exif_rotated, offsets = [], [], [], [], [0]
-        for file, row in self._image_rows():
-            stated = _stated_size(row)
-            checked = check_image(file, self.root / self.split / file, stated, self.problems)
-            if checked is None:
-                continue
-            for item in self.coco.imgToAnns.get(row["id"], ()):
-                self._add_object(file, item, checked[0])
-            ids.append(str(row["id"]))
-            files.append(f"{self.split}/{file}")
-            sizes.append(checked[0])
-            exif_rotated.append(checked[1])
-            offsets.append(len(self.labels))
+        with Progress("checking images", len(self.coco.imgs), "images") as progress:
+            for file, row in self._image_rows():
+                progress.advance()
+                stated = _stated_size(row)
+                checked = check_image(file, self.root / self.split / file, stated, self.problems)
+                if checked is None:
+                    continue
+                for item in self.coco.imgToAnns.get(row["id"], ()):
+                    self._add_object(file, item, checked[0])
+                ids.append(str(row["id"]))
+                files.append(f"{self.split}/{file}")
+                sizes.append(checked[0])
+                exif_rotated.append(checked[1])
+                offsets.append(len(self.labels))
         crowd = np.array(self.crowd, dtype=bool)
         return Index(
             root=self.root,

@@ -17,6 +17,8 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tinydet.progress import Progress
+
 logger = logging.getLogger(__name__)
 
 # Visible fraction of a shape below which it is marked difficult, or is not annotated.
@@ -64,14 +66,17 @@ def render_shapes(
         temporary.chmod(0o755)
         for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
             (temporary / folder).mkdir(parents=True)
-        for number, (split, count) in enumerate((("trainval", num_train), ("test", num_test))):
-            names = [f"{split}_{i:05d}" for i in range(count)]
-            for i, name in enumerate(names):
-                # An image depends on its own number only, not on how many there are.
-                rng = np.random.default_rng([seed, number, i])
-                _write_image(temporary, name, image_size, rng)
-            lines = "".join(f"{name}\n" for name in names)
-            (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
+        splits = (("trainval", num_train), ("test", num_test))
+        with Progress("rendering", num_train + num_test, "images") as progress:
+            for number, (split, count) in enumerate(splits):
+                names = [f"{split}_{i:05d}" for i in range(count)]
+                for i, name in enumerate(names):
+                    # An image depends on its own number only, not on how many there are.
+                    rng = np.random.default_rng([seed, number, i])
+                    _write_image(temporary, name, image_size, rng)
+                    progress.advance()
+                lines = "".join(f"{name}\n" for name in names)
+                (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
         try:
             os.rename(temporary, root)
         except OSError:

@@ -18,6 +18,7 @@ from unicodedata import normalize
 from tinydet.data.builder import IndexBuilder
 from tinydet.data.image import IMAGE_SUFFIXES
 from tinydet.data.index import Index, cached_index, no_such_split
+from tinydet.progress import Progress
 from tinydet.text import read_text
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,15 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
         for name in repeated:
             builder.problems.add("duplicate_id", name)
         others = _other_files(root / "JPEGImages") if None in image_files else {}
-        for name, annotation_file, image_file in zip(
-            names, annotation_files, image_files, strict=True
-        ):
-            if image_file is None:
-                builder.problems.add("missing_image", name, others.get(name, ""))
-            else:
-                builder.add_image(name, annotation_file, image_file)
+        with Progress("reading annotations", len(names), "images") as progress:
+            for name, annotation_file, image_file in zip(
+                names, annotation_files, image_files, strict=True
+            ):
+                if image_file is None:
+                    builder.problems.add("missing_image", name, others.get(name, ""))
+                else:
+                    builder.add_image(name, annotation_file, image_file)
+                progress.advance()
         return builder.index(root, split)
 
     return cached_index(root, split, classes, [split_file, *found], build)

@@ -13,6 +13,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from torch import Tensor
 
 from tinydet.deployment.onnx_detector import open_session
+from tinydet.progress import Progress
 
 
 @dataclass
@@ -131,15 +132,16 @@ def channel_stats(
     largest: dict[str, np.ndarray] = {}
     total: dict[str, Any] = {}
     count: dict[str, int] = {}
-    for images in batches:
-        for name, value in zip(
-            names, session.run(names, {given.name: images.numpy()}), strict=True
-        ):
-            rows = np.moveaxis(value, 1, 0).reshape(value.shape[1], -1)  # (C, B * positions)
-            most = np.abs(rows).max(axis=1)
-            largest[name] = np.maximum(largest[name], most) if name in largest else most
-            total[name] = total.get(name, 0) + rows.sum(axis=1, dtype=np.float64)
-            count[name] = count.get(name, 0) + rows.shape[1]
+    with Progress("measuring activations", 0, "batches") as progress:
+        for images in batches:
+            values = session.run(names, {given.name: images.numpy()})
+            for name, value in zip(names, values, strict=True):
+                rows = np.moveaxis(value, 1, 0).reshape(value.shape[1], -1)  # (C, B * positions)
+                most = np.abs(rows).max(axis=1)
+                largest[name] = np.maximum(largest[name], most) if name in largest else most
+                total[name] = total.get(name, 0) + rows.sum(axis=1, dtype=np.float64)
+                count[name] = count.get(name, 0) + rows.shape[1]
+            progress.advance()
     if not count:
         raise ValueError("no images to measure the network's activations on")
     return {name: ChannelStats(largest[name], total[name] / count[name]) for name in names}

@@ -39,6 +39,7 @@ from tinydet.deployment.onnx_detector import (
 from tinydet.deployment.onnx_graph import find_convs, with_outputs
 from tinydet.deployment.timer import measure
 from tinydet.experiment_file import override
+from tinydet.progress import Progress
 from tinydet.report.table import text_table
 from tinydet.training.checkpoint import load_checkpoint
 from tinydet.training.evaluate import evaluate_detector, require_objects
@@ -83,11 +84,14 @@ class Quantizer:
         folder = Path(self.cache.name)
         model = ModelProto()
         model.CopyFrom(self.model)  # quantize_static moves its argument's weights into files.
-        with _without_warnings():
+        with (
+            _without_warnings(),
+            Progress("measuring ranges", len(self.images), "images") as progress,
+        ):
             quantize_static(
                 model,
                 folder / "int8.onnx",
-                _CalibrationReader(self.model, self.images),
+                _CalibrationReader(self.model, self.images, progress),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
@@ -199,9 +203,12 @@ def sensitivity(quantizer: Quantizer, images: Sequence[Tensor]) -> Iterator[tupl
         The node's name, and the mean squared change of an (anchor, class) score.
     """
     expected = _scores(quantizer.model, images)
-    for conv in find_convs(quantizer.model).values():
-        found = _scores(quantizer.quantize(only=[conv.node.name]), images)
-        yield conv.node.name, _mean_square(expected, found)
+    convs = find_convs(quantizer.model).values()
+    with Progress("quantizing layer by layer", len(convs), "layers") as progress:
+        for conv in convs:
+            found = _scores(quantizer.quantize(only=[conv.node.name]), images)
+            yield conv.node.name, _mean_square(expected, found)
+            progress.advance()
 
 
 def _scores(model: ModelProto, images: Sequence[Tensor]) -> list[np.ndarray]:
@@ -242,22 +249,27 @@ def _table(
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
     """Silence ONNX Runtime's advice, which it logs on the root logger."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    logging.root.addFilter(refuse)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.root.removeFilter(refuse)
 
 
 class _CalibrationReader:
     """ONNX Runtime's interface to calibration data: each input once, then None."""
 
-    def __init__(self, model: ModelProto, images: Sequence[Tensor]) -> None:
+    def __init__(self, model: ModelProto, images: Sequence[Tensor], progress: Progress) -> None:
         self._name = model.graph.input[0].name
         self._left = iter(images)
+        self._progress = progress
 
     def get_next(self) -> dict[str, Any] | None:
         """Return the next input by name."""
         batch = next(self._left, None)
+        self._progress.advance()
         return None if batch is None else {self._name: batch.numpy()}

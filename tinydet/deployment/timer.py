@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tinydet.progress import Progress
 from tinydet.training.device import synchronize
 
 _TURN_BATCHES = 10  # most batches that a candidate runs in a turn
@@ -180,23 +181,26 @@ def measure(
     turn = max(1, min(_TURN_BATCHES, int(_TURN_SECONDS / slowest) if slowest else _TURN_BATCHES))
     timings = {name: Timing() for name in candidates}
     done = position = 0
-    while done < images:
-        chunk: list[Tensor] = []
-        in_chunk = 0
-        while len(chunk) < turn and done + in_chunk < images:
-            chunk.append(batches[(position + len(chunk)) % len(batches)])
-            in_chunk += len(chunk[-1])
-        for name, candidate in candidates.items():
-            marks = [_run(candidate, batch, clock) for batch in chunk]
-            clock.wait()
-            timing = timings[name]
-            timing.images += in_chunk
-            timing.forwards += [clock.elapsed(start, middle) for start, middle, _ in marks]
-            timing.latencies += [clock.elapsed(start, end) for start, _, end in marks]
-        done += in_chunk
-        position += len(chunk)
-        if time_limit is not None and clock.elapsed(begin, marks[-1][-1]) >= 1000 * time_limit:
-            break
+    left = f"left, at most {time_limit:g} s in all" if time_limit else "left"
+    with Progress("timing", images * len(candidates), "images", left=left) as progress:
+        while done < images:
+            chunk: list[Tensor] = []
+            in_chunk = 0
+            while len(chunk) < turn and done + in_chunk < images:
+                chunk.append(batches[(position + len(chunk)) % len(batches)])
+                in_chunk += len(chunk[-1])
+            for name, candidate in candidates.items():
+                marks = [_run(candidate, batch, clock) for batch in chunk]
+                clock.wait()
+                timing = timings[name]
+                timing.images += in_chunk
+                timing.forwards += [clock.elapsed(start, middle) for start, middle, _ in marks]
+                timing.latencies += [clock.elapsed(start, end) for start, _, end in marks]
+                progress.advance(in_chunk)
+            done += in_chunk
+            position += len(chunk)
+            if time_limit is not None and clock.elapsed(begin, marks[-1][-1]) >= 1000 * time_limit:
+                break
     return timings
 
 

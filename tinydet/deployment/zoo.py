@@ -27,6 +27,7 @@ from tinydet.deployment.past_runs import find_past_runs, train_command
 from tinydet.deployment.timer import measure
 from tinydet.deployment.zoo_table import ExperimentRow, number, percent, write_zoo
 from tinydet.experiment_file import load_experiment
+from tinydet.progress import Progress
 from tinydet.training.device import describe_device, pick_device
 from tinydet.yolof.detector import Detector
 
@@ -197,18 +198,20 @@ def _build(entry: _Entry, known: bool, path: Path, device: torch.device) -> None
 
 
 def _time(entries: list[_Entry], path: Path, device: torch.device, turns: int) -> Iterator[str]:
-    for turn in range(turns):
-        untimed = [entry for entry in entries if entry.folded and turn not in entry.turns]
-        for entry in untimed:
-            assert entry.folded is not None
-            batch = random_images(1, entry.size).to(device)
-            name = entry.row.experiment
-            timing = measure({name: entry.folded}, [batch], _IMAGES)[name]
-            entry.turns[turn] = [round(ms, 4) for ms in timing.latencies]
-            record = {"key": entry.key, "experiment": name, "turn": turn, "ms": entry.turns[turn]}
-            _append(path, record)
-        if untimed:
-            yield f"timed       turn {turn + 1} of {turns}"
+    missing = sum(turn not in entry.turns for entry in entries for turn in range(turns))
+    with Progress("timing the experiments", missing, "turns") as progress:
+        for turn in range(turns):
+            untimed = [entry for entry in entries if entry.folded and turn not in entry.turns]
+            for entry in untimed:
+                assert entry.folded is not None
+                batch = random_images(1, entry.size).to(device)
+                name = entry.row.experiment
+                timing = measure({name: entry.folded}, [batch], _IMAGES)[name]
+                ms = entry.turns[turn] = [round(ms, 4) for ms in timing.latencies]
+                _append(path, {"key": entry.key, "experiment": name, "turn": turn, "ms": ms})
+                progress.advance()
+            if untimed:
+                yield f"timed       turn {turn + 1} of {turns}"
 
 
 def _finished(entry: _Entry) -> ExperimentRow:

@@ -20,6 +20,7 @@ import numpy as np
 from tinydet.evaluation.boxes import GroundTruth, check_inputs
 from tinydet.evaluation.coco import ClassMatches
 from tinydet.evaluation.voc import IGNORED, TRUE_POSITIVE, match_voc
+from tinydet.progress import Progress
 
 _CHUNK = 32  # test sets at a time, so that intermediate arrays fit in the CPU cache
 _RECALLS = np.linspace(0.0, 1.0, 101)  # pycocotools'
@@ -89,16 +90,18 @@ def _mean_over_classes(
     matches: Sequence[ClassMatches], weights: np.ndarray, rule: _Rule
 ) -> np.ndarray:
     total, known = np.zeros(len(weights)), np.zeros(len(weights))
-    for start in range(0, len(weights), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        chunk = np.asarray(weights[rows], np.float64)
-        for class_matches in matches:
-            num_boxes = chunk @ class_matches.boxes  # (R,)
-            has_boxes = num_boxes > 0
-            num_boxes = np.where(has_boxes, num_boxes, 1.0)[:, None]
-            curves = [rule(*curve, num_boxes) for curve in _curves(class_matches, chunk)]
-            total[rows] += np.where(has_boxes, np.mean(curves, axis=0), 0.0)
-            known[rows] += has_boxes
+    with Progress("evaluating resampled test sets", len(weights), "sets") as progress:
+        for start in range(0, len(weights), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            chunk = np.asarray(weights[rows], np.float64)
+            for class_matches in matches:
+                num_boxes = chunk @ class_matches.boxes  # (R,)
+                has_boxes = num_boxes > 0
+                num_boxes = np.where(has_boxes, num_boxes, 1.0)[:, None]
+                curves = [rule(*curve, num_boxes) for curve in _curves(class_matches, chunk)]
+                total[rows] += np.where(has_boxes, np.mean(curves, axis=0), 0.0)
+                known[rows] += has_boxes
+            progress.advance(len(chunk))
     return np.divide(total, known, out=np.full(len(weights), np.nan), where=known > 0)
 
 

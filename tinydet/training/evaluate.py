@@ -9,6 +9,7 @@ from tinydet.data.dataset import DetectionDataset
 from tinydet.data.index import Index
 from tinydet.data.loader import make_test_loader
 from tinydet.evaluation import GroundTruth, ImageDetections, Metrics, evaluate
+from tinydet.progress import Progress
 from tinydet.training.device import fast_memory_format
 from tinydet.training.distributed import all_gather_dict, rank, world_size
 from tinydet.training.threads import Threads
@@ -40,16 +41,17 @@ def detect_split(
     )
     found: dict[str, ImageDetections] = {}
     threads = Threads(device)
-    for batch in loader:
-        threads.adapt()
-        images = batch.to(device).images
-        images = images.contiguous(memory_format=fast_memory_format(device))
-        for image_id, result in zip(
-            batch.image_ids, detector.detect(images, batch.sizes, batch.scales), strict=True
-        ):
-            found[image_id] = ImageDetections(
-                result.boxes.cpu().numpy(), result.scores.cpu().numpy(), result.labels.cpu().numpy()
-            )
+    own_images = len(range(rank(), len(index), world_size()))
+    with Progress("evaluating", own_images, "images") as progress:
+        for batch in loader:
+            threads.adapt()
+            images = batch.to(device).images
+            images = images.contiguous(memory_format=fast_memory_format(device))
+            results = detector.detect(images, batch.sizes, batch.scales)
+            for image_id, result in zip(batch.image_ids, results, strict=True):
+                parts = (result.boxes, result.scores, result.labels)
+                found[image_id] = ImageDetections(*(part.cpu().numpy() for part in parts))
+            progress.advance(len(batch))
     found = all_gather_dict(found)
     return [found[image_id] for image_id in index.image_ids]
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a progress bar, `log.jsonl` and TensorBoard events."""
+"""What a run reports while it trains: its progress, `log.jsonl` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tinydet.atomic import write_text
+from tinydet.progress import Progress
 from tinydet.training.distributed import all_reduce_mean, rank
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Steps between log lines; losses are read from the device only then.
+# Steps between lines of log.jsonl; losses are read from the device only then.
 _INTERVAL = 10
 
 
@@ -40,10 +40,18 @@ class RunLog:
         done_steps: batches trained on so far.
         steps_left: batches still to come.
         done_epochs: epochs trained and evaluated so far.
+        epochs: of the whole run; None if its steps are only timed, which shows no losses.
+        clock: returns seconds.
     """
 
     def __init__(
-        self, run_dir: Path, done_steps: int, steps_left: int, done_epochs: int = 0
+        self,
+        run_dir: Path,
+        done_steps: int,
+        steps_left: int,
+        done_epochs: int = 0,
+        epochs: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._path = run_dir / "log.jsonl" if rank() == 0 else None
         self._is_written = True
@@ -53,26 +61,21 @@ class RunLog:
                 _drop_later(self._path, done_epochs, done_steps)
             self._path.touch()
             self._events = _summary_writer(run_dir, done_steps)
+        self._epochs, self._clock = epochs, clock
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=8),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[status]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            disable=rank() > 0,
+            "training" if epochs else "timing training steps",
+            done_steps + steps_left,
+            "steps",
+            done=done_steps,
+            left="of training left" if epochs else "left",
+            clock=clock,
         )
-        self._task = self._progress.add_task(
-            "training", total=done_steps + steps_left, completed=done_steps, status=""
-        )
-        self._losses: list[dict[str, Tensor]] = []
-        self._images = 0
-        self._since = time.perf_counter()
+        self._start_line()
 
     def __enter__(self) -> RunLog:
         # TensorBoard writes in a thread: its traceback on a full disk is not shown.
         self._excepthook, threading.excepthook = threading.excepthook, _ignore_oserror
-        self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
@@ -81,7 +84,7 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self._progress.__exit__()
         with self._events_may_fail():
             if self._events is not None:
                 self._events.close()
@@ -89,8 +92,8 @@ class RunLog:
 
     def start_epoch(self) -> None:
         """Restart the clock: evaluation and saving do not count as training time."""
-        self._losses, self._images = [], 0
-        self._since = time.perf_counter()
+        self._start_line()
+        self._progress.pause()
 
     def step(
         self, epoch: int, step: int, losses: Mapping[str, Tensor], lr: float, images: int
@@ -99,32 +102,52 @@ class RunLog:
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
         self._images += images
         self._position = epoch, step, lr
-        self._progress.advance(self._task)
         if len(self._losses) == _INTERVAL:
             self.flush()
+        elif self._progress.is_due:  # by this rank's clock: the others take no part
+            self._show(self._means().tolist())
+        self._progress.advance()
 
     def flush(self) -> None:
         """Show and write the mean losses since the last line; non-finite ones are left out."""
         if not self._losses:
             return
         epoch, step, lr = self._position
-        names = list(self._losses[0])
-        local = torch.stack([_finite_mean([n[name] for n in self._losses]) for name in names])
-        means = dict(zip(names, all_reduce_mean(local).tolist(), strict=True))
-        total = sum(means.values())
-        if not math.isfinite(total):
-            self.start_epoch()
+        means = all_reduce_mean(self._means()).tolist()
+        total = sum(means)
+        if math.isfinite(total):
+            self._show(means)
+            losses = dict(zip(self._losses[0], means, strict=True))
+            values = {"loss": total, **losses, "lr": lr, "images_per_second": self._speed()}
+            self._write({"mode": "train", "epoch": epoch, "step": step, **values})
+        self._start_line()
+
+    def end_epoch(self) -> None:
+        """As `flush`, and print a line where there is no progress bar."""
+        self.flush()
+        if self._epochs:
+            self._progress.say()
+
+    def _start_line(self) -> None:
+        self._losses: list[dict[str, Tensor]] = []
+        self._images = 0
+        self._since = self._clock()
+
+    def _speed(self) -> float:
+        return self._images / (self._clock() - self._since)
+
+    def _means(self) -> Tensor:
+        """Return the mean of each loss on this rank since the last line."""
+        names = self._losses[0]
+        return torch.stack([_finite_mean([n[name] for n in self._losses]) for name in names])
+
+    def _show(self, means: list[float]) -> None:
+        if self._epochs is None:
             return
-        speed = self._images / (time.perf_counter() - self._since)
-        self._progress.update(
-            self._task,
-            description=f"epoch {epoch}",
-            status=f"cls {means['loss_cls']:.3f} box {means['loss_box']:.3f} lr {lr:.1g} "
-            f"{speed:.1f} img/s",
-        )
-        values = {"loss": total, **means, "lr": lr, "images_per_second": speed}
-        self._write({"mode": "train", "epoch": epoch, "step": step, **values})
-        self.start_epoch()
+        epoch, _, lr = self._position
+        losses = [f"{name} {mean:.3f}" for name, mean in zip(self._losses[0], means, strict=True)]
+        self._progress.what = f"epoch {epoch}/{self._epochs}"
+        self._progress.status = ", ".join([*losses, f"lr {lr:.2g}", f"{self._speed():.1f} img/s"])
 
     def evaluation(
         self, epoch: int, step: int, metrics: Mapping[str, Any], images: Mapping[str, Tensor]

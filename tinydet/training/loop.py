@@ -171,7 +171,7 @@ def _train_epochs(
     settings = state.experiment.train
     guard = NonFiniteGuard(state, run_dir)
     with (
-        RunLog(run_dir, state.steps_done, state.steps_left, state.epoch) as log,
+        RunLog(run_dir, state.steps_done, state.steps_left, state.epoch, settings.epochs) as log,
         Signals().catch() as signals,
     ):
         while state.epoch < settings.epochs:
@@ -246,7 +246,7 @@ def train_epoch(
             saver.try_save_last()
         start = time.perf_counter()
     guard.settle()
-    log.flush()
+    log.end_epoch()
 
 
 def _optimizer_step(

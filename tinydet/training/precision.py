@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinydet.config import ConfigError, Train
+from tinydet.progress import Progress
 from tinydet.reparam.expand import ExpandedConv2d
 from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
@@ -93,10 +94,13 @@ def choose_precision(
     if device.type != "cpu":
         return Precision(dtypes[0], formats[0], "default on a GPU")
     seconds: dict[tuple[str, str], float] = {}
-    for memory_format, dtype in product(formats, dtypes):
-        candidate = Precision(dtype, memory_format, "")
-        best = min(seconds.values(), default=float("inf"))
-        seconds[dtype, memory_format] = _time_step(candidate, detector, images, targets, best)
+    choices = list(product(formats, dtypes))
+    with Progress("timing dtypes and memory formats", len(choices), "timed") as progress:
+        for memory_format, dtype in choices:
+            candidate = Precision(dtype, memory_format, "")
+            best = min(seconds.values(), default=float("inf"))
+            seconds[dtype, memory_format] = _time_step(candidate, detector, images, targets, best)
+            progress.advance()
     dtype, memory_format = min(seconds, key=seconds.__getitem__)
     timings = ", ".join(f"{d} {f} {s:.2f} s" for (d, f), s in sorted(seconds.items()))
     return Precision(dtype, memory_format, f"fastest of {timings} per step")
