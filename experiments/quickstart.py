@@ -18,6 +18,7 @@ experiment = Experiment(
         dilations=(1, 2, 3, 4),
         cls_convs=1,
         reg_convs=2,
+        nms_iou=0.4,
     ),
     data=Data(
         root="datasets/shapes",

@@ -9,14 +9,14 @@ say python tools/train.py experiments/quickstart.py
 run=$(ls -td runs/quickstart/*/ | head -n 1)
 say python deploy/reparam.py "${run}best.pt"
 say python deploy/export_onnx.py "${run}deploy.pt"
-say python tools/image_demo.py datasets/shapes/JPEGImages/test_0000{0..8}.jpg "${run}deploy.pt" \
-    --score-threshold 0.5 --out "${run}detections"
+say python tools/image_demo.py 'datasets/shapes/JPEGImages/test_0000[0-8].jpg' "${run}deploy.onnx" \
+    --score-threshold 0.45 --out "${run}detections.jpg"
 say python tools/speed.py "${run}best.pt" --images 200
 
 cat <<END
 
 Done. Written to ${run}
-  detections/        what it found in nine images that it was not trained on
+  detections.jpg     what it finds in nine images that it was not trained on
   report.html        curves, accuracy per class, worst images, problems in the data; open it in a browser
   best.pt            the trained network
   deploy.onnx        the same network, folded, from uint8 pixels to boxes

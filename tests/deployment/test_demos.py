@@ -85,7 +85,7 @@ def test_drawings_of_several_images_in_one_picture(finder, tmp_path):
     images[1].write_text("no image")
     out = tmp_path / "all.png"
     *_, last = draw_images(finder, images, drawn_paths(images, out))
-    assert last.endswith(" detections in 3 images, 1 skipped")
+    assert last.endswith(f" detections in 3 images, 1 skipped, drawn in {out}")
     # Two columns and two rows, the last cell of which is empty, with borders of 4 pixels.
     sheet = read_image(out)
     height, width = read_image(images[0]).shape[1:]

@@ -78,7 +78,7 @@ def draw_images(
             logger.warning("%s: skipped", error)
             continue
         (found,) = predictor([image])
-        picture = _draw(predictor, image, found)
+        picture, place = _draw(predictor, image, found), "" if in_one_file else f" drawn in {out}"
         if in_one_file:
             pictures.append(picture)
         else:
@@ -87,14 +87,15 @@ def draw_images(
             yield from _each(predictor, found)
         counts = Counter(predictor.classes[label] for label in found.labels.tolist())
         objects = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        yield f"{i}/{len(images)} {path}: {objects or 'nothing'} drawn in {out}"
+        yield f"{i}/{len(images)} {path}: {objects or 'nothing'}{place}"
         total, done = total + len(found.scores), done + 1
     if not done:
         raise ValueError(f"none of the {len(images)} images can be read")
     if pictures:
         save_image(grid(pictures), paths[0])
     skipped = f", {len(images) - done} skipped" if done < len(images) else ""
-    yield f"{total} detections in {done} image{'s'[: done != 1]}{skipped}"
+    where = f", drawn in {paths[0]}" if in_one_file else ""
+    yield f"{total} detections in {done} image{'s'[: done != 1]}{skipped}{where}"
     if not total:
         limit = predictor.score_threshold
         yield f"no detection scores above {limit:g}; try a lower --score-threshold"
