@@ -94,6 +94,18 @@ def test_a_verdict_one_step_late_protects_as_well(
     assert len(list((tmp_path / "run").glob("bad_step_*.pt"))) == 3
 
 
+def test_of_two_bad_steps_in_a_row_the_second_verdict_undoes_both(
+    tiny_experiment, tmp_path, monkeypatch
+):
+    late = functools.partial(NonFiniteGuard, lag=1)
+    monkeypatch.setattr(loop, "NonFiniteGuard", late)
+    _spoil(monkeypatch, {3, 4})  # of the second epoch's three
+    train(tiny_experiment, tmp_path / "run")
+    content = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert _is_finite(content["model"])
+    assert _is_finite(content["raw_model"])
+
+
 def _parameters(state_dict):
     return [(n, v) for n, v in state_dict.items() if "running" not in n and "num_b" not in n]
 

@@ -34,5 +34,6 @@ def make_anchors(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
     centers = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) * float(stride)
-    half = torch.as_tensor(tuple(sides), dtype=torch.float32, device=device)[:, None] / 2
-    return (centers + half * half.new_tensor([-1, -1, 1, 1])).reshape(-1, 4)
+    corners = torch.tensor([[-s, -s, s, s] for s in sides], dtype=torch.float32) / 2
+    # Made on the CPU and sent: a tensor made of numbers on a GPU makes the host wait for it.
+    return (centers + corners.to(device, non_blocking=True)).reshape(-1, 4)
