@@ -94,17 +94,20 @@ def kill_and_resume(device: torch.device, sizes: Sizes) -> Iterator[Row]:
         experiment = folder / "small.py"
         stored = small_experiment(folder, **settings)
         experiment.write_text(_DETERMINISTIC.format(path=str(stored)))
-        whole = _run_to_its_end(Training(folder, experiment, "--work-dir", folder / "whole"))
+        seconds = 40 if device.type == "cuda" else 280
+        training = Training(folder, experiment, "--work-dir", folder / "whole")
+        whole = _run_to_its_end(training, seconds)
         run = folder / "killed"
         training = Training(folder, experiment, "--work-dir", run)
         previous = run / "last.previous.pt"  # Written with the first step.
-        there = training.wait_until(previous.is_file, 60)
+        there = training.wait_until(previous.is_file, seconds)
         training.signal(signal.SIGKILL)
         training.end()
         if not there:
             raise RuntimeError("; ".join(training.output()[-5:]))
         step = last_of(run)["steps_done"]
-        resumed = _run_to_its_end(Training(folder, experiment, "--work-dir", run, "--resume"))
+        training = Training(folder, experiment, "--work-dir", run, "--resume")
+        resumed = _run_to_its_end(training, seconds)
         one, two = last_of(folder / "whole"), last_of(run)
         print(*whole, *resumed, sep="\n")
     differ = []
@@ -205,14 +208,14 @@ def _noted_losses() -> Iterator[list[dict[str, Tensor]]]:
         handle.remove()
 
 
-def _run_to_its_end(training: Training) -> list[str]:
+def _run_to_its_end(training: Training, seconds: float) -> list[str]:
     """Wait for a training and return what it printed.
 
     Raises:
         RuntimeError: it failed.
     """
     try:
-        status = training.end(60)
+        status = training.end(seconds)
     except subprocess.TimeoutExpired:
         training.signal(signal.SIGKILL)
         raise
