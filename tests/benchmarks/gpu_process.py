@@ -68,9 +68,9 @@ def run_part(part: Part, device: str, sizes: Sizes, seconds: float) -> Outcome:
         process.start()
         process.join(seconds)
         late = process.is_alive()
-        with suppress(ProcessLookupError):  # Its children too.
-            os.killpg(process.pid, signal.SIGKILL)
         if late:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # Its children too.
             process.kill()
         process.join()
         outcome = Outcome(

@@ -32,6 +32,7 @@ def test_every_part_runs_in_small(part, names):
     json.dumps(rows, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_finds_what_torch_finds():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
