@@ -158,13 +158,13 @@ def time_training(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 
 def largest_difference(one: Any, two: Any) -> float:
-    """Return the largest difference of numbers in nested dicts and lists; infinite if of others."""
+    """Return the largest difference of numbers in nested containers; infinite if of others."""
     if isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape == two.shape:
         apart = (one.double() - two.double()).abs()
         return float(apart.nan_to_num(nan=torch.inf).max()) if len(apart.flatten()) else 0.0
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         return max((largest_difference(one[k], two[k]) for k in one), default=0.0)
-    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+    if isinstance(one, (list, tuple)) and type(one) is type(two) and len(one) == len(two):
         return max(map(largest_difference, one, two), default=0.0)
     if isinstance(one, (int, float)) and isinstance(two, (int, float)):
         return float(abs(one - two))

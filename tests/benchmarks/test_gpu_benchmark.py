@@ -59,6 +59,7 @@ def test_losses_too_far_apart_fail_and_are_told(monkeypatch):
 
 def test_largest_difference():
     one = {"a": [torch.tensor([1.0, 2.0]), 3], "b": {"c": None, "d": "x"}, "e": torch.zeros(0)}
+    one["betas"] = (0.9, 0.999)
     assert largest_difference(one, one) == 0
     assert largest_difference(one, {**one, "a": [torch.tensor([1.0, 2.5]), 3]}) == 0.5
     assert largest_difference(one, {**one, "a": [torch.tensor([1.0, torch.nan]), 3]}) == torch.inf
