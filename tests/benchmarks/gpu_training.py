@@ -99,8 +99,8 @@ def kill_and_resume(device: torch.device, sizes: Sizes) -> Iterator[Row]:
         whole = _run_to_its_end(training, seconds)
         run = folder / "killed"
         training = Training(folder, experiment, "--work-dir", run)
-        previous = run / "last.previous.pt"  # Written with the first step.
-        there = training.wait_until(previous.is_file, seconds)
+        log = run / "log.jsonl"  # Its first line is of an epoch's end; every step is saved.
+        there = training.wait_until(lambda: log.is_file() and log.stat().st_size > 0, seconds)
         training.signal(signal.SIGKILL)
         training.end()
         if not there:
