@@ -99,8 +99,10 @@ def kill_and_resume(device: torch.device, sizes: Sizes) -> Iterator[Row]:
         whole = _run_to_its_end(training, seconds)
         run = folder / "killed"
         training = Training(folder, experiment, "--work-dir", run)
-        log = run / "log.jsonl"  # Its first line is of an epoch's end; every step is saved.
-        there = training.wait_until(lambda: log.is_file() and log.stat().st_size > 0, seconds)
+        log = run / "log.jsonl"  # Each step writes a line, then the checkpoint.
+        there = training.wait_until(
+            lambda: log.is_file() and log.read_bytes().count(b"\n") > 5, seconds
+        )
         training.signal(signal.SIGKILL)
         training.end()
         if not there:
