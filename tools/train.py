@@ -70,8 +70,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError("--profile writes no run: leave out --work-dir")
         from tinydet.training.profile import profile_training
 
-        for line in profile_training(experiment):
-            print(line, flush=True)
+        print("\n".join(profile_training(experiment).lines()))
         return
 
     resume_from = args.resume_from

@@ -20,7 +20,7 @@ from small_run import Training, small_experiment
 from tinydet.training.checkpoint import CheckpointError, previous_of, read_checkpoint
 
 
-def _last(run: Path) -> dict:
+def last_of(run: Path) -> dict:
     """Return what --resume would go on from, and leave the files as they are."""
     try:
         return read_checkpoint(run / "last.pt")
@@ -91,19 +91,19 @@ def main(kills: int, seed: int) -> bool:
             done += 1
             half = sum(path.stat().st_size for path in run.glob(".last.*.tmp.pt"))
             left_overs += half > 0
-            there = _last(run) if any(run.glob("last*.pt")) else {"epoch": "-", "step": "-"}
+            there = last_of(run) if any(run.glob("last*.pt")) else {"epoch": "-", "step": "-"}
             print(
                 f"kill {done:2}: {kind:24} {training.seconds:5.1f} s after its start;"
                 f" checkpoint: epoch {there['epoch']}, step {there['step']}"
                 + (f"; half a file of {half / 1e6:.2f} MB left" if half else ""),
                 flush=True,
             )
-        if _last(run)["epoch"] < epochs:
+        if last_of(run)["epoch"] < epochs:
             last = Training(folder, experiment, "--work-dir", run, "--resume")
             if last.end():
                 sys.exit("\n".join(last.output()))
 
-        one, two = _last(folder / "whole"), _last(run)
+        one, two = last_of(folder / "whole"), last_of(run)
         parts = ("model", "raw_model", "optimizer", "steps_done", "ema_updates", "images_seen")
         same = {part: _same(one[part], two[part]) for part in parts}
         records = [

@@ -103,9 +103,9 @@ class Training:
         """Send a signal to the process and its loader processes."""
         os.killpg(self.process.pid, number)
 
-    def end(self) -> int:
+    def end(self, seconds: float = 300) -> int:
         """Wait for the process and return its exit status."""
-        return self.process.wait(timeout=300)
+        return self.process.wait(timeout=seconds)
 
     def output(self) -> list[str]:
         """Return the lines it has printed so far, without the progress bar."""

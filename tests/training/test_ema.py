@@ -1,7 +1,11 @@
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
 from tinydet.training.ema import AveragedWeights
+from tinydet.training.loop import prepare
 
 
 def test_average_follows_the_formula_for_weights_and_running_statistics():
@@ -31,3 +35,12 @@ def test_the_trained_network_is_left_alone():
     ema.update()
     ema.module.weight.data.zero_()
     torch.testing.assert_close(net.weight.detach(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
+def test_averages_have_the_layout_of_the_weights(tiny_experiment, memory_format):
+    settings = replace(tiny_experiment.train, memory_format=memory_format)
+    state, *_ = prepare(replace(tiny_experiment, train=settings), torch.device("cpu"))
+    averages = dict(state.ema.module.named_parameters())
+    for name, weight in state.detector.named_parameters():
+        assert averages[name].stride() == weight.stride(), name

@@ -97,11 +97,12 @@ def test_a_verdict_one_step_late_protects_as_well(
     assert len(list((tmp_path / "run").glob("bad_step_*.pt"))) == 3
 
 
-def test_a_verdict_one_step_late_protects_norms_from_two_bad_steps_in_a_row(
+def test_of_two_bad_steps_in_a_row_the_second_verdict_undoes_both(
     tiny_experiment, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "NonFiniteGuard", functools.partial(NonFiniteGuard, lag=1))
-    _spoil(monkeypatch, {1, 2})
+    late = functools.partial(NonFiniteGuard, lag=1)
+    monkeypatch.setattr(loop, "NonFiniteGuard", late)
+    _spoil(monkeypatch, {3, 4})  # of the second epoch's three
     train(tiny_experiment, tmp_path / "run")
     content = read_checkpoint(tmp_path / "run" / "last.pt")
     assert _is_finite(content["model"])

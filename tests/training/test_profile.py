@@ -11,7 +11,11 @@ from tinydet.training.profile import profile_training, time_steps
 def test_a_profile_tells_of_every_part_and_leaves_no_run(tiny_experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = replace(tiny_experiment.train, batch_size=3)
-    told = "\n".join(profile_training(replace(tiny_experiment, train=settings), steps=3))
+    profile = profile_training(replace(tiny_experiment, train=settings), steps=3, turns=2)
+    told = "\n".join(profile.lines())
+    assert (profile.turns, profile.steps, profile.images, profile.size) == (2, 3, 3, (96, 96))
+    assert profile.loop > profile.waiting > 0
+    assert profile.bare > max(profile.parts.values())
     for word in ("loop", "waiting", "bare step", "forward", "losses", "backward", "optimizer"):
         assert word in told
     assert "3 images a batch" in told
@@ -28,7 +32,7 @@ def test_waiting_for_data_is_told_apart(tiny_experiment, monkeypatch):
 
     monkeypatch.setattr(TrainingImages, "read", slowly)
     settings = replace(tiny_experiment.train, batch_size=3)
-    told = "\n".join(profile_training(replace(tiny_experiment, train=settings), steps=2))
+    told = "\n".join(profile_training(replace(tiny_experiment, train=settings), 2).lines())
     figures = dict(re.findall(r"^\s*(\w+(?: step)?) +([\d.]+) (?:ms|img)", told, re.MULTILINE))
     assert float(figures["waiting"]) >= 300
     assert float(figures["loop"]) >= 300 + float(figures["bare step"]) / 2
@@ -39,7 +43,7 @@ def test_waiting_for_data_is_told_apart(tiny_experiment, monkeypatch):
 
 def test_too_few_steps_are_told(tiny_experiment):
     with pytest.raises(ValueError, match="an epoch has 3 steps"):
-        list(profile_training(tiny_experiment, steps=3))
+        profile_training(tiny_experiment, steps=3)
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import generalized_box_iou_loss
 
 from tinydet.yolof.decode import decode_boxes
-from tinydet.yolof.loss import pad_targets, yolof_losses
+from tinydet.yolof.loss import _giou_loss, pad_targets, yolof_losses
 from tinydet.yolof.matcher import BACKGROUND, IGNORED, Matches, uniform_match
 
 MODES = ["eval", "train", "extreme", "near_anchor"]
@@ -190,3 +192,34 @@ def test_pad_targets_marks_padding():
     assert valid.tolist() == [[True, True], [False, False], [True, False]]
     torch.testing.assert_close(padded[valid], torch.cat(boxes))
     assert (labels[valid] == 7).all()
+
+
+def test_giou_and_its_gradient_are_torchvisions():
+    generator = torch.Generator().manual_seed(0)
+    corners, sides = torch.rand(2, 2, 200, 2, generator=generator, dtype=torch.float64)
+    one, two = torch.cat([corners, corners + sides], dim=-1)  # Of pairs, a third are disjoint.
+    two[0] = one[0]
+    two[1] = one[1] + torch.tensor([2.0, 0.0, 2.0, 0.0])
+    boxes = [one.clone().requires_grad_() for _ in range(2)]
+    losses = [f(a, two) for f, a in zip((_giou_loss, generalized_box_iou_loss), boxes, strict=True)]
+    for loss in losses:
+        loss.sum().backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(boxes[0].grad, boxes[1].grad)
+
+
+@pytest.mark.parametrize("objects", [0, 3])
+def test_losses_on_a_gpu_need_no_number_on_the_host(objects):
+    """With made-up tensors: a number, or a shape that depends on one, does not exist for them."""
+    with FakeTensorMode():
+        anchors = torch.empty(50, 4, device="cuda")
+        logits, deltas = (torch.empty(2, 50, n, device="cuda") for n in (5, 4))
+        target = {
+            "boxes": torch.empty(objects, 4, device="cuda"),
+            "labels": torch.empty(objects, dtype=torch.int64, device="cuda"),
+        }
+        gt_boxes, gt_labels, valid = pad_targets([target, target])
+        pred_boxes = decode_boxes(anchors, deltas, 32)
+        matches = uniform_match(anchors, pred_boxes, gt_boxes, valid)
+        losses, _ = yolof_losses(logits, pred_boxes, gt_boxes, gt_labels, matches)
+        assert {loss.device.type for loss in losses.values()} == {"cuda"}

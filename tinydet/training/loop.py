@@ -135,7 +135,8 @@ def prepare(
         ConfigError: a field of the experiment is wrong.
     """
     data, settings = experiment.data, experiment.train
-    torch.backends.cudnn.benchmark = True
+    # The fastest algorithm is not the same one each time.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     torch.manual_seed(settings.seed)
     threads = Threads(device)
     threads.adapt()

@@ -121,7 +121,7 @@ class NonFiniteGuard:
             return True
         state.bad_in_a_row += 1
         torch._foreach_copy_(self._buffers, step.buffers)
-        for later in self._pending:  # which began with the statistics of this step
+        for later in self._pending:  # Their snapshots hold what this step left.
             torch._foreach_copy_(later.buffers, step.buffers)
         self._report(step)
         if state.bad_in_a_row >= state.experiment.train.max_bad_steps:

@@ -28,7 +28,6 @@ from tinydet.training.runs import Saver
 from tinydet.training.signals import Signals
 from tinydet.training.state import TrainingState
 
-_ROUNDS = 5  # the loop and the bare step take turns
 _WARM_UP = 4  # untimed steps of a turn, in which prefetched batches are used up
 _PARTS = ("forward", "losses", "backward", "optimizer")
 
@@ -83,12 +82,64 @@ def time_steps(experiment: Experiment, steps: int = 20) -> StepTime:
     )
 
 
-def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
-    """Train a few steps, discard them, and yield the profile line by line.
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a training step goes; all times are medians, in seconds.
+
+    Attributes:
+        turns: of the loop and the bare step.
+        steps: timed in each turn.
+        images: in a batch.
+        size: (H, W) of the bare step's images.
+        loop: a step of the whole loop.
+        waiting: the part of it that waits for data.
+        bare: the bare step.
+        parts: of the bare step: forward, losses, backward, optimizer.
+        loader: images per second of the loader by itself.
+        workers: processes of the loader.
+        dtype: with "auto" resolved.
+        memory_format: with "auto" resolved.
+    """
+
+    turns: int
+    steps: int
+    images: int
+    size: tuple[int, int]
+    loop: float
+    waiting: float
+    bare: float
+    parts: dict[str, float]
+    loader: float
+    workers: int
+    dtype: str
+    memory_format: str
+
+    def lines(self) -> list[str]:
+        """Return the profile as lines of text."""
+        processes = f"{self.workers} process{'' if self.workers == 1 else 'es'}"
+        return [
+            f"profile     {self.turns} turns of {self.steps} steps, {self.images} images a batch; "
+            f"bare step on {self.size[0]}x{self.size[1]} pixels",
+            f"loop        {1000 * self.loop:.1f} ms per step, {self.images / self.loop:.1f} img/s, "
+            f"{self.loop / self.bare:.3f} times the bare step",
+            f"waiting     {1000 * self.waiting:.1f} ms of it, for data",
+            f"bare step   {1000 * self.bare:.1f} ms",
+            *(
+                f"  {name:9} {1000 * seconds:.1f} ms, {seconds / self.bare:.0%}"
+                for name, seconds in self.parts.items()
+            ),
+            f"loader      {self.loader:.0f} img/s by itself, with {processes}"
+            + ("" if self.workers else ", in this one"),
+        ]
+
+
+def profile_training(experiment: Experiment, steps: int = 20, turns: int = 5) -> Profile:
+    """Train a few steps, discard them, and return where their time went.
 
     Args:
         experiment: what is trained.
         steps: timed in each turn.
+        turns: that the loop and the bare step take.
 
     Raises:
         ConfigError: a field of the experiment cannot be met.
@@ -105,17 +156,13 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
         )
     part = _Part(loader, _WARM_UP + steps, device)
     batch = next(iter(loader)).to(device)
-    yield (
-        f"profile     {_ROUNDS} turns of {steps} steps, {len(batch)} images a batch; bare step on "
-        f"{batch.images.shape[-2]}x{batch.images.shape[-1]} pixels"
-    )
     loop_loader = cast(DetectionLoader, part)
     loop: list[float] = []
     waits: list[float] = []
     bare: dict[str, list[float]] = {name: [] for name in _PARTS}
     with tempfile.TemporaryDirectory() as folder:
         guard, saver = NonFiniteGuard(state, Path(folder)), Saver(Path(folder), state)
-        for epoch in range(_ROUNDS):
+        for epoch in range(turns):
             state.epoch, state.step = epoch, 0
             with RunLog(Path(folder), 0, _WARM_UP + steps) as log:
                 train_epoch(state, loop_loader, device, log, guard, saver, Signals())
@@ -124,18 +171,21 @@ def profile_training(experiment: Experiment, steps: int = 20) -> Iterator[str]:
             parts = [_bare_step(state, batch, device) for _ in range(_WARM_UP + steps)]
             for name in _PARTS:
                 bare[name] += [part_seconds[name] for part_seconds in parts[_WARM_UP:]]
-    whole = statistics.median(loop)
     totals = [sum(parts_of_step) for parts_of_step in zip(*bare.values(), strict=True)]
-    yield (
-        f"loop        {1000 * whole:.1f} ms per step, {len(batch) / whole:.1f} img/s, "
-        f"{whole / statistics.median(totals):.3f} times the bare step"
+    return Profile(
+        turns=turns,
+        steps=steps,
+        images=len(batch),
+        size=(batch.images.shape[-2], batch.images.shape[-1]),
+        loop=statistics.median(loop),
+        waiting=statistics.median(waits),
+        bare=statistics.median(totals),
+        parts={name: statistics.median(times) for name, times in bare.items()},
+        loader=_loader_alone(loader, turns, steps),
+        workers=loader.num_workers,
+        dtype=state.precision.dtype,
+        memory_format=state.precision.memory_format,
     )
-    yield f"waiting     {1000 * statistics.median(waits):.1f} ms of it, for data"
-    yield f"bare step   {1000 * statistics.median(totals):.1f} ms"
-    for name, times in bare.items():
-        share = statistics.median(times) / statistics.median(totals)
-        yield f"  {name:9} {1000 * statistics.median(times):.1f} ms, {share:.0%}"
-    yield _loader_alone(loader, steps)
 
 
 class _Part:
@@ -188,8 +238,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _loader_alone(loader: DetectionLoader, number: int) -> str:
-    loader.set_epoch(_ROUNDS)
+def _loader_alone(loader: DetectionLoader, epoch: int, number: int) -> float:
+    """Return the images per second that the loader gives if nothing else is done."""
+    loader.set_epoch(epoch)
     images, start = 0, 0.0
     for i, batch in enumerate(loader):
         if i == _WARM_UP:
@@ -198,9 +249,4 @@ def _loader_alone(loader: DetectionLoader, number: int) -> str:
             images += len(batch)
         if i == _WARM_UP + number - 1:
             break
-    speed = images / (time.perf_counter() - start)
-    workers = loader.num_workers
-    return (
-        f"loader      {speed:.0f} img/s by itself, with {workers} "
-        f"process{'' if workers == 1 else 'es'}{'' if workers else ', in this one'}"
-    )
+    return images / (time.perf_counter() - start)

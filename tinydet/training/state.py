@@ -158,6 +158,8 @@ def start_training(
     logger.info("%s, %s: %s", precision.dtype, precision.memory_format, precision.reason)
     for line in schedule.lines:
         logger.info(line)
+    # Before it is copied: on a GPU torch averages tensors of one layout in one kernel.
+    detector.to(memory_format=precision.torch_format)
     ema = AveragedWeights(detector, settings.ema_decay) if settings.ema_decay else None
     precision.prepare(detector)
     if settings.sync_norms and world_size() > 1:

@@ -33,6 +33,7 @@ def make_anchors(
     y, x = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
-    centers = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) * float(stride)
-    half = torch.as_tensor(tuple(sides), dtype=torch.float32, device=device)[:, None] / 2
-    return (centers + half * half.new_tensor([-1, -1, 1, 1])).reshape(-1, 4)
+    centers = torch.stack([x, y], dim=-1).reshape(-1, 1, 2) * float(stride)
+    # Filled one by one: for a tensor made from a list of numbers the host would wait for a GPU.
+    half = torch.stack([torch.full((1,), side / 2, device=device) for side in sides])  # (S, 1)
+    return torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4)

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from tinydet.yolof.matcher import IGNORED, Matches
+
+_EPS = 1e-7  # torchvision's, against division by zero
 
 
 def pad_targets(targets: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +68,25 @@ def yolof_losses(
 
     # Negative matches get weight 0: with fixed shapes there is no synchronization with the device.
     pred = pred_boxes.gather(1, matches.anchor_idxs[..., None].expand(-1, -1, 4))  # (B, M, 4)
-    giou = generalized_box_iou_loss(pred, gt_boxes[:, matches.gt_idxs])  # (B, M)
+    giou = _giou_loss(pred, gt_boxes[:, matches.gt_idxs])  # (B, M)
     loss_box = giou.where(matches.positive, 0).sum()
     losses = {"loss_cls": loss_cls / num_positives, "loss_box": loss_box / num_positives}
     return losses, num_positives
+
+
+def _giou_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Return 1 - GIoU of (..., 4) xyxy boxes with their counterparts: (...).
+
+    As torchvision's `generalized_box_iou_loss`, which selects the overlapping pairs by boolean
+    masks: at each of them the host waits for a GPU.
+    """
+    overlap = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).relu()
+    hull = torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])
+    intersection, enclosing = _area(overlap), _area(hull)
+    union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - intersection
+    return 1 - intersection / (union + _EPS) + (enclosing - union) / (enclosing + _EPS)
+
+
+def _area(sides: Tensor) -> Tensor:
+    # Not `prod`: its gradient waits for a GPU too.
+    return sides[..., 0] * sides[..., 1]
