@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Train, fold, export, time and draw, on synthetic images. Nothing is downloaded.
+# Train, fold, export, draw and time, on synthetic images. Nothing is downloaded.
+# Options of tools/train.py may follow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf '\n== %s\n' "$*"; "$@"; }
 
-say python tools/train.py experiments/quickstart.py
+say python tools/train.py experiments/quickstart.py "$@"
 run=$(ls -td runs/quickstart/*/ | head -n 1)
 say python deploy/reparam.py "${run}best.pt"
 say python deploy/export_onnx.py "${run}deploy.pt"
