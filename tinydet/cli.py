@@ -121,7 +121,9 @@ def select_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
     take_lone_checkpoint(args)
     # Loaded even if a checkpoint is named: it may register its backbone.
     name = load_experiment(args.experiment).name if args.experiment else "*"
-    return args.checkpoint or newest_checkpoint(file_name=file_name, name=name)
+    checkpoint = args.checkpoint or newest_checkpoint(file_name=file_name, name=name)
+    set_threads()
+    return checkpoint
 
 
 def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
@@ -171,6 +173,7 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, Path]:
     take_lone_checkpoint(args)
     experiment = load_experiment(args.experiment, args.set) if args.experiment else None
     path = args.checkpoint or newest_checkpoint(name=experiment.name if experiment else "*")
+    set_threads()
     # Few installations of ONNX Runtime support GPUs: "auto" is the CPU for ONNX files.
     on_cpu = path.suffix == ".onnx" and args.device == "auto"
     device = pick_device("cpu" if on_cpu else args.device)
@@ -187,17 +190,20 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     }
 
 
-def set_threads(threads: int | None) -> None:
-    """Apply the option --threads: CPU threads of torch; None is torch's choice.
+def set_threads(threads: int | None = None) -> None:
+    """Apply the option --threads: CPU threads of torch; None is what is fastest at the moment.
 
     Raises:
         ValueError: it is not positive.
     """
-    if threads is None:
-        return
-    if threads < 1:
+    if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads}: must be at least 1")
 
     import torch
 
-    torch.set_num_threads(threads)
+    from tinydet.training.threads import Threads
+
+    if threads is None:
+        Threads(torch.device("cpu")).adapt()
+    else:
+        torch.set_num_threads(threads)

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-fuse", dest="fuse", action="store_false", help="time the unfolded form only"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: as many as help now")
     parser.add_argument("--device", help="cpu, cuda, cuda:N, mps")
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="default 60; 0 for no limit"

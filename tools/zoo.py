@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         help="input size; default: the largest of each experiment",
     )
     parser.add_argument("--turns", type=int, help="of ten images each, default 5")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: as many as help now")
     parser.add_argument("--device", help="cpu, cuda, cuda:N, mps")
     parser.add_argument("--fresh", action="store_true", help="ignore the figures of earlier runs")
     add_overrides(parser)

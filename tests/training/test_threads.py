@@ -1,8 +1,11 @@
+import argparse
+import contextlib
 import json
 
 import pytest
 import torch
 
+from tinydet.cli import load_predictor, select_checkpoint, set_threads
 from tinydet.training import threads
 from tinydet.training.loop import train
 from tinydet.training.threads import Threads, fastest_threads
@@ -95,6 +98,31 @@ def test_measuring_draws_no_random_numbers():
     torch.manual_seed(0)
     Threads(_CPU).adapt()
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.usefixtures("_four_threads")
+def test_a_command_takes_the_number_asked_for_or_else_the_fastest(monkeypatch):
+    _speeds(monkeypatch, {1: 10, 2: 19, 3: 8, 4: 8})
+    set_threads(3)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(4)
+    set_threads(None)
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ValueError, match="--threads 0: must be at least 1"):
+        set_threads(0)
+
+
+@pytest.mark.parametrize("select", [select_checkpoint, load_predictor])
+def test_deploying_and_drawing_adapt(monkeypatch, tmp_path, select):
+    asked = []
+    monkeypatch.setattr(Threads, "adapt", lambda _: asked.append(1))
+    path = tmp_path / "a.onnx"
+    args = argparse.Namespace(
+        experiment=None, checkpoint=path, device="cpu", score_threshold=0.3, set=[]
+    )
+    with contextlib.suppress(ValueError):  # The file is not there.
+        select(*(args, "best.pt")[: 2 if select is select_checkpoint else 1])
+    assert asked == [1]
 
 
 def test_training_adapts_at_the_start_between_steps_and_in_evaluation(
