@@ -8,7 +8,7 @@ say() { printf '\n== %s\n' "$*"; "$@"; }
 quickstart=experiments/quickstart.py
 short=(train.epochs=2 train.eval_every=2)
 
-say python tools/train.py $quickstart --set "${short[@]}" model.expand=repvgg
+say python tools/train.py $quickstart --set "${short[@]}" model.freeze_stages=0 model.expand=repvgg
 run=$(ls -td runs/quickstart/*/ | head -n 1)
 say python deploy/reparam.py
 say python deploy/export_onnx.py

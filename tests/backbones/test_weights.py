@@ -271,3 +271,20 @@ def test_other_layers_may_not_be_missing_from_a_model_with_own_layers(tmp_path, 
     _with_own_activation(monkeypatch, name)
     with pytest.raises(ConfigError, match=r"blocks\.1\.0\.conv_dw\.weight is missing"):
         create_backbone("own", str(tmp_path / "weights.pth"), "C5")
+
+
+def test_an_own_layer_s_tensor_of_another_shape_is_refused_not_left_initial(tmp_path, monkeypatch):
+    name = "mobilenetv3_small_050"
+    _with_own_activation(monkeypatch, name)
+    state_dict = create_backbone("own", "random", "C5").module.state_dict()
+    (slope, *_) = (key for key in state_dict if key.endswith(".slope"))
+    state_dict[slope] = torch.ones(2)
+    torch.save(state_dict, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=rf"{slope} has the shape \(2,\), not \(\)"):
+        create_backbone("own", str(tmp_path / "weights.pth"), "C5")
+
+
+def test_layers_of_tinydet_may_not_be_missing(tmp_path):
+    torch.save(timm.create_model("rexnet_100").state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match="are missing or have another shape"):
+        create_backbone("rexnet_100_acon", str(tmp_path / "weights.pth"), "C5")

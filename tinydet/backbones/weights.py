@@ -79,9 +79,7 @@ def _read_hub(module: nn.Module, build: Callable[..., nn.Module], name: str) -> 
         # The run's random numbers stay the same as with other sources of weights.
         with torch.random.fork_rng(devices=[]):
             # timm loads a classifier strictly but an extractor leniently: build one for its errors.
-            classifier = timm.create_model(name, pretrained=True)
-            if own_tensors(module):
-                return classifier.state_dict()
+            timm.create_model(name, pretrained=True)
             return build(pretrained=True).state_dict()
     except Exception as error:
         package = _PACKAGES.get(name.split(".")[0])
