@@ -137,9 +137,10 @@ def checkpoint(detector, exported_fixed, make_checkpoint, tmp_path, monkeypatch)
     return make_checkpoint(detector, Data(root=str(root), image_size=96, short_side=64))
 
 
-def test_quantize_checkpoint(checkpoint, every_step_said):
+def test_quantize_checkpoint(checkpoint, every_step_said, capfd):
     lines = list(quantize_checkpoint(checkpoint, size=_SIZE, images=3, budget=1.0))
     said = [line.split(", ")[0] for line in every_step_said()]
+    assert "onnxruntime" not in capfd.readouterr().err
     assert said.count("measuring ranges: 3/3 images") == 2  # as it is, and equalized
     assert said.count("measuring activations: 3 batches") == 2
     assert said.count("evaluating: 3/3 images") == 3

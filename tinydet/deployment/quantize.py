@@ -248,15 +248,18 @@ def _table(
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence ONNX Runtime's advice, which it logs on the root logger."""
+    """Silence ONNX Runtime's advice: its Python code logs it on the root logger."""
+    import onnxruntime
 
     def refuse(record: logging.LogRecord) -> bool:
         return record.levelno > logging.WARNING
 
     logging.root.addFilter(refuse)
+    onnxruntime.set_default_logger_severity(3)  # errors; of the sessions that it opens
     try:
         yield
     finally:
+        onnxruntime.set_default_logger_severity(2)  # its default: warnings
         logging.root.removeFilter(refuse)
 
 
