@@ -27,7 +27,7 @@ class Progress:
         total: units in all, 0 if unknown.
         unit: their name in the plural.
         done: units done before, which do not count in the estimate of the time left.
-        left: what is left, said after that time.
+        left: words that follow the estimated time.
         interval: seconds between two lines.
         clock: returns seconds.
     """

@@ -288,3 +288,20 @@ def test_layers_of_tinydet_may_not_be_missing(tmp_path):
     torch.save(timm.create_model("rexnet_100").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ConfigError, match="are missing or have another shape"):
         create_backbone("rexnet_100_acon", str(tmp_path / "weights.pth"), "C5")
+
+
+@pytest.mark.parametrize("changes", [{"file": "own.pth"}, {"hf_hub_id": "me/own"}])
+def test_a_variant_that_names_weights_of_its_own_does_not_get_the_published_ones(
+    offline, monkeypatch, changes
+):
+    name = "mobilenetv3_small_050"
+    _fill_cache(offline, name, _randomised(name).state_dict())
+    config = dataclasses.replace(timm.get_pretrained_cfg(name), **changes)
+
+    def own(pretrained=False, **kwargs):
+        kwargs["pretrained_cfg"] = config
+        return timm.model_entrypoint(name)(pretrained, act_layer=_Sloped, **kwargs)
+
+    monkeypatch.setitem(_registry._model_entrypoints, "own", own)
+    with pytest.raises(ConfigError, match="no weights for own from timm's hub"):
+        create_backbone("own", "imagenet", "C5")

@@ -56,8 +56,9 @@ def load_weights(
     """
     if weights == "random":
         return
-    if own_tensors(module):
-        name = getattr(module, "pretrained_cfg", {}).get("architecture", name)
+    has_own_layers = bool(own_tensors(module))
+    if has_own_layers:
+        name = _changed_model(module) or name
     if weights != "imagenet":
         tensors = _read_file(Path(weights), name)
     elif _package_installed(name):
@@ -69,8 +70,18 @@ def load_weights(
         remarks = load_strict(module, tensors, f"model.weights={weights} for timm's {name}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if remarks and (weights != "imagenet" or own_tensors(module)):
+    if remarks and (weights != "imagenet" or has_own_layers):
         logger.info(f"model.weights={weights}: {remarks}")
+
+
+def _changed_model(module: nn.Module) -> str:
+    """Return the timm model whose published weights a variant names; empty if it names others."""
+    config = getattr(module, "pretrained_cfg", {})
+    name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if published is None or config.get("file") or config.get("hf_hub_id") != published.hf_hub_id:
+        return ""
+    return name
 
 
 def _read_hub(module: nn.Module, build: Callable[..., nn.Module], name: str) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`; a CUDA device copies them meanwhile."""
-        # Elsewhere memory is not pinned, and an Apple GPU would read what is freed already.
+        # Only CUDA batches are pinned; on mps an asynchronous copy may read freed memory.
         non_blocking = torch.device(device).type == "cuda"
         return replace(
             self,
