@@ -62,7 +62,9 @@ class Model(Checked, path="model"):
         'each block) or "stage" (after each stage)',
     )
     attention_where: str = option("", "patterns of the places to change; empty is all")
-    expand: Literal["none", "repvgg", "acnet", "dbb", "mobileone", "large-kernel"] = option(
+    expand: Literal[
+        "none", "repvgg", "qarepvgg", "acnet", "dbb", "orepa", "mobileone", "large-kernel"
+    ] = option(
         "none",
         "block of `tinydet.reparam.expand`, whose branches are added to the backbone's convs for "
         "training, after its weights are loaded; folding removes them",
@@ -71,6 +73,11 @@ class Model(Checked, path="model"):
         "",
         'convs to expand, by kernel size, kind and name, such as "3x3 depthwise" or "blocks.4"; '
         "empty is every conv that the block supports",
+    )
+    expand_online: bool = option(
+        False,
+        "add the kernels of the branches to the convs' weights, with scales in place of norms, "
+        "instead of running the branches beside the convs: a step takes little longer than without",
     )
     feature: Literal["C5", "DC5", "C4"] = option(
         "C5",

@@ -50,6 +50,11 @@ def apply_modifications(module: nn.Module, config: Model, fixed: Sequence[str] =
                     f"model.{field}_where={where}: has no effect without model.{field}, "
                     f"e.g. model.{field}={example}"
                 )
+            if field == "expand" and config.expand_online:
+                raise ConfigError(
+                    "model.expand_online=true: has no effect without model.expand, e.g. "
+                    f"model.expand={example}"
+                )
             continue
         try:
             module = _apply(module, field, kind, where, config)
@@ -61,7 +66,7 @@ def apply_modifications(module: nn.Module, config: Model, fixed: Sequence[str] =
 
 def _apply(module: nn.Module, field: str, kind: str, where: str, config: Model) -> nn.Module:
     if field == "expand":
-        return expand(module, kind, where)
+        return expand(module, kind, where, config.expand_online)
     if field == "activation":
         return replace_activation(module, kind, _example(), where)
     return add_attention(module, kind, _example(), config.attention_place, where)

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Block = Callable[[nn.Conv2d], Sequence[nn.Module]]
 Pads = tuple[int, int, int, int]
@@ -38,9 +39,39 @@ _LARGE_KERNEL = {
 }
 
 
+class ChannelScale(nn.Module):
+    """Multiplies each channel of an (N, C, H, W) tensor by a learned factor.
+
+    Attributes:
+        weight: (C,) factors.
+
+    Args:
+        channels: C.
+        value: of all factors at the start.
+    """
+
+    def __init__(self, channels: int, value: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scaled tensor."""
+        return x * self.weight.view(-1, 1, 1)
+
+
 def repvgg(conv: nn.Conv2d) -> list[nn.Module]:
     """RepVGG (arXiv 2101.03697): a 1x1 conv, and the identity where the shape allows."""
     return [centre(conv), *_identity(conv)]
+
+
+def qarepvgg(conv: nn.Conv2d) -> list[nn.Module]:
+    """QARepVGG (arXiv 2212.01593): RepVGG's branches without norms of their own.
+
+    The norm after the sum is the one that follows the conv. A norm of the identity branch divides
+    by the spread of each input channel, which is nearly zero for channels that are rarely active.
+    """
+    branches = repvgg(conv)
+    return [nn.Sequential(branch, ChannelScale(conv.out_channels, 0.0)) for branch in branches]
 
 
 def acnet(conv: nn.Conv2d) -> list[nn.Module]:
@@ -80,6 +111,42 @@ def dbb(conv: nn.Conv2d) -> list[nn.Module]:
     return branches
 
 
+def orepa(conv: nn.Conv2d) -> list[nn.Module]:
+    """OREPA (arXiv 2204.00826): DBB's branches, and 1x1 then a fixed frequency filter.
+
+    The filters are the cosines along one axis of the kernel that are not constant, along its height
+    for the first half of the channels and along its width for the others. A depthwise conv gets no
+    1x1 before them.
+    """
+    branches = dbb(conv)
+    if conv.kernel_size == (1, 1):
+        return branches
+    c_in, c_out, groups = conv.in_channels, conv.out_channels, conv.groups
+    kernel, pads = _pair(conv.kernel_size), _pads(conv, _pair(conv.kernel_size))
+    filters = nn.Conv2d(
+        c_out, c_out, kernel, _pair(conv.stride), 0, _pair(conv.dilation), c_out, bias=False
+    )
+    filters.weight.requires_grad_(False).copy_(_cosines(c_out, kernel))
+    if groups == c_in == c_out > 1:
+        before: list[nn.Module] = [nn.ZeroPad2d(pads)] if any(pads) else []
+    else:
+        before = [*_conv(pads, c_in, c_out, groups=groups), nn.BatchNorm2d(c_out)]
+    return [*branches, nn.Sequential(*before, filters)]
+
+
+def _cosines(channels: int, size: tuple[int, int]) -> Tensor:
+    """Return (C, 1, h, w) filters: a cosine of 1, 2, ... half periods along one axis."""
+    filters = torch.ones(channels, 1, *size)
+    for channel in range(channels):
+        first = channel < channels // 2
+        axis = 0 if (first and size[0] > 1) or size[1] == 1 else 1
+        taps = size[axis]
+        index = channel if first else channel - channels // 2
+        phase = torch.pi * (torch.arange(taps) + 0.5) * (1 + index % (taps - 1)) / taps
+        filters[channel, 0] *= phase.cos().view(-1, 1) if axis == 0 else phase.cos()
+    return filters
+
+
 def mobileone(conv: nn.Conv2d, copies: int = 4) -> list[nn.Module]:
     """MobileOne (arXiv 2206.04040): copies of the conv, a 1x1, and the identity where possible.
 
@@ -109,8 +176,10 @@ def large_kernel(conv: nn.Conv2d) -> list[nn.Module]:
 
 BLOCKS: dict[str, Block] = {
     "repvgg": repvgg,
+    "qarepvgg": qarepvgg,
     "acnet": acnet,
     "dbb": dbb,
+    "orepa": orepa,
     "mobileone": mobileone,
     "large-kernel": large_kernel,
 }

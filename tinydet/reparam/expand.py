@@ -6,22 +6,24 @@ shapes and cost of the original.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
-from tinydet.reparam.branches import BLOCKS, Block
+from tinydet.reparam.branches import BLOCKS, Block, ChannelScale
 from tinydet.reparam.deep_copy import deep_copy
 from tinydet.reparam.like_original import memory_format_of
+from tinydet.reparam.module_class import class_of, set_class
+from tinydet.reparam.online import BranchKernels, check_kernel, make_linear
 from tinydet.reparam.same_padding import SamePad2d
 
 Where = Callable[[str, nn.Conv2d], bool]
@@ -61,18 +63,27 @@ class ExpandedConv2dSame(ExpandedConv2d):
 
 
 @torch.inference_mode(False)
-def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.Module:
+def expand(
+    model: nn.Module, block: str | Block, where: str | Where = "", online: bool = False
+) -> nn.Module:
     """Return a copy of a network whose convs have additional parallel branches.
 
-    The copy keeps the weights of the original under the same names. It computes the same function
-    in eval and in train mode, because each new branch ends in a norm whose weight and bias are
-    zero. That norm receives gradients in the first step, the layers before it from the second step
-    on. The new weights are drawn from torch's global generator.
+    The copy computes the same function in eval and in train mode, because each new branch ends in a
+    norm whose weight and bias are zero. That norm receives gradients in the first step, the layers
+    before it from the second step on. The new weights are drawn from torch's global generator.
 
-    Only `nn.Conv2d` and timm's Conv2dSame are expanded, no subclasses, no other padding than zeros,
-    and no conv whose weight is computed from other tensors (weight norm, pruning). In training mode
-    a branch needs more than one value per channel, like any batch norm: a conv after global pooling
-    needs more than one image per batch.
+    By default the branches run beside the conv, and the copy keeps the weights of the original
+    under the same names. Only `nn.Conv2d` and timm's Conv2dSame are expanded, no subclasses, no
+    other padding than zeros, and no conv whose weight is computed from other tensors (weight norm,
+    pruning). In training mode a branch needs more than one value per channel, like any batch norm:
+    a conv after global pooling needs more than one image per batch.
+
+    With `online`, the kernels of the branches are added to the conv's weight in each forward pass
+    (OREPA, arXiv 2204.00826), so that a step takes little longer than without branches. It needs
+    linear branches: norms in them become learned scales of each channel, the last ones zero at the
+    start, and biases are left out. The weight is parametrized with `torch.nn.utils.parametrize`,
+    under whose names the state dict has it (`conv.parametrizations.weight.original`); any padding
+    mode is taken, and weights that are parametrized already.
 
     Branches have the conv's dtype, device, mode and memory format. They learn, also those of a
     frozen conv, which stays frozen itself. Branches have a shift, so after folding a conv without
@@ -81,34 +92,33 @@ def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.
 
     Args:
         model: the network; it is not modified.
-        block: the kind of branches, "repvgg", "acnet", "dbb", "mobileone" or "large-kernel", or a
-            callable from the conv to a list of modules without their last norm, each affine in
-            eval mode; `tinydet.reparam.branches` has helpers and an example.
+        block: the kind of branches, "repvgg", "qarepvgg", "acnet", "dbb", "orepa", "mobileone" or
+            "large-kernel", or a callable from the conv to a list of modules without their last
+            norm, each affine in eval mode; `tinydet.reparam.branches` has helpers and an example.
         where: which convs to expand; the empty string means all. A function of the conv's
             qualified name and the conv, or words: "3x3" is a kernel size, "depthwise" (as many
             groups as input channels) and "dense" (one group) are kinds, any other word is a name
             pattern, and a module's name covers everything in it. Words of one sort are
             alternatives, and every sort has to match: "3x3 5x5 depthwise stages.2 stages.3".
+        online: whether the branches are summed up in the weight instead of run beside the conv.
 
     Raises:
         ValueError: there is no such block, no conv is selected, none of the selected can have this
-            block, or a branch's output has another shape than the conv's.
+            block, a branch's output has another shape than the conv's, or with `online` it is no
+            kernel on the conv's taps.
     """
     grow, kind = _find_block(block)
     expanded = deep_copy(model)
-    convs = _convs(expanded)
+    convs = _convs(expanded, online)
     selects = _parse(where) if isinstance(where, str) else where
     selected = {
         conv: names for conv, names in convs.items() if any(selects(name, conv) for name in names)
     }
     if not selected:
-        raise ValueError(_nothing_selected(expanded, convs, where))
+        raise ValueError(_nothing_selected(expanded, convs, where, online))
     grown = False
     for conv, names in selected.items():
-        branches = _grown(conv, grow, names[0], kind)
-        if branches:
-            grown = True
-            _attach(conv, branches)
+        grown |= _grow(conv, grow, online, f"block={kind}: a branch of {names[0] or 'the model'}")
     if not grown:
         name, conv = next((names[0], conv) for conv, names in selected.items())
         raise ValueError(
@@ -120,7 +130,11 @@ def expand(model: nn.Module, block: str | Block, where: str | Where = "") -> nn.
 
 def expanded_names(model: nn.Module) -> list[str]:
     """Return the qualified names of the convs that have branches."""
-    return [name for name, module in model.named_modules() if isinstance(module, ExpandedConv2d)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ExpandedConv2d) or _kernels_in(module)
+    ]
 
 
 def _find_block(block: str | Block) -> tuple[Block, str]:
@@ -135,27 +149,39 @@ def _find_block(block: str | Block) -> tuple[Block, str]:
     return BLOCKS[block], block
 
 
-def _convs(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
+def _kernels_in(module: nn.Module) -> list[BranchKernels]:
+    """Return the branches inside a module's weight."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return []
+    steps = cast(Any, module.parametrizations)["weight"]
+    return [step for step in steps if isinstance(step, BranchKernels)]
+
+
+def _convs(model: nn.Module, online: bool) -> dict[nn.Conv2d, list[str]]:
     """Return the convs that can be expanded and all names of each, except those in branches."""
     found: dict[nn.Conv2d, list[str]] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ExpandedConv2d):
             inside.update(module.branches.modules())
-        if module not in inside and not _obstacle(module):
+        for kernels in _kernels_in(module):
+            inside.update(kernels.modules())
+        if module not in inside and not _obstacle(module, online):
             found.setdefault(cast(nn.Conv2d, module), []).append(name)
     return found
 
 
-def _obstacle(module: nn.Module) -> str:
+def _obstacle(module: nn.Module, online: bool) -> str:
     """Return why a module cannot have branches; empty if it can."""
-    plain = type(module) in (nn.Conv2d, Conv2dSame)
-    if not (plain or isinstance(module, ExpandedConv2d)):
-        return f"a {type(module).__name__}"
-    if module.padding_mode != "zeros":
+    kind = class_of(module)
+    if not (kind in (nn.Conv2d, Conv2dSame) or isinstance(module, ExpandedConv2d)):
+        return f"a {kind.__name__}"
+    if module.padding_mode != "zeros" and not online:
         return f"padded with {module.padding_mode} values"
     # By hooks (weight norm, pruning) or by assignment to the object.
-    if "weight" not in module._parameters or "forward" in vars(module):
+    parametrized = parametrize.is_parametrized(module, "weight")
+    plain = "weight" in module._parameters or (parametrized and (online or _kernels_in(module)))
+    if not plain or "forward" in vars(module):
         return "a conv with a computed weight or a replaced forward"
     return ""
 
@@ -189,14 +215,16 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _nothing_selected(
-    model: nn.Module, convs: dict[nn.Conv2d, list[str]], where: str | Where
+    model: nn.Module, convs: dict[nn.Conv2d, list[str]], where: str | Where, online: bool
 ) -> str:
     words = where.split() if isinstance(where, str) else []
     others = (
-        f"; {name or 'the model'} is {_obstacle(module)}"
+        f"; {name or 'the model'} is {_obstacle(module, online)}"
         for name, module in model.named_modules()
         if isinstance(module, (_ConvNd, torch.jit.ScriptModule))
-        and (not convs or (_obstacle(module) and any(matches(name, word) for word in words)))
+        and (
+            not convs or (_obstacle(module, online) and any(matches(name, word) for word in words))
+        )
     )
     other = next(others, "")
     if not convs:
@@ -218,23 +246,49 @@ def _describe(conv: nn.Conv2d) -> str:
     return f"{conv.kernel_size[0]}x{conv.kernel_size[1]} {_kind(conv)}"
 
 
-def _grown(conv: nn.Conv2d, grow: Block, name: str, kind: str) -> list[nn.Module]:
-    """Return the new branches of a conv, which see its input after `ExpandedConv2dSame.pad`."""
-    if SamePad2d.needed_by(conv):
-        conv = copy.copy(conv)
-        conv.__class__ = nn.Conv2d
-        conv.padding = (0, 0)
-    return [_finished(branch, conv, name, kind) for branch in grow(conv)]
+def _grow(conv: nn.Conv2d, grow: Block, online: bool, where: str) -> bool:
+    """Add branches to a conv in place, and return whether there are any for it."""
+    parametrized = parametrize.is_parametrized(conv)
+    if parametrized:
+        cast(nn.Module, conv.parametrizations).eval()  # Spectral norm takes a step in training.
+    # The branches see the padded input: of `ExpandedConv2dSame.pad`, or any in the weight.
+    padded = SamePad2d.needed_by(conv) or conv.padding_mode != "zeros"
+    like = _unpadded(conv) if padded else conv
+    branches = [_finished(branch, like, online, where) for branch in grow(like)]
+    if branches and online:
+        parametrize.register_parametrization(conv, "weight", BranchKernels(like, branches))
+        parametrized = True
+    elif branches:
+        _attach(conv, branches)
+    if parametrized:
+        cast(nn.Module, conv.parametrizations).train(conv.training)
+    return bool(branches)
 
 
-def _finished(branch: nn.Module, conv: nn.Conv2d, name: str, kind: str) -> nn.Module:
-    """Append the norm that keeps a branch at zero, and check its output shape."""
-    layers = branch if isinstance(branch, nn.Sequential) else [branch]
-    norm = nn.BatchNorm2d(conv.out_channels)
-    nn.init.zeros_(norm.weight)  # Its bias is zero already.
-    finished = nn.Sequential(*layers, norm).to(conv.weight)
-    finished.to(memory_format=memory_format_of(conv.weight))
-    _check_shape(finished, conv, f"block={kind}: a branch of {name or 'the model'}")
+def _unpadded(conv: nn.Conv2d) -> nn.Conv2d:
+    """Return a plain conv without padding that has another one's weight."""
+    plain = nn.Conv2d.__new__(nn.Conv2d)
+    weight = nn.Parameter(conv.weight.detach(), requires_grad=False)
+    vars(plain).update(vars(conv), _parameters={**conv._parameters, "weight": weight})
+    plain.padding, plain.padding_mode = (0, 0), "zeros"
+    plain._reversed_padding_repeated_twice = [0] * 4
+    return plain
+
+
+def _finished(branch: nn.Module, conv: nn.Conv2d, online: bool, where: str) -> nn.Sequential:
+    """Append what keeps a branch at zero, and check its output."""
+    layers = list(branch) if isinstance(branch, nn.Sequential) else [branch]
+    if not isinstance(layers[-1], ChannelScale):
+        last = ChannelScale if online else nn.BatchNorm2d
+        layers.append(last(conv.out_channels))
+    finished = nn.Sequential(*layers)
+    nn.init.zeros_(cast(Tensor, layers[-1].weight))  # The bias of a norm is zero already.
+    if online:
+        make_linear(finished)
+    finished.to(conv.weight).to(memory_format=memory_format_of(conv.weight))
+    _check_shape(finished, conv, where)
+    if online:
+        check_kernel(finished, conv, where)
     return finished.train(conv.training)
 
 
@@ -257,14 +311,14 @@ def _check_shape(branch: nn.Module, conv: nn.Conv2d, where: str) -> None:
         raise ValueError(f"{where} returns {shape} for {tuple(x.shape)}, but the conv {expected}")
 
 
-def _attach(conv: nn.Conv2d, branches: list[nn.Module]) -> None:
+def _attach(conv: nn.Conv2d, branches: Sequence[nn.Module]) -> None:
     if not isinstance(conv, ExpandedConv2d):
         # Changing the class instead of the module keeps every name, hook and reference valid.
         if SamePad2d.needed_by(conv):
             conv.pad = SamePad2d(conv).train(conv.training)
             conv.padding = (0, 0)
-            conv.__class__ = ExpandedConv2dSame
+            set_class(conv, ExpandedConv2dSame)
         else:
-            conv.__class__ = ExpandedConv2d
+            set_class(conv, ExpandedConv2d)
         conv.branches = nn.ModuleList().train(conv.training)
     cast(ExpandedConv2d, conv).branches.extend(branches)

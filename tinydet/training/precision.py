@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinydet.config import ConfigError, Train
 from tinydet.progress import Progress
 from tinydet.reparam.expand import ExpandedConv2d
+from tinydet.reparam.module_class import class_of, set_class
 from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
 
@@ -148,11 +149,12 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
             continue
         of_1x1, strided = module.kernel_size == (1, 1), max(module.stride) > 1
         scales = of_1x1 and not strided and module.groups == module.out_channels
-        plain = type(module) in (nn.Conv2d, ExpandedConv2d)
+        kind = class_of(module)
+        plain = kind in (nn.Conv2d, ExpandedConv2d)
         if of_1x1 and strided and module.in_channels < 16 and plain:
-            module.__class__ = _with(_Subsampled, type(module))  # type: ignore[assignment, arg-type]
+            set_class(module, _with(_Subsampled, kind))  # type: ignore[arg-type]
         elif bfloat16 and module.groups > 1 and not scales:
-            module.__class__ = _with(_InFloat32, type(module))  # type: ignore[assignment, arg-type]
+            set_class(module, _with(_InFloat32, kind))  # type: ignore[arg-type]
 
 
 class _Subsampled(nn.Module):

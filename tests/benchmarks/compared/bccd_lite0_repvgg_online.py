@@ -1,0 +1,9 @@
+"""RepVGG's branches inside the weights of 3x3 and 5x5 convs; base: bccd_lite0.py."""
+
+from dataclasses import replace
+
+from tinydet.experiment_file import load_experiment
+
+plain = load_experiment("experiments/bccd_lite0.py")
+model = replace(plain.model, expand="repvgg", expand_where="3x3 5x5", expand_online=True)
+experiment = replace(plain, name="", model=model)

@@ -1,0 +1,24 @@
+"""The class of a module, also of one whose weight is parametrized.
+
+`torch.nn.utils.parametrize` gives such a module a class of its own, derived from the module's, that
+computes the weight.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module without its parametrizations."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a module in place; its parametrizations stay."""
+    if parametrize.is_parametrized(module):
+        own = type(module)
+        members = {n: v for n, v in vars(own).items() if n not in ("__dict__", "__weakref__")}
+        kind = type(own.__name__, (kind,), members)
+    module.__class__ = kind
