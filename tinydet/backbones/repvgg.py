@@ -1,7 +1,7 @@
 """RepVGG (arXiv 2101.03697): variants that timm lacks, and conversion of the authors' checkpoints.
 
 timm's own A0 to A2, B0 to B3, B1g4, B2g4, B3g4 and D2se are used as they are. It has no variants
-with two groups, and cannot read the authors' files.
+with two groups and no QARepVGG (arXiv 2212.01593), and cannot read the authors' files.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import ByoBlockCfg, ByobNet, model_cfgs
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, RepVggBlock, model_cfgs
 from timm.models.byobnet import default_cfgs as timm_default_cfgs
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinydet.backbones.state_dict import without_prefix
 
@@ -34,6 +34,10 @@ default_cfgs = generate_default_cfgs(
         # There are no weights for timm; the normalization is that of the variants with 4 groups.
         f"{name}g2": replace(timm_default_cfgs[f"{name}g4"].default, hf_hub_id=None, tag=None)
         for name in ("repvgg_b1", "repvgg_b2", "repvgg_b3")
+    }
+    | {
+        f"qa{name}": replace(timm_default_cfgs[name].default, hf_hub_id=None, tag=None)
+        for name in ("repvgg_a0", "repvgg_b0")
     }
 )
 
@@ -78,34 +82,66 @@ def _timm_name(name: str) -> str:
 
 
 @register_model
-def repvgg_b1g2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+def repvgg_b1g2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """RepVGG-B1g2: B1 with two groups in every second 3x3 (arXiv 2101.03697, section 4.1)."""
     return _two_groups("repvgg_b1", pretrained, **kwargs)
 
 
 @register_model
-def repvgg_b2g2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+def repvgg_b2g2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """RepVGG-B2g2: B2 with two groups in every second 3x3, as in the authors' code."""
     return _two_groups("repvgg_b2", pretrained, **kwargs)
 
 
 @register_model
-def repvgg_b3g2(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+def repvgg_b3g2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """RepVGG-B3g2: B3 with two groups in every second 3x3, as in the authors' code."""
     return _two_groups("repvgg_b3", pretrained, **kwargs)
 
 
-def _two_groups(name: str, pretrained: bool, **kwargs: Any) -> ByobNet:
+@register_model
+def qarepvgg_a0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """QARepVGG-A0 (arXiv 2212.01593): RepVGG-A0 with the norm after the sum of the branches."""
+    return _norms_after_sums(_build("qarepvgg_a0", model_cfgs["repvgg_a0"], pretrained, kwargs))
+
+
+@register_model
+def qarepvgg_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """QARepVGG-B0 (arXiv 2212.01593): RepVGG-B0 with the norm after the sum of the branches."""
+    return _norms_after_sums(_build("qarepvgg_b0", model_cfgs["repvgg_b0"], pretrained, kwargs))
+
+
+def _norms_after_sums(model: nn.Module) -> nn.Module:
+    """Turn RepVGG into QARepVGG, in place (table 3 of the paper, S4).
+
+    Only the 3x3 branch keeps its norm; the sum gets one. The identity's norm divides by the spread
+    of each channel of the input, which decays to zero for channels that are rarely active: in
+    inference the rare value is then far too large.
+    """
+    for module in model.modules():
+        if isinstance(module, RepVggBlock):
+            block = cast(Any, module)
+            block.conv_kxk.bn.reset_parameters()
+            block.conv_1x1.bn = nn.Identity()
+            block.identity = None if block.identity is None else nn.Identity()
+            # timm's place for an attention layer: between the sum and the activation.
+            block.attn = nn.BatchNorm2d(block.conv_kxk.out_channels)
+    return model
+
+
+def _two_groups(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     whole = model_cfgs[name]
     stages = cast(tuple[ByoBlockCfg, ...], whole.blocks)
     blocks = tuple(replace(stage, gs=_group_size) for stage in stages)
+    return _build(f"{name}g2", replace(whole, blocks=blocks), pretrained, kwargs)
+
+
+def _build(
+    name: str, model_cfg: ByoModelCfg, pretrained: bool, kwargs: dict[str, Any]
+) -> nn.Module:
+    features = {"flatten_sequential": True}
     return build_model_with_cfg(
-        ByobNet,
-        f"{name}g2",
-        pretrained,
-        model_cfg=replace(whole, blocks=blocks),
-        feature_cfg={"flatten_sequential": True},
-        **kwargs,
+        ByobNet, name, pretrained, model_cfg=model_cfg, feature_cfg=features, **kwargs
     )
 
 

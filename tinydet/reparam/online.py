@@ -83,7 +83,7 @@ def check_kernel(branch: nn.Sequential, conv: nn.Conv2d, where: str) -> None:
         for module in exact.modules():
             if isinstance(module, ChannelScale):
                 nn.init.normal_(module.weight, 1.0)
-        kernel = BranchKernels(conv, [exact])(conv.weight.cpu().double().zero_())
+        kernel = BranchKernels(conv, [exact])(torch.zeros(conv.weight.shape, dtype=torch.float64))
         sides = [d * (k - 1) + 1 + 3 * s for k, s, _, d in grid.axes()]
         for more in (0, 1):
             x = torch.randn(2, grid.channels, *(side + more for side in sides)).double()
