@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,7 +49,9 @@ class BranchKernels(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the (C_out, C_in / groups, h, w) weight plus the kernels of the branches."""
         # Not autocast: the sum of rounded kernels would not be that of the branches.
-        with torch.autocast(weight.device.type, enabled=False):
+        device = weight.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             parts = [
                 _composed(cast(nn.Sequential, branch), self._grid) or _measured(branch, self._grid)
                 for branch in self.branches

@@ -1,0 +1,239 @@
+"""Branches inside the weight: the function, gradients and training of branches beside the conv."""
+
+import copy
+from functools import partial
+from itertools import product
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from tinydet.reparam import BLOCKS, expand, fold
+from tinydet.reparam.branches import taps
+
+from .beside import beside, random_scales, renamed
+
+online = partial(expand, online=True)
+
+
+def _maps(output):
+    return list(output) if isinstance(output, (list, tuple)) else [output]
+
+
+# Dense, depthwise, grouped and dilated convs, with fixed padding and with Conv2dSame's.
+TINY = {
+    "test_resnet": {},
+    "test_efficientnet": {},
+    "test_convnext": {},
+    "test_nfnet": {},
+}
+LARGE = {
+    "resnet18": {"output_stride": 8},
+    "tf_efficientnet_lite0": {},
+    "regnetx_002": {},
+    "rexnet_100": {},
+    "repvgg_a0": {},
+    "mobileone_s0": {},
+    "xception41": {"output_stride": 16},
+    "inception_next_atto": {},
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", [*TINY, *(pytest.param(n, marks=pytest.mark.slow) for n in LARGE)])
+def test_an_online_network_is_the_one_with_branches_beside_its_convs(name, block, randomise):
+    """From the first step to the twentieth, of SGD and of AdamW, and after folding."""
+    torch.manual_seed(0)
+    kwargs = {**TINY, **LARGE}[name]
+    model = randomise(timm.create_model(name, features_only=True, **kwargs)).double()
+    grown = online(model, block)
+    images = torch.randn(20, 2, 3, 64, 64, dtype=torch.float64)
+    state = grown.state_dict()
+    for mode in (False, True):
+        outputs = [copy.deepcopy(m).train(mode)(images[0]) for m in (model, grown)]
+        for plain, own in zip(*map(_maps, outputs), strict=True):
+            torch.testing.assert_close(own, plain, rtol=0, atol=1e-6)
+    for name_of_one, make in (
+        ("sgd", partial(torch.optim.SGD, lr=1e-3, momentum=0.9)),
+        ("adamw", partial(torch.optim.AdamW, lr=1e-3)),
+    ):
+        one, other = copy.deepcopy(grown).train(), beside(grown).train()
+        optimizers = [make(m.parameters()) for m in (one, other)]
+        learning = {n: False for n, p in one.named_parameters() if p.requires_grad}
+        for step, x in enumerate(images):
+            for network, optimizer in zip((one, other), optimizers, strict=True):
+                optimizer.zero_grad()
+                sum(y.square().mean() for y in _maps(network(x))).backward()
+                optimizer.step()
+            if step < 2:
+                gradients = {n: p.grad for n, p in one.named_parameters()}
+                learning = {n: was or gradients[n].any().item() for n, was in learning.items()}
+        assert all(v for n, v in learning.items() if ".branches." in n), name_of_one
+        found = dict(other.named_parameters())
+        for n, p in one.named_parameters():
+            # Adam divides by gradients that may be of the size of rounding.
+            torch.testing.assert_close(p, found[renamed(n)], rtol=1e-7, atol=1e-7)
+        with torch.no_grad():
+            for a, b in zip(_maps(one.eval()(x)), _maps(other.eval()(x)), strict=True):
+                assert (a - b).abs().max() <= 1e-9 * b.abs().max(), name_of_one
+    assert grown.state_dict().keys() == state.keys()
+    folded, report = fold(one, images[0])
+    plain, of_plain = fold(model.eval(), images[0])
+    assert [report.norms_after, report.macs_after, report.params_after] == [
+        of_plain.norms_after,
+        of_plain.macs_after,
+        of_plain.params_after,
+    ]
+    assert {n: t.shape for n, t in folded.state_dict().items()} == {
+        n: t.shape for n, t in plain.state_dict().items()
+    }
+    with torch.no_grad():
+        for a, b in zip(_maps(folded(x)), _maps(other(x)), strict=True):
+            assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_kernel_is_that_of_the_branches_on_any_conv(block):
+    """Also where a branch's taps lie off the middle, and where it starts inside the input."""
+    torch.manual_seed(0)
+    kernels, groups = (1, 2, 3, 4, 7, (3, 5), (1, 7), (11, 1)), ((1, 4, 4), (2, 4, 8), (4, 4, 4))
+    compared = 0
+    for kernel, stride, padding, dilation, (group, c_in, c_out) in product(
+        kernels, (1, 2, 3), (0, 1, 4), (1, 2), groups
+    ):
+        conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, group).double()
+        if not BLOCKS[block](conv):
+            continue
+        grown = random_scales(online(conv, block))
+        sides = [d * (k - 1) + 4 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        x = torch.randn(1, c_in, *sides, dtype=torch.float64)
+        torch.testing.assert_close(grown(x), beside(grown)(x), rtol=1e-9, atol=1e-9)
+        compared += 1
+    assert compared >= 180
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_branches_of_plain_layers_run_no_layer_on_an_input(block):
+    """Their kernel is composed from weights: no impulses, and no loop over channels."""
+    grown = online(nn.Conv2d(64, 64, 5, 2, 2), block)
+    ran = []
+    for module in grown.parametrizations.modules():
+        if isinstance(module, (nn.Conv2d, nn.AvgPool2d)):
+            module.register_forward_hook(lambda *_: ran.append(1))
+    with torch.profiler.profile() as profile:
+        assert grown.weight.shape == (64, 64, 5, 5)
+    assert not ran
+    assert len(profile.events()) < 200
+
+
+class _Shift(nn.Module):
+    """Its own arithmetic: the difference to the pixel on the left, times a weight."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, 1, 1))
+
+    def forward(self, x):
+        return self.weight * (x - F.pad(x, (1, 0, 0, 0))[..., :-1])
+
+
+def _axes(conv):
+    return zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)
+
+
+def _differences(conv):
+    """A branch of three of its layers; the crop leaves the middle tap and the one before it."""
+    crop = [p - k // 2 * d for k, p, d in _axes(conv)]
+    mix = nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride, 0, 1, conv.groups)
+    pads = nn.ZeroPad2d((crop[1], crop[1], crop[0], crop[0]))
+    return [nn.Sequential(pads, _Shift(conv.in_channels), mix), taps(conv, (1, 1))]
+
+
+OWN = [
+    nn.Conv2d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 8, 3, 2, 1, groups=2),
+    nn.Conv2d(4, 4, 5, 3, 2, groups=4),
+]
+
+
+@pytest.mark.parametrize("conv", OWN, ids=str)
+def test_ones_own_branch_is_read_off_its_response_to_impulses(conv):
+    torch.manual_seed(0)
+    grown = random_scales(online(conv.double(), _differences))
+    reference = beside(grown)
+    for size in (12, 13):
+        x = torch.randn(2, 4, size, size + 1, dtype=torch.float64)
+        y, expected = grown(x), reference(x)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = {n: p.grad for n, p in reference.named_parameters()}
+    for name, p in grown.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[renamed(name)], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        pytest.param(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU()), id="not linear"),
+        pytest.param(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.Dropout(0.5)), id="dropout"),
+        pytest.param(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.GroupNorm(1, 4)), id="group norm"),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), BatchNormAct2d(4, apply_act=False)),
+            id="a batch norm of another class",
+        ),
+        pytest.param(nn.Conv2d(4, 4, 5, 1, 2), id="five taps for a conv of three"),
+        pytest.param(nn.Conv2d(4, 4, 3, 1, 2, 2), id="dilated beyond the conv"),
+        pytest.param(nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), id="another border"),
+        pytest.param(nn.Conv2d(4, 4, 1), id="channels of other groups"),
+        pytest.param(nn.AvgPool2d(3, 1, 1, count_include_pad=False), id="average of the inside"),
+    ],
+)
+def test_a_branch_that_is_no_kernel_on_the_taps_is_refused_in_one_line(branch):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2))
+    with pytest.raises(ValueError, match=r"a branch of 0 is not a kernel on the conv's taps") as e:
+        online(model, lambda _: [copy.deepcopy(branch)])
+    assert "\n" not in str(e.value)
+
+
+def test_biases_and_norms_of_ones_own_branch_become_scales():
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, 1, 1))
+    grown = online(nn.Conv2d(4, 4, 3, padding=1), lambda _: [own])
+    assert set(grown.state_dict()) == {
+        "bias",
+        "parametrizations.weight.original",
+        *(f"parametrizations.weight.0.branches.0.{i}.weight" for i in range(4)),
+    }
+
+
+def test_the_fixed_filters_of_orepa_do_not_learn_and_are_cosines():
+    grown = online(nn.Conv2d(4, 8, 3, padding=1), "orepa")
+    fixed = [p for p in grown.parameters() if not p.requires_grad]
+    assert [p.shape for p in fixed] == [(8, 1, 3, 3)]
+    basis = [torch.tensor([1.0, 0, -1]) * 0.75**0.5, torch.tensor([1.0, -2, 1]) / 2]
+    for channel, found in enumerate(fixed[0][:, 0]):
+        wave = basis[channel % 4 % 2].expand(3, 3)
+        torch.testing.assert_close(found, wave.T if channel < 4 else wave)
+
+
+def test_a_branch_without_a_norm_of_its_own_ends_in_its_scale_in_both_forms():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1).double()
+    one, other = expand(conv, "qarepvgg"), online(conv, "qarepvgg")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in one.modules())
+    scales = torch.randn(2, 4, dtype=torch.float64)
+    kernel = torch.randn(4, 4, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for branches in (one.branches, other.parametrizations.weight[0].branches):
+            for branch, scale in zip(branches, scales, strict=True):
+                branch[-1].weight.copy_(scale)
+            next(branches[0].parameters()).copy_(kernel)
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    column = scales[..., None, None]
+    expected = conv(x) + column[0] * F.conv2d(x, kernel) + column[1] * x
+    torch.testing.assert_close(one.train()(x), expected)
+    torch.testing.assert_close(other.train()(x), expected)
