@@ -79,6 +79,12 @@ class Model(Checked, path="model"):
         "add the kernels of the branches to the convs' weights, with scales in place of norms, "
         "instead of running the branches beside the convs: a step takes little longer than without",
     )
+    expand_scale: float = option(
+        0.0,
+        "weight of the branches' last norms (online: of their scales) at the start; beside the "
+        "convs, another one than 0 changes the function of the loaded weights",
+        at_least=0,
+    )
     feature: Literal["C5", "DC5", "C4"] = option(
         "C5",
         '"C5" (stride 32), "DC5" (last stage dilated to stride 16) or "C4" (stride 16, without the '

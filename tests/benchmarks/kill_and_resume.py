@@ -1,6 +1,7 @@
 """Kill a training 20 times, resume it each time, and compare its end with one never killed.
 
 Run from the project's root: python tests/benchmarks/kill_and_resume.py [--kills N] [--seed N]
+[--set NAME=VALUE ...]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from small_run import Training, small_experiment
 
+from tinydet.cli import add_overrides
 from tinydet.training.checkpoint import CheckpointError, previous_of, read_checkpoint
 
 
@@ -65,7 +67,7 @@ def _same(one: object, two: object) -> bool:
     return one == two
 
 
-def main(kills: int, seed: int) -> bool:
+def main(kills: int, seed: int, overrides: list[str]) -> bool:
     """Print a line a kill, then the verdict; returns whether all is the same."""
     draw = random.Random(seed)
     kinds = ["inside a write", "between steps or in one", "any moment"]
@@ -74,7 +76,8 @@ def main(kills: int, seed: int) -> bool:
         # As many steps as the kills leave time for, and some.
         epochs = 6 * kills  # Too many to be through with before the last kill.
         experiment = small_experiment(folder, epochs=epochs)
-        whole = Training(folder, experiment, "--work-dir", folder / "whole")
+        changes = ["--set", *overrides] if overrides else []
+        whole = Training(folder, experiment, "--work-dir", folder / "whole", *changes)
         if whole.end():
             sys.exit("\n".join(whole.output()))
         print(f"undisturbed: {whole.seconds:.0f} s")
@@ -82,7 +85,7 @@ def main(kills: int, seed: int) -> bool:
         run, done, left_overs = folder / "killed", 0, 0
         while done < kills:
             resume = ["--resume"] if any(run.glob("last*.pt")) else []
-            training = Training(folder, experiment, "--work-dir", run, *resume)
+            training = Training(folder, experiment, "--work-dir", run, *resume, *changes)
             kind = kinds[done % len(kinds)]
             if not _kill(training, run, kind, draw):
                 print("\n".join(training.output()))
@@ -99,7 +102,7 @@ def main(kills: int, seed: int) -> bool:
                 flush=True,
             )
         if last_of(run)["epoch"] < epochs:
-            last = Training(folder, experiment, "--work-dir", run, "--resume")
+            last = Training(folder, experiment, "--work-dir", run, "--resume", *changes)
             if last.end():
                 sys.exit("\n".join(last.output()))
 
@@ -124,5 +127,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    add_overrides(parser)
     args = parser.parse_args()
-    sys.exit(0 if main(args.kills, args.seed) else 1)
+    sys.exit(0 if main(args.kills, args.seed, args.set) else 1)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tinydet.deployment.onnx import (  # noqa: E402
     write_checked,
 )
 from tinydet.deployment.onnx_detector import OnnxDetector, SplitOnnxDetector, unpack  # noqa: E402
+from tinydet.reparam.branches import ChannelScale  # noqa: E402
 from tinydet.yolof.decode import decode_boxes  # noqa: E402
 
 
@@ -60,6 +62,22 @@ def test_graph(exported):
     assert channels.dim_value == 3
     assert all(d.dim_param for d in (batch, height, width))
     assert [o.name for o in model.graph.output] == ["boxes", "scores", "labels", "count"]
+
+
+def test_branches_leave_no_node(make_detector, detector, exported):
+    model = replace(detector.config, expand="orepa", expand_online=True)
+    grown = make_detector(model)
+    with torch.no_grad():
+        for module in grown.modules():
+            if isinstance(module, ChannelScale):
+                module.weight.normal_()
+    folded, _ = fold_detector(grown)
+    own = export_detector(folded, Data(image_size=96, short_side=64))
+    assert [n.op_type for n in own.graph.node] == [n.op_type for n in exported.graph.node]
+    images = random_images(2, (96, 64))
+    for a, b in zip(grown.detect(images), _detections(own, images), strict=True):
+        torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-5)
+        assert torch.equal(a.labels, b.labels)
 
 
 def test_metadata(exported, detector):

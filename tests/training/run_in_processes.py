@@ -45,13 +45,14 @@ SMALL = Model(
     reg_convs=1,
     score_threshold=0.0,
 )
+ONLINE = replace(SMALL, expand="dbb", expand_online=True)
 
 
-def learn(steps=5, batch=6):
+def learn(model=SMALL, steps=5, batch=6):
     """Train a little, each process on its share of every batch; return losses and weights."""
     # Random numbers that differ from process to process would show: DDP takes the first one's.
     torch.manual_seed(rank())
-    detector = build_detector(SMALL, ("a", "b")).train()
+    detector = build_detector(model, ("a", "b")).train()
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -163,11 +164,13 @@ def main(experiment, folder):
     torch.set_num_threads(1)
     with process_group("cpu"):
         losses, weights = learn()
-        told = {"losses": losses, "metrics": score(experiment.data), **_small_parts()}
+        online_losses, online_weights = learn(ONLINE)
+        told = {"losses": losses, "online_losses": online_losses}
+        told |= {"metrics": score(experiment.data), **_small_parts()}
         told["precision"] = timed_precision(experiment)
         told["stopped"] = [stopped(experiment, folder / f"at_{n}", n) for n in STOPPED_AT]
         (folder / f"{rank()}.json").write_text(json.dumps(told))
-        torch.save(weights, folder / f"{rank()}.pt")
+        torch.save({"SMALL": weights, "ONLINE": online_weights}, folder / f"{rank()}.pt")
         whole_run(experiment, folder / "run")
 
 

@@ -58,9 +58,10 @@ def test_a_detector_comes_back_the_same(tmp_path, tiny_experiment, detector, for
     assert has_norms == (form == "training")
 
 
+@pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize("form", ["training", "deploy"])
-def test_an_expanded_detector_comes_back_the_same(tmp_path, tiny_experiment, form):
-    model = replace(tiny_experiment.model, expand="dbb", expand_where="3x3")
+def test_an_expanded_detector_comes_back_the_same(tmp_path, tiny_experiment, form, online):
+    model = replace(tiny_experiment.model, expand="dbb", expand_where="3x3", expand_online=online)
     experiment = replace(tiny_experiment, model=model)
     detector = build_detector(model, ["a", "b"])
     detector(IMAGES)  # moves the running statistics
@@ -80,7 +81,7 @@ def test_a_checkpoint_from_before_a_field_was_there_still_loads(
     tmp_path, tiny_experiment, detector
 ):
     content = _content(tiny_experiment, detector)
-    for name in ("expand", "expand_where"):
+    for name in ("expand", "expand_where", "expand_online"):
         del content["experiment"]["model"][name]
     save_checkpoint(tmp_path / "old.pt", content)
     torch.testing.assert_close(

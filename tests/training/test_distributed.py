@@ -50,14 +50,16 @@ def told(tiny_experiment, folder):
 
 
 @pytest.mark.slow
-def test_three_processes_learn_what_one_learns_from_the_whole_batch(told):
-    losses, weights = _script().learn()
+@pytest.mark.parametrize(("model", "key"), [("SMALL", "losses"), ("ONLINE", "online_losses")])
+def test_three_processes_learn_what_one_learns_from_the_whole_batch(told, model, key):
+    losses, weights = _script().learn(getattr(_script(), model))
     assert len(set(losses)) > 1
+    assert any(".branches." in name for name in weights) == (model == "ONLINE")
     for said, found in told:
-        assert said["losses"] == pytest.approx(losses, rel=1e-5)
+        assert said[key] == pytest.approx(losses, rel=1e-5)
         for name, weight in weights.items():
-            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
-            assert torch.equal(found[name], told[0][1][name]), name
+            torch.testing.assert_close(found[model][name], weight, rtol=1e-4, atol=1e-6)
+            assert torch.equal(found[model][name], told[0][1][model][name]), name
 
 
 @pytest.mark.slow

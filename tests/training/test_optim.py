@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tinydet.config import Optim
+from tinydet.reparam import expand
 from tinydet.training.optim import learning_rate_factor, make_optimizer, make_schedule
 
 
@@ -73,6 +74,21 @@ def test_norms_and_biases_do_not_decay_and_the_backbone_is_slower(name):
         assert found[id(parameter)] == pytest.approx((0.3, 0))
     assert found[id(net.head[0].weight)] == pytest.approx((0.9, 0.5))
     assert found[id(net.head[1].weight)] == pytest.approx((0.9, 0))
+
+
+def test_scales_of_branches_inside_a_weight_do_not_decay():
+    net = _Net()
+    net.backbone = expand(nn.Conv2d(3, 4, 3, padding=1), "dbb", online=True)
+    optimizer = _groups(net, Optim(weight_decay=0.5))
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    found = {
+        name.rpartition(".branches.")[2]: decays[id(p)]
+        for name, p in net.backbone.named_parameters()
+        if ".branches." in name
+    }
+    scales = {"0.1.weight", "1.1.weight", "1.3.weight", "2.1.weight", "2.3.weight"}
+    kernels = {"0.0.weight", "1.0.weight", "1.2.weight", "2.0.weight"}
+    assert found == dict.fromkeys(scales, 0.0) | dict.fromkeys(kernels, 0.5)
 
 
 def test_frozen_parameters_are_left_out():

@@ -70,7 +70,12 @@ def _assert_same(one, two, where=""):
 
 
 SETTINGS = {
-    "plain": ({"ema_decay": 0.9, "batch_size": 6}, {}),
+    "plain": ({"ema_decay": 0.9, "batch_size": 6}, {}, {}),
+    "branches inside the weights": (
+        {"ema_decay": 0.9, "batch_size": 6},
+        {},
+        {"expand": "dbb", "expand_where": "3x3 5x5", "expand_online": True},
+    ),
     "channels_last bfloat16 accumulated sgd": (
         {
             "memory_format": "channels_last",
@@ -80,6 +85,7 @@ SETTINGS = {
             "batch_size": 5,
         },
         {"optimizer": "sgd", "lr": 0.01, "clip_norm": 1.0, "schedule": "step"},
+        {},
     ),
 }
 
@@ -89,11 +95,12 @@ SETTINGS = {
 def test_a_run_killed_at_every_step_ends_like_one_never_killed(
     settings, tiny_experiment, tmp_path, dies_after_each_save
 ):
-    train_settings, optim_settings = settings
+    train_settings, optim_settings, model_settings = settings
     experiment = replace(
         tiny_experiment,
         train=replace(tiny_experiment.train, save_minutes=0.0, **train_settings),
         optim=replace(tiny_experiment.optim, **optim_settings),
+        model=replace(tiny_experiment.model, **model_settings),
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(experiment, whole)

@@ -265,12 +265,14 @@ def test_the_blocks_of_the_configuration_are_those_there_are():
     assert choices == ("none", *BLOCKS)
 
 
-def test_the_backbone_alone_is_expanded_with_its_loaded_weights(tmp_path):
+@pytest.mark.parametrize("online", [False, True])
+def test_the_backbone_alone_is_expanded_with_its_loaded_weights(tmp_path, online):
     weights = tmp_path / "weights.pth"
     torch.save(timm.create_model(SMALL.backbone).state_dict(), weights)
     config = replace(SMALL, weights=str(weights))
     plain = build_detector(config, CLASSES).backbone
-    config = replace(config, expand="dbb", expand_where="5x5 depthwise blocks.[23]")
+    where = "5x5 depthwise blocks.[23]"
+    config = replace(config, expand="dbb", expand_where=where, expand_online=online)
     detector = build_detector(config, CLASSES)
     names = expanded_names(detector)
     assert names
@@ -280,14 +282,23 @@ def test_the_backbone_alone_is_expanded_with_its_loaded_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("expand", "where", "says"),
+    ("changes", "says"),
     [
-        ("none", "3x3", r"model\.expand_where=3x3: has no effect .*e\.g\. model\.expand=dbb"),
-        ("dbb", "9x9", r"model\.expand=dbb, model\.expand_where: where='9x9' selects none of the"),
-        ("acnet", "1x1", "grows on none of the"),
+        ({"expand_where": "3x3"}, r"model\.expand_where=3x3: has no effect .*model\.expand=dbb"),
+        ({"expand_online": True}, r"model\.expand_online=true: has no effect .*model\.expand=dbb"),
+        ({"expand_scale": 1.0}, r"model\.expand_scale=1\.0: has no effect .*model\.expand=dbb"),
+        (
+            {"expand": "dbb", "expand_where": "9x9"},
+            r"model\.expand=dbb, model\.expand_where: where='9x9' selects none of the",
+        ),
+        (
+            {"expand": "acnet", "expand_where": "1x1", "expand_online": True},
+            "grows on none of the",
+        ),
     ],
 )
-def test_an_expansion_that_means_nothing_is_refused_in_one_line(expand, where, says):
+def test_an_expansion_that_means_nothing_is_refused_in_one_line(changes, says):
+    config = replace(SMALL, **changes)
     with pytest.raises(ConfigError, match=says) as error:
-        build_detector(replace(SMALL, expand=expand, expand_where=where), CLASSES)
+        build_detector(config, CLASSES)
     assert "\n" not in str(error.value)

@@ -45,16 +45,16 @@ def apply_modifications(module: nn.Module, config: Model, fixed: Sequence[str] =
     for field, example in (("activation", "acon-c"), ("attention", "coord"), ("expand", "dbb")):
         kind, where = getattr(config, field), getattr(config, f"{field}_where")
         if kind == "none":
-            if where:
-                raise ConfigError(
-                    f"model.{field}_where={where}: has no effect without model.{field}, "
-                    f"e.g. model.{field}={example}"
-                )
-            if field == "expand" and config.expand_online:
-                raise ConfigError(
-                    "model.expand_online=true: has no effect without model.expand, e.g. "
-                    f"model.expand={example}"
-                )
+            options = [(f"{field}_where", where)]
+            if field == "expand":
+                options += [("expand_online", config.expand_online and "true")]
+                options += [("expand_scale", config.expand_scale)]
+            for name, value in options:
+                if value:
+                    raise ConfigError(
+                        f"model.{name}={value}: has no effect without model.{field}, "
+                        f"e.g. model.{field}={example}"
+                    )
             continue
         try:
             module = _apply(module, field, kind, where, config)
@@ -66,7 +66,7 @@ def apply_modifications(module: nn.Module, config: Model, fixed: Sequence[str] =
 
 def _apply(module: nn.Module, field: str, kind: str, where: str, config: Model) -> nn.Module:
     if field == "expand":
-        return expand(module, kind, where, config.expand_online)
+        return expand(module, kind, where, config.expand_online, config.expand_scale)
     if field == "activation":
         return replace_activation(module, kind, _example(), where)
     return add_attention(module, kind, _example(), config.attention_place, where)

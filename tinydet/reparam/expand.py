@@ -64,7 +64,11 @@ class ExpandedConv2dSame(ExpandedConv2d):
 
 @torch.inference_mode(False)
 def expand(
-    model: nn.Module, block: str | Block, where: str | Where = "", online: bool = False
+    model: nn.Module,
+    block: str | Block,
+    where: str | Where = "",
+    online: bool = False,
+    scale: float = 0.0,
 ) -> nn.Module:
     """Return a copy of a network whose convs have additional parallel branches.
 
@@ -101,6 +105,9 @@ def expand(
             pattern, and a module's name covers everything in it. Words of one sort are
             alternatives, and every sort has to match: "3x3 5x5 depthwise stages.2 stages.3".
         online: whether the branches are summed up in the weight instead of run beside the conv.
+        scale: weight of the branches' last norms or scales at the start. With another one than 0
+            all layers of a branch learn from the first step on. Beside the conv it changes the
+            function; with `online` the conv's own weight becomes what the branches leave.
 
     Raises:
         ValueError: there is no such block, no conv is selected, none of the selected can have this
@@ -118,7 +125,9 @@ def expand(
         raise ValueError(_nothing_selected(expanded, convs, where, online))
     grown = False
     for conv, names in selected.items():
-        grown |= _grow(conv, grow, online, f"block={kind}: a branch of {names[0] or 'the model'}")
+        grown |= _grow(
+            conv, grow, online, scale, f"block={kind}: a branch of {names[0] or 'the model'}"
+        )
     if not grown:
         name, conv = next((names[0], conv) for conv, names in selected.items())
         raise ValueError(
@@ -246,7 +255,7 @@ def _describe(conv: nn.Conv2d) -> str:
     return f"{conv.kernel_size[0]}x{conv.kernel_size[1]} {_kind(conv)}"
 
 
-def _grow(conv: nn.Conv2d, grow: Block, online: bool, where: str) -> bool:
+def _grow(conv: nn.Conv2d, grow: Block, online: bool, scale: float, where: str) -> bool:
     """Add branches to a conv in place, and return whether there are any for it."""
     parametrized = parametrize.is_parametrized(conv)
     if parametrized:
@@ -254,9 +263,12 @@ def _grow(conv: nn.Conv2d, grow: Block, online: bool, where: str) -> bool:
     # The branches see the padded input: of `ExpandedConv2dSame.pad`, or any in the weight.
     padded = SamePad2d.needed_by(conv) or conv.padding_mode != "zeros"
     like = _unpadded(conv) if padded else conv
-    branches = [_finished(branch, like, online, where) for branch in grow(like)]
+    branches = [_finished(branch, like, online, scale, where) for branch in grow(like)]
     if branches and online:
+        weight = conv.weight.detach().clone()
         parametrize.register_parametrization(conv, "weight", BranchKernels(like, branches))
+        if parametrized and scale:
+            conv.weight = weight  # torch does so for the first parametrization alone.
         parametrized = True
     elif branches:
         _attach(conv, branches)
@@ -275,14 +287,17 @@ def _unpadded(conv: nn.Conv2d) -> nn.Conv2d:
     return plain
 
 
-def _finished(branch: nn.Module, conv: nn.Conv2d, online: bool, where: str) -> nn.Sequential:
-    """Append what keeps a branch at zero, and check its output."""
+def _finished(
+    branch: nn.Module, conv: nn.Conv2d, online: bool, scale: float, where: str
+) -> nn.Sequential:
+    """Append the norm or scale that a branch starts with, and check its output."""
     layers = list(branch) if isinstance(branch, nn.Sequential) else [branch]
     if not isinstance(layers[-1], ChannelScale):
         last = ChannelScale if online else nn.BatchNorm2d
         layers.append(last(conv.out_channels))
     finished = nn.Sequential(*layers)
-    nn.init.zeros_(cast(Tensor, layers[-1].weight))  # The bias of a norm is zero already.
+    # The bias of a norm is zero already.
+    nn.init.constant_(cast(Tensor, layers[-1].weight), scale)
     if online:
         make_linear(finished)
     finished.to(conv.weight).to(memory_format=memory_format_of(conv.weight))

@@ -1,0 +1,10 @@
+"""MobileOne's branches inside the weights, with scales of 1 at the start; base: scratch.py."""
+
+from dataclasses import replace
+
+from scratch import experiment as plain
+
+model = replace(
+    plain.model, expand="mobileone", expand_where="3x3 5x5", expand_online=True, expand_scale=1.0
+)
+experiment = replace(plain, name="", model=model)
