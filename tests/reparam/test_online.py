@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn.utils import prune
 
 from tinydet.reparam import BLOCKS, expand, fold
 from tinydet.reparam.branches import taps
@@ -174,6 +175,20 @@ def test_ones_own_branch_is_read_off_its_response_to_impulses(conv):
     gradients = {n: p.grad for n, p in reference.named_parameters()}
     for name, p in grown.named_parameters():
         torch.testing.assert_close(p.grad, gradients[renamed(name)], rtol=1e-9, atol=1e-9)
+
+
+def test_a_pruned_branch_stays_pruned():
+    torch.manual_seed(0)
+    grown = random_scales(online(nn.Conv2d(4, 4, 3, padding=1).double(), "acnet"))
+    reference = beside(grown)
+    mask = torch.rand(4, 4, 3, 1) > 0.5
+    for branches in (grown.parametrizations.weight[0].branches, reference.kernels.branches):
+        column = branches[0][0]
+        prune.custom_from_mask(column, "weight", mask)
+        with torch.no_grad():
+            column.weight_orig.mul_(2)  # As an optimizer does: pruning multiplies in each call.
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(grown(x), reference(x))
 
 
 @pytest.mark.parametrize(

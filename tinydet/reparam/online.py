@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tinydet.reparam.branches import ChannelScale
 
@@ -34,7 +33,7 @@ class BranchKernels(nn.Module):
     """A parametrization of a conv's weight that adds the kernels of branches to it.
 
     Attributes:
-        branches: each maps the conv's input to the shape of its output; see `linear_branch`.
+        branches: each maps the conv's input linearly to the shape of its output.
 
     Args:
         conv: whose taps, stride, padding and groups the branches have.
@@ -177,8 +176,8 @@ class _Window:
             uneven = padding != (0, 0) and not layer.count_include_pad
             odd = layer.ceil_mode or layer.divisor_override or uneven
             return None if odd else (cls(size, stride), padding)
-        odd = layer.padding_mode != "zeros" or layer.bias is not None
-        odd = odd or isinstance(layer.padding, str) or parametrize.is_parametrized(layer)
+        odd = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        odd = odd or layer.bias is not None
         return None if odd else (cls(size, stride, _pair(layer.dilation)), padding)
 
     def on(self, grid: _Grid, before: Pair) -> tuple[slice, slice] | None:
@@ -203,6 +202,8 @@ def _composed(branch: nn.Sequential, grid: _Grid) -> _Part | None:
     groups, factor = grid.groups, 1.0
     window, before = _Window(), (0, 0)
     for layer in _layers(branch):
+        if type(layer) in (nn.Conv2d, ChannelScale) and "weight" not in layer._parameters:
+            return None  # A hook computes it, as in pruning.
         if type(layer) is ChannelScale:
             scale = layer.weight if factor == 1 else layer.weight * factor
             kernel = _diagonal(scale, groups) if kernel is None else kernel * _column(scale)
