@@ -100,3 +100,14 @@ def exact_arithmetic() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread: on inputs as small as these, several mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from tinydet.reparam.branches import BLOCKS, Block, ChannelScale
 from tinydet.reparam.deep_copy import deep_copy
+from tinydet.reparam.exact import one_thread
 from tinydet.reparam.like_original import memory_format_of
 from tinydet.reparam.module_class import class_of, set_class
 from tinydet.reparam.online import BranchKernels, check_kernel, make_linear
@@ -63,6 +64,7 @@ class ExpandedConv2dSame(ExpandedConv2d):
 
 
 @torch.inference_mode(False)
+@one_thread()
 def expand(
     model: nn.Module,
     block: str | Block,

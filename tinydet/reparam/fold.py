@@ -9,8 +9,7 @@ weights are cast back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +26,7 @@ from tinydet.reparam.compared import (
     why_imprecise,
 )
 from tinydet.reparam.dataflow import DataFlow, observe, storage_of
-from tinydet.reparam.exact import exact_arithmetic, exact_copy
+from tinydet.reparam.exact import exact_arithmetic, exact_copy, one_thread
 from tinydet.reparam.examples import ExampleInput, as_examples
 from tinydet.reparam.expand import matches
 from tinydet.reparam.factors import count_scales
@@ -86,7 +85,7 @@ def fold(
     _check_eval_mode(model)
     selects = _selection(model, where)
     given = as_examples(example_input)
-    with _LOCK, torch.inference_mode(False), torch.no_grad(), _one_thread():
+    with _LOCK, torch.inference_mode(False), torch.no_grad(), one_thread():
         ran, runs = [Operations() for _ in given], [Operations() for _ in given]
         own = [run_in_own_dtype(model, x, mode) for x, mode in zip(given, ran, strict=True)]
         with exact_arithmetic():
@@ -172,17 +171,6 @@ def _selection(model: nn.Module, where: str | Where) -> Where | None:
         if not any(matches(name, pattern) for name, _ in model.named_modules()):
             raise ValueError(f"where={where!r}: no module of the network is named {pattern!r}")
     return lambda name, _: any(matches(name, pattern) for pattern in patterns)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: on inputs as small as these, several mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check_eval_mode(model: nn.Module) -> None:
