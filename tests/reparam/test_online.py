@@ -209,28 +209,35 @@ def test_a_pruned_branch_stays_pruned():
     torch.testing.assert_close(grown(x), reference(x))
 
 
-@pytest.mark.parametrize(
-    "branch",
-    [
-        pytest.param(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU()), id="not linear"),
-        pytest.param(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.Dropout(0.5)), id="dropout"),
-        pytest.param(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.GroupNorm(1, 4)), id="group norm"),
-        pytest.param(
-            nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), BatchNormAct2d(4, apply_act=False)),
-            id="a batch norm of another class",
-        ),
-        pytest.param(nn.Conv2d(4, 4, 5, 1, 2), id="five taps for a conv of three"),
-        pytest.param(nn.Conv2d(4, 4, 3, 1, 2, 2), id="dilated beyond the conv"),
-        pytest.param(nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), id="another border"),
-        pytest.param(nn.Conv2d(4, 4, 1), id="channels of other groups"),
-        pytest.param(nn.AvgPool2d(3, 1, 1, count_include_pad=False), id="average of the inside"),
+REFUSED = {
+    "not linear": [nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU()],
+    "dropout": [nn.Conv2d(4, 4, 3, 1, 1), nn.Dropout(0.5)],
+    "group norm": [nn.Conv2d(4, 4, 3, 1, 1), nn.GroupNorm(1, 4)],
+    "a batch norm of another class": [
+        nn.Conv2d(4, 4, 3, 1, 1),
+        BatchNormAct2d(4, apply_act=False),
     ],
-)
-def test_a_branch_that_is_no_kernel_on_the_taps_is_refused_in_one_line(branch):
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2))
+    "five taps for a conv of three": [nn.Conv2d(4, 4, 5, 1, 2)],
+    "beyond the last tap": [nn.ZeroPad2d((0, 2, 0, 2)), nn.Conv2d(4, 4, 3)],
+    "dilated beyond the conv": [nn.Conv2d(4, 4, 3, 1, 2, 2)],
+    "another border": [nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect")],
+    "average of the inside": [nn.AvgPool2d(3, 1, 1, count_include_pad=False)],
+}
+
+
+@pytest.mark.parametrize("layers", REFUSED.values(), ids=REFUSED)
+def test_a_branch_that_is_no_kernel_on_the_taps_is_refused_in_one_line(layers):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
     with pytest.raises(ValueError, match=r"a branch of 0 is not a kernel on the conv's taps") as e:
-        online(model, lambda _: [copy.deepcopy(branch)])
+        online(model, lambda _: [nn.Sequential(*copy.deepcopy(layers))])
     assert "\n" not in str(e.value)
+
+
+def test_a_branch_that_mixes_groups_is_refused():
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    online(conv, lambda _: [nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 4, 1, groups=2)])
+    with pytest.raises(ValueError, match="a branch of the model is not a kernel"):
+        online(conv, lambda _: [nn.Conv2d(4, 4, 1)])
 
 
 def test_biases_and_norms_of_ones_own_branch_become_scales():

@@ -1,8 +1,8 @@
 """Kinds of training-time branches that `expand` can add to a conv, and their geometry.
 
 A kind is a callable from the conv to a list of modules, each mapping the conv's input to the shape
-of its output. `tinydet.reparam.expand` appends a norm to each that starts at zero. Here every
-branch
+of its output. `tinydet.reparam.expand` appends a norm to each that starts at zero, except to those
+that end in a `ChannelScale`, which it sets to zero. Here every branch
 
 - is affine in eval mode, so that conv and branches together are equivalent to one conv;
 - pads before anything else: a zero-padded layer after a shift would not be a convolution. The
