@@ -198,16 +198,16 @@ class _Window:
 
 def _composed(branch: nn.Sequential, grid: _Grid) -> _Part | None:
     """Return the kernel of a branch of plain layers, None if there is no rule for it."""
-    kernel: Tensor | None = None  # the identity
-    groups, factor = grid.groups, 1.0
-    window, before = _Window(), (0, 0)
+    factors: list[tuple[Tensor, int]] = []  # weights and their groups, in the order of the layers
+    window, before, mean = _Window(), (0, 0), 1.0
     for layer in _layers(branch):
         if type(layer) in (nn.Conv2d, ChannelScale) and "weight" not in layer._parameters:
             return None  # A hook computes it, as in pruning.
         if type(layer) is ChannelScale:
-            scale = layer.weight if factor == 1 else layer.weight * factor
-            kernel = _diagonal(scale, groups) if kernel is None else kernel * _column(scale)
-            factor = 1.0
+            # Into the weight before it: the product of two weights is often larger.
+            weight, groups = factors.pop() if factors else (None, grid.groups)
+            factors.append((_scaled(weight, layer.weight * mean, groups), groups))
+            mean = 1.0
         elif type(layer) in (nn.Conv2d, nn.AvgPool2d, nn.ZeroPad2d):
             found = _Window.of(layer)
             if found is None:
@@ -218,18 +218,19 @@ def _composed(branch: nn.Sequential, grid: _Grid) -> _Part | None:
             window = own if window == _Window() else window
             before = (before[0] + pads[0], before[1] + pads[1])
             if type(layer) is nn.AvgPool2d:
-                factor /= own.size[0] * own.size[1]
+                mean /= own.size[0] * own.size[1]
             elif type(layer) is nn.Conv2d:
-                product = _product(kernel, groups, layer)
-                if product is None:
-                    return None
-                kernel, groups = product
+                factors.append((layer.weight, layer.groups))
         elif type(layer) is not nn.Identity:
             return None
+    kernel, groups = factors[0]
+    for then, then_groups in factors[1:]:
+        product = _product(kernel, groups, then, then_groups)
+        if product is None:
+            return None
+        kernel, groups = product
     place = window.on(grid, before)
-    if place is None or kernel is None or factor != 1 or groups != grid.groups:
-        return None
-    return _Part(kernel, place)
+    return None if place is None or groups != grid.groups else _Part(kernel, place)
 
 
 def _layers(branch: nn.Module) -> Iterator[nn.Module]:
@@ -241,17 +242,16 @@ def _layers(branch: nn.Module) -> Iterator[nn.Module]:
             yield from _layers(part)
 
 
-def _product(first: Tensor | None, groups: int, conv: nn.Conv2d) -> tuple[Tensor, int] | None:
-    """Return the kernel and groups of a kernel and a conv after it, one of which has one tap.
+def _product(
+    first: Tensor, groups: int, then: Tensor, then_groups: int
+) -> tuple[Tensor, int] | None:
+    """Return the kernel and groups of two convs in series, one of which has a single tap.
 
     None if their groups do not fit together.
     """
-    then = conv.weight
-    if first is None:
-        return then, conv.groups
-    if conv.groups == len(first) == len(then):
+    if then_groups == len(first) == len(then):
         return first * then, groups
-    if conv.groups != groups:
+    if then_groups != groups:
         return None
     if groups == 1 and first.shape[2:] == _ONE:
         return F.conv2d(then, first.transpose(0, 1)), groups
@@ -262,13 +262,11 @@ def _product(first: Tensor | None, groups: int, conv: nn.Conv2d) -> tuple[Tensor
     return product.flatten(0, 1).unflatten(2, taps), groups
 
 
-def _diagonal(scale: Tensor, groups: int) -> Tensor:
-    """Return the (C, C / groups, 1, 1) kernel that multiplies each channel by a factor."""
+def _scaled(weight: Tensor | None, scale: Tensor, groups: int) -> Tensor:
+    """Return a weight times a factor of each output channel; without one that of the identity."""
+    if weight is not None:
+        return weight * scale.view(-1, 1, 1, 1)
     return torch.diag_embed(scale.view(groups, -1)).flatten(0, 1)[..., None, None]
-
-
-def _column(scale: Tensor) -> Tensor:
-    return scale.view(-1, 1, 1, 1)
 
 
 def _pair(value: Any) -> Pair:
