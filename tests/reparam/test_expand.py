@@ -116,7 +116,7 @@ def test_dynamic_padding_is_kept_and_gives_one_conv(block, side, randomise):
 def test_every_branch_learns_norms_at_once_and_convs_from_the_second_step(block):
     torch.manual_seed(0)
     model = expand(_network().double(), block).train()
-    new = {name: p for name, p in model.named_parameters() if ".branches." in name}
+    new = {n: p for n, p in model.named_parameters() if ".branches." in n and p.requires_grad}
     last = {
         f"{name}.branches.{i}.{len(branch) - 1}"
         for name in expanded_names(model)
@@ -216,7 +216,8 @@ def test_convs_that_cannot_grow_a_block_stay_as_they_are():
         (
             "qqq",
             "",
-            "no such block; use one of repvgg, acnet, dbb, mobileone, large-kernel, or a callable",
+            "no such block; use one of repvgg, qarepvgg, acnet, dbb, orepa, mobileone, large-kernel, "
+            "or a callable",
         ),
         ("dbb", "9x9", r"where='9x9' selects none of the 4 convs; the first are 0 \(3x3 dense\)"),
         ("dbb", "dens", "did you mean dense for dens"),

@@ -38,8 +38,11 @@ class _Own(nn.Conv2d):
 
 
 _REFUSED = [
-    (parametrizations.weight_norm(_conv()), "a ParametrizedConv2d"),
-    (parametrizations.spectral_norm(_conv()), "a ParametrizedConv2d"),
+    (parametrizations.weight_norm(_conv()), "a conv with a computed weight or a replaced forward"),
+    (
+        parametrizations.spectral_norm(_conv()),
+        "a conv with a computed weight or a replaced forward",
+    ),
     (_weight_norm(), "a conv with a computed weight or a replaced forward"),
     (nn.utils.spectral_norm(_conv()), "a conv with a computed weight or a replaced forward"),
     (_pruned(), "a conv with a computed weight or a replaced forward"),

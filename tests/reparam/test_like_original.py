@@ -85,9 +85,10 @@ def test_branches_and_what_they_fold_into_have_the_convs_memory_format(block, la
     wanted = torch.channels_last if last else torch.contiguous_format
     model = nn.Sequential(nn.Conv2d(4, 4, 5, padding=2), nn.ReLU()).to(memory_format=wanted)
     expanded = randomise(expand(model, block)).eval()
-    kernels = [p for p in expanded.parameters() if p.ndim == 4 and p.shape[2:] != (1, 1)]
+    # Of 1x1 and of depthwise kernels both are true.
+    kernels = [p for p in expanded.parameters() if p.ndim == 4 and 1 not in p.shape[1:]]
     assert {memory_format_of(p) for p in kernels} == {wanted}
-    # Of 1x1 kernels, of which both are true, the strides tell.
+    # There the strides tell.
     for kernel in expanded.parameters():
         if kernel.ndim == 4:
             assert kernel.stride(1) == (1 if last else kernel[0, 0].numel())
