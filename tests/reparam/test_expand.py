@@ -216,8 +216,7 @@ def test_convs_that_cannot_grow_a_block_stay_as_they_are():
         (
             "qqq",
             "",
-            "no such block; use one of repvgg, qarepvgg, acnet, dbb, orepa, mobileone, large-kernel, "
-            "or a callable",
+            f"no such block; use one of {', '.join(BLOCKS)}, or a callable",
         ),
         ("dbb", "9x9", r"where='9x9' selects none of the 4 convs; the first are 0 \(3x3 dense\)"),
         ("dbb", "dens", "did you mean dense for dens"),
