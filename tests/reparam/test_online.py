@@ -37,7 +37,6 @@ BACKBONES = {
     "ghostnet_050": {},
     "regnetx_002": {},
     "inception_next_atto": {},
-    "tf_mobilenetv3_small_minimal_100": {},
 }
 
 
