@@ -81,8 +81,7 @@ class Model(Checked, path="model"):
     )
     expand_scale: float = option(
         0.0,
-        "weight of the branches' last norms (online: of their scales) at the start; beside the "
-        "convs, another one than 0 changes the function of the loaded weights",
+        "weight of the branches' last norms at the start; 0 keeps the function, online any does",
         at_least=0,
     )
     feature: Literal["C5", "DC5", "C4"] = option(

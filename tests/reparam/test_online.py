@@ -37,6 +37,7 @@ BACKBONES = {
     "ghostnet_050": {},
     "regnetx_002": {},
     "inception_next_atto": {},
+    "tf_mobilenetv3_small_minimal_100": {},
 }
 
 
@@ -62,7 +63,8 @@ def _train(network, optimizer, images):
     learning = set()
     for step, x in enumerate(images):
         optimizer.zero_grad()
-        sum(y.square().mean() for y in _maps(network(x))).backward()
+        # The logarithm: a large loss would have gradients with which training diverges.
+        sum(y.square().mean().log1p() for y in _maps(network(x))).backward()
         if step < 2:
             learning |= {
                 n for n, p in network.named_parameters() if p.requires_grad and p.grad.any()

@@ -1,8 +1,8 @@
 """Kinds of training-time branches that `expand` can add to a conv, and their geometry.
 
 A kind is a callable from the conv to a list of modules, each mapping the conv's input to the shape
-of its output. `tinydet.reparam.expand` appends a norm to each that starts at zero, except to those
-that end in a `ChannelScale`, which it sets to zero. Here every branch
+of its output. `tinydet.reparam.expand` appends a norm to each that starts at zero; a branch that
+ends in a `ChannelScale` gets none, and its scale starts at zero. Here every branch
 
 - is affine in eval mode, so that conv and branches together are equivalent to one conv;
 - pads before anything else: a zero-padded layer after a shift would not be a convolution. The
@@ -40,19 +40,15 @@ _LARGE_KERNEL = {
 
 
 class ChannelScale(nn.Module):
-    """Multiplies each channel of an (N, C, H, W) tensor by a learned factor.
+    """Multiplies each channel of an (N, C, H, W) tensor by a learned factor, 1 at the start.
 
     Attributes:
         weight: (C,) factors.
-
-    Args:
-        channels: C.
-        value: of all factors at the start.
     """
 
-    def __init__(self, channels: int, value: float = 1.0) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((channels,), value))
+        self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scaled tensor."""
@@ -70,8 +66,7 @@ def qarepvgg(conv: nn.Conv2d) -> list[nn.Module]:
     The norm after the sum is the one that follows the conv. A norm of the identity branch divides
     by the spread of each input channel, which is nearly zero for channels that are rarely active.
     """
-    branches = repvgg(conv)
-    return [nn.Sequential(branch, ChannelScale(conv.out_channels, 0.0)) for branch in branches]
+    return [nn.Sequential(branch, ChannelScale(conv.out_channels)) for branch in repvgg(conv)]
 
 
 def acnet(conv: nn.Conv2d) -> list[nn.Module]:
