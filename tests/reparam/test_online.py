@@ -180,6 +180,26 @@ OWN = [
 ]
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(4, 4, 1, bias=False), nn.AvgPool2d(3, 2, 1, divisor_override=5)],
+        [nn.AvgPool2d(3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)],
+        [nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 1)],
+        [nn.ZeroPad2d(1), nn.Conv2d(4, 4, (3, 1), (2, 1)), nn.Conv2d(4, 4, (1, 3), (1, 2))],
+        [nn.Sequential(nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 4, 1)), nn.AvgPool2d(3, 2, 1)],
+    ],
+    ids=str,
+)
+def test_unusual_layers_have_their_kernel(layers):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, 2, 1).double()
+    grown = random_scales(online(conv, lambda _: [nn.Sequential(*copy.deepcopy(layers))]))
+    for size in (9, 10):
+        x = torch.randn(2, 4, size, size + 1, dtype=torch.float64)
+        torch.testing.assert_close(grown(x), beside(grown)(x))
+
+
 @pytest.mark.parametrize("conv", OWN, ids=str)
 def test_ones_own_branch_is_read_off_its_response_to_impulses(conv):
     torch.manual_seed(0)
@@ -232,6 +252,14 @@ def test_a_branch_that_is_no_kernel_on_the_taps_is_refused_in_one_line(layers):
     with pytest.raises(ValueError, match=r"a branch of 0 is not a kernel on the conv's taps") as e:
         online(model, lambda _: [nn.Sequential(*copy.deepcopy(layers))])
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4])
+def test_a_pool_that_rounds_its_size_up_is_refused(kernel):
+    """On some sizes only it has another output than the conv."""
+    conv = nn.Conv2d(4, 4, kernel, kernel)
+    with pytest.raises(ValueError, match="is not a kernel on the conv's taps"):
+        online(conv, lambda _: [nn.AvgPool2d(kernel, kernel, ceil_mode=True)])
 
 
 def test_a_branch_that_mixes_groups_is_refused():
