@@ -184,7 +184,7 @@ def test_a_loader_for_a_gpu_pins_the_batches_it_gives_a_cpu(tiny_experiment):
     )
     for on_cpu, pinned in batches:
         assert pinned.images.is_pinned()
-        there = pinned.to("cuda", non_blocking=True)
+        there = pinned.to("cuda")
         assert there.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(there.images.cpu(), on_cpu.images)
         for one, two in zip(on_cpu.targets, there.targets, strict=True):

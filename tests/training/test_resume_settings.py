@@ -185,6 +185,45 @@ def test_every_other_setting_of_the_optimizer_takes_effect(tiny_experiment, opti
     assert resumed.lr == pytest.approx(rate, rel=1e-12)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "formats", [("channels_last", "contiguous"), ("contiguous", "channels_last")]
+)
+def test_moments_stay_with_their_weights_in_another_memory_format(
+    tiny_experiment, optimizer, formats
+):
+    """The next steps are those of a run that keeps its memory format."""
+
+    def start(memory_format):
+        wanted = ["train.dtype=float32", f"train.memory_format={memory_format}"]
+        state, *_ = prepare(override(experiment, wanted), CPU)
+        return state
+
+    def step(*states):
+        for parameters in zip(*(s.detector.parameters() for s in states), strict=True):
+            gradient = torch.randn(parameters[0].shape)
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        for state in states:
+            state.optimizer.step()
+
+    settings = ["optim.lr=0.01", "optim.warmup_iters=0", "train.ema_decay=0"]
+    experiment = override(tiny_experiment, [f"optim.optimizer={optimizer}", *settings])
+    kept, resumed = (start(memory_format) for memory_format in formats)
+    torch.manual_seed(0)
+    step(kept)
+    step(kept)
+    restore(resumed, kept.checkpoint(), Path("last.pt"))
+    step(kept, resumed)
+    pairs = zip(kept.detector.parameters(), resumed.detector.parameters(), strict=True)
+    apart = [(one - two).abs().max() for one, two in pairs]
+    assert max(apart) < 1e-5
+    different = {p.stride() for p in kept.detector.parameters()} ^ {
+        p.stride() for p in resumed.detector.parameters()
+    }
+    assert different
+
+
 def test_momentum_can_be_switched_on(stopped, tmp_path):
     folder = tmp_path / "plain"
     plain = override(stopped[1], ["optim.momentum=0"])

@@ -131,6 +131,11 @@ def restore(state: TrainingState, content: dict[str, Any], path: Path) -> None:
         raise CheckpointError(
             f"{path}: its weights are not those of this experiment's model"
         ) from error
+    # Fused optimizers pair elements by their place in memory, which the memory format decides.
+    for parameter, tensors in state.optimizer.state.items():
+        for name, tensor in tensors.items():
+            if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
+                tensors[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
     # The checkpoint's would silently take the place of the experiment's.
     for group, values in zip(state.optimizer.param_groups, hyperparameters, strict=True):
         group.update(values)
