@@ -84,10 +84,10 @@ class Model(Checked, path="model"):
         "weight of the branches' last norms at the start; 0 keeps the function, online any does",
         at_least=0,
     )
-    feature: Literal["C5", "DC5", "C4"] = option(
+    feature: Literal["C5", "DC5", "C4", "P4"] = option(
         "C5",
-        '"C5" (stride 32), "DC5" (last stage dilated to stride 16) or "C4" (stride 16, without the '
-        "last stage: cheap, and far better on small objects)",
+        '"C5" (stride 32), "DC5" (last stage dilated to stride 16), "C4" (stride 16, without the '
+        'last stage: cheap, good on small objects) or "P4" (C4 with C5 upsampled onto it)',
     )
     encoder_channels: int = option(
         512, "channels of the dilated encoder and of the head", at_least=1

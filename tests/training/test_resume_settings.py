@@ -1,5 +1,6 @@
 """Resuming with other settings: each takes effect or is refused."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -213,7 +214,7 @@ def test_moments_stay_with_their_weights_in_another_memory_format(
     torch.manual_seed(0)
     step(kept)
     step(kept)
-    restore(resumed, kept.checkpoint(), Path("last.pt"))
+    restore(resumed, copy.deepcopy(kept.checkpoint()), Path("last.pt"))
     step(kept, resumed)
     pairs = zip(kept.detector.parameters(), resumed.detector.parameters(), strict=True)
     apart = [(one - two).abs().max() for one, two in pairs]

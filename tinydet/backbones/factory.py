@@ -1,4 +1,4 @@
-"""Builds a backbone: any timm model, cut after one feature map."""
+"""Builds a backbone: any timm model, cut after one feature map, or after two that become one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Format
 from timm.models import FeatureInfo
@@ -21,11 +22,12 @@ from tinydet.backbones.frozen import freeze_stages
 from tinydet.backbones.weights import load_weights
 from tinydet.config import ConfigError
 
-# feature -> (stride, timm arguments)
-_FEATURES: dict[str, tuple[int, dict[str, int]]] = {
-    "C5": (32, {}),
-    "DC5": (16, {"output_stride": 16}),
-    "C4": (16, {}),
+# feature -> (strides of timm's maps, the map's own first; timm arguments)
+_FEATURES: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
+    "C5": ((32,), {}),
+    "DC5": ((16,), {"output_stride": 16}),
+    "C4": ((16,), {}),
+    "P4": ((16, 32), {}),
 }
 # Arguments that make timm's fixed-size models accept any size; each model knows one or none.
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
@@ -70,6 +72,22 @@ class _ChannelsFirst(nn.Module):
         return [rearrange(feature, "b h w c -> b c h w") for feature in self.body(x)]
 
 
+class _OnFirst(nn.Module):
+    """Upsamples the second of two feature maps twofold and appends its channels to the first's.
+
+    With the 1x1 conv of the encoder behind it, this is the sum of a feature pyramid's lateral and
+    top-down paths (arXiv 1612.03144).
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        fine, coarse = self.body(x)
+        return [torch.cat([fine, F.interpolate(coarse, scale_factor=2.0, mode="nearest")], dim=1)]
+
+
 def check_backbone(name: str) -> None:
     """Check that timm knows a model name; nothing is built.
 
@@ -92,7 +110,7 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
     Args:
         name: a timm model name.
         weights: "imagenet", "random" or a file; see `tinydet.config.Model`.
-        feature: "C5", "DC5" or "C4".
+        feature: "C5", "DC5", "C4" or "P4".
         stages_fixed: `model.freeze_stages`; see `tinydet.config.Model`.
 
     Raises:
@@ -100,33 +118,37 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
             any size, or the weights are not available.
     """
     check_backbone(name)
-    reduction, kwargs = _FEATURES[feature]
+    strides, kwargs = _FEATURES[feature]
     probe = _probe(name, feature, kwargs)
     reductions = [info["reduction"] for info in _feature_info(probe)]
-    if reduction not in reductions:
-        raise ConfigError(
-            f"model.backbone={name}: no feature map of stride {reduction} for model.feature="
-            f"{feature}; its strides are {', '.join(map(str, sorted(set(reductions))))}"
-        )
-    # The last map of that stride is the deepest one.
-    index = len(reductions) - 1 - reductions[::-1].index(reduction)
-    build = partial(_build, name, out_indices=(index,), **kwargs)
+    for stride in strides:
+        if stride not in reductions:
+            raise ConfigError(
+                f"model.backbone={name}: no feature map of stride {stride} for model.feature="
+                f"{feature}; its strides are {', '.join(map(str, sorted(set(reductions))))}"
+            )
+    # The last map of a stride is the deepest one.
+    indices = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
+    build = partial(_build, name, out_indices=indices, **kwargs)
     module = build()
-    info = _feature_info(module)[index]
+    infos = [_feature_info(module)[index] for index in indices]
     if isinstance(module, (EfficientNetFeatures, MobileNetV3Features)):
         # timm's other wrappers do not build the stages after the last feature map.
-        module.blocks = module.blocks[: info["stage"]]
+        module.blocks = module.blocks[: infos[-1]["stage"]]
     config = cast(dict[str, Any], module.pretrained_cfg)
-    own, is_nhwc = module, getattr(module, "output_fmt", None) == Format.NHWC
-    if is_nhwc:
-        module = _ChannelsFirst(module)
-    backbone = Backbone(module, info["num_chs"], info["reduction"], config["mean"], config["std"])
+    own, prefix = module, ""
+    if getattr(module, "output_fmt", None) == Format.NHWC:
+        module, prefix = _ChannelsFirst(module), prefix + "body."
+    if len(indices) > 1:
+        module, prefix = _OnFirst(module), prefix + "body."
+    channels = sum(info["num_chs"] for info in infos)
+    backbone = Backbone(module, channels, strides[0], config["mean"], config["std"])
     _check_map(backbone, name, feature)
     load_weights(own, build, name, weights)
     if not stages_fixed:
         return backbone
-    fixed = freeze_stages(own, partial(_build, name, **kwargs), stages_fixed, index)
-    return replace(backbone, fixed=tuple(f"body.{part}" if is_nhwc else part for part in fixed))
+    fixed = freeze_stages(own, partial(_build, name, **kwargs), stages_fixed, indices)
+    return replace(backbone, fixed=tuple(prefix + part for part in fixed))
 
 
 def _check_map(backbone: Backbone, name: str, feature: str) -> None:
