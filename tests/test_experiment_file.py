@@ -153,7 +153,7 @@ def test_hopeless_name_gets_the_list_and_no_guess():
         ("data.image_size=16", "must be a whole number, at least 32"),
         ("data.cache_mb=-1", "must be a whole number, at least 0"),
         ("optim.optimizer=adam", "'adam': must be one of sgd, adamw; did you mean adamw?"),
-        ("model.feature=P3", "must be one of C5, DC5, C4"),
+        ("model.feature=P3", "must be one of C5, DC5, C4, P4"),
     ],
 )
 def test_wrong_value_is_refused_and_named(assignment, message):

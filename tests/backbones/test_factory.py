@@ -65,6 +65,25 @@ def test_dc5_is_c5_at_stride_16():
     assert feature.shape == (1, c5.channels, 4, 6)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050", "mambaout_femto"])
+def test_p4_is_c4_beside_c5_of_twice_the_size(name):
+    torch.manual_seed(0)
+    whole = timm.create_model(name, features_only=True).eval()
+    backbone = create_backbone(name, "random", "P4")
+    theirs = whole.state_dict()
+    own = {key: theirs[key.replace("body.", "")] for key in backbone.module.state_dict()}
+    backbone.module.load_state_dict(own)
+    x = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        (feature,) = backbone.module.eval()(x)
+        c4, c5 = whole(x)[-2:]
+    if whole.feature_info.channels()[-1] != c5.shape[1]:
+        c4, c5 = c4.permute(0, 3, 1, 2), c5.permute(0, 3, 1, 2)
+    large = c5.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(feature, torch.cat([c4, large], dim=1))
+    assert (backbone.stride, backbone.channels) == (16, c4.shape[1] + c5.shape[1])
+
+
 def test_normalisation_is_timm_s():
     lite = create_backbone("tf_efficientnet_lite0", "random", "C5")
     mobilenet = create_backbone("mobilenetv3_small_050", "random", "C5")
@@ -79,6 +98,7 @@ def test_normalisation_is_timm_s():
         ("resnet81", "C5", "did you mean .*resnet18"),
         ("repvit_m0_9", "DC5", "cannot dilate"),
         ("vit_tiny_patch16_224", "C5", "no feature map of stride 32.* 16"),
+        ("vit_tiny_patch16_224", "P4", "no feature map of stride 32.* 16"),
     ],
 )
 def test_what_cannot_be_built_is_said(name, feature, says):

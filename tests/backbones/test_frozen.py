@@ -229,6 +229,27 @@ class _Network(nn.Module):
         return [maps[index] for index in self.out_indices]
 
 
+@pytest.mark.parametrize(
+    ("name", "stages", "where"),
+    [
+        ("tf_efficientnet_lite0", 2, "conv_stem bn1 blocks.0 blocks.1"),
+        ("mambaout_femto", 1, "stem stages_0"),
+        ("test_resnet", 5, "conv1 bn1 layer1 layer2 layer3 layer4"),
+    ],
+)
+def test_of_two_maps_the_shallow_stages_are_fixed(name, stages, where):
+    torch.manual_seed(0)
+    detector = _detector(backbone=name, feature="P4", freeze_stages=stages)
+    prefix = "body.body." if name == "mambaout_femto" else "body."
+    fixed = " ".join(prefix + part for part in where.split())
+    for part, parameter in detector.backbone.named_parameters():
+        assert parameter.requires_grad != _inside(part, fixed), part
+    detector.train()
+    for part, module in detector.backbone.named_modules():
+        if [*module.buffers(recurse=False)]:
+            assert module.training != _inside(part, fixed), part
+
+
 def test_weights_outside_any_module_and_unused_ones_are_fixed_too():
     network = _Network()
     assert freeze_stages(network, _Network, 1, 1) == ("stem",)

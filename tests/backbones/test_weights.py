@@ -113,6 +113,8 @@ _OF_ALL_KINDS = [
     ("convnext_atto", "C5"),
     ("vit_tiny_patch16_224", "C4"),
     ("mambaout_femto", "C4"),
+    ("mambaout_femto", "P4"),
+    ("test_resnet", "P4"),
     pytest.param("legacy_xception", "C4", marks=pytest.mark.slow),
 ]
 

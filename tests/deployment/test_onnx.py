@@ -80,6 +80,18 @@ def test_branches_leave_no_node(make_detector, detector, exported):
         assert torch.equal(a.labels, b.labels)
 
 
+def test_two_maps_as_one_keep_any_size(make_detector, detector):
+    fused = make_detector(replace(detector.config, feature="P4"))
+    model = export_detector(fold_detector(fused)[0], Data(image_size=96))
+    for size in [(64, 96), (128, 32)]:
+        images = random_images(2, size)
+        for a, b in zip(fused.detect(images), _detections(model, images), strict=True):
+            assert len(a.scores) > 3
+            torch.testing.assert_close(b.scores, a.scores, rtol=0, atol=1e-5)
+            torch.testing.assert_close(b.boxes, a.boxes, rtol=0, atol=1e-2)
+            assert torch.equal(a.labels, b.labels)
+
+
 def test_metadata(exported, detector):
     values = {p.key: json.loads(p.value) for p in exported.metadata_props}
     assert values["classes"] == list(detector.classes)

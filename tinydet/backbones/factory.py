@@ -147,7 +147,7 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
     load_weights(own, build, name, weights)
     if not stages_fixed:
         return backbone
-    fixed = freeze_stages(own, partial(_build, name, **kwargs), stages_fixed, indices)
+    fixed = freeze_stages(own, partial(_build, name, **kwargs), stages_fixed, indices[-1])
     return replace(backbone, fixed=tuple(prefix + part for part in fixed))
 
 

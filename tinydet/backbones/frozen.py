@@ -16,7 +16,7 @@ _EXAMPLE = (1, 3, 128, 128)
 
 
 def freeze_stages(
-    module: nn.Module, build: Callable[..., nn.Module], stages: int, indices: tuple[int, ...]
+    module: nn.Module, build: Callable[..., nn.Module], stages: int, index: int
 ) -> tuple[str, ...]:
     """Freeze the parameters that a backbone's n-th feature map depends on.
 
@@ -29,7 +29,7 @@ def freeze_stages(
         module: the backbone; `requires_grad` of its parameters is set in place.
         build: builds a network of the same structure that returns the maps `out_indices`.
         stages: n, from 1.
-        indices: of the maps that the backbone returns, among timm's feature maps.
+        index: index of the map that the backbone returns, among timm's feature maps.
 
     Returns:
         The names of the frozen modules, without those inside another one.
@@ -37,15 +37,14 @@ def freeze_stages(
     Raises:
         ConfigError: the backbone has fewer maps, or the gradients do not show what they depend on.
     """
-    last = max(indices)
-    if stages > last + 1:
+    if stages > index + 1:
         raise ConfigError(
             f"model.freeze_stages={stages}: up to the map of model.feature this backbone has "
-            f"stages 1 to {last + 1}; choose one of them, or 0"
+            f"stages 1 to {index + 1}; choose one of them, or 0"
         )
     # Keeps the random weights of the layers built later the same as without frozen stages.
     with torch.random.fork_rng(devices=[]):
-        twin = build(out_indices=tuple(sorted({stages - 1, last})))
+        twin = build(out_indices=tuple(sorted({stages - 1, index})))
     try:
         modules, parameters = _dependencies_of_first_map(twin)
         for name in modules:
