@@ -43,12 +43,12 @@ class Sizes:
             "EfficientNet-Lite0": Model(backbone="efficientnet_lite0", weights="random"),
         }
     )
-    train_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    train_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     train_batch: int = 32
     train_pixels: int = 512
     train_steps: int = 10
     train_turns: int = 2
-    networks: tuple[str, ...] = ("repvgg_a0", "rexnet_100", "efficientnet_lite0")
+    networks: tuple[str, ...] = ("repvgg_a0", "efficientnet_lite0")
     pixels: int = 224
     detector: Model = field(default_factory=lambda: Model(backbone="resnet50", weights="random"))
     detector_pixels: int = 640
