@@ -1,11 +1,12 @@
-"""Memory and start-up time with an index of COCO's size, in this process and in loader processes.
+"""Memory and speed with an index of many images, in this process and in loader processes.
 
-python tests/benchmarks/index_memory.py
+python tests/benchmarks/index_memory.py [--voc FOLDER --images 33000]
 
 It makes a folder of COCO's number of images (one file under many names) with the cached index of as
-many objects, and prints, for a small set and for that one: seconds from the start of the reading to
-the first batch, and the unique and proportional memory (USS, PSS) of each process after a number of
-batches. USS is what ending the process would free. Linux only: it reads /proc/PID/smaps_rollup.
+many objects; or, of a folder in VOC layout, copies under new names. For a small set and for that
+one it prints the seconds to read the annotations, to the first batch and per batch, and the unique
+and proportional memory (USS, PSS) of each process after a number of batches. USS is what ending
+the process would free. Linux only: it reads /proc/PID/smaps_rollup.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import resource
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -32,17 +34,36 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=860_001, help="objects of the large set")
     parser.add_argument("--batches", type=int, default=300, help="of 8 images, before the end")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--voc", type=Path, help="folder in VOC layout to copy under new names")
     options = parser.parse_args()
-    for images, objects in ((1000, 7000), (options.images, options.objects)):
+    small = len([*(options.voc / "Annotations").iterdir()]) if options.voc else 1000
+    for images in (small, options.images):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TINYDET_CACHE"] = f"{folder}/cache"
-            make_set(Path(folder) / "coco", images, objects)
-            print(f"{images} images, {objects} objects", flush=True)
+            if options.voc:
+                copy_voc(options.voc, Path(folder) / "set", images)
+            else:
+                make_set(Path(folder) / "set", images, options.objects * images // options.images)
+            print(f"{images} images", flush=True)
             fresh = multiprocessing.get_context("spawn").Process(
-                target=measure, args=(Path(folder), options.batches, options.workers)
+                target=measure,
+                args=(Path(folder), bool(options.voc), options.batches, options.workers),
             )
             fresh.start()
             fresh.join()
+
+
+def copy_voc(source: Path, root: Path, images: int) -> None:
+    """Copy images and annotations, again under new names, until there are as many as wanted."""
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
+    names = sorted(path.stem for path in (source / "Annotations").iterdir())
+    copies = [(names[n % len(names)], f"{names[n % len(names)]}_{n}") for n in range(images)]
+    for name, copy in copies:
+        shutil.copy(source / f"JPEGImages/{name}.jpg", root / f"JPEGImages/{copy}.jpg")
+        shutil.copy(source / f"Annotations/{name}.xml", root / f"Annotations/{copy}.xml")
+    lines = "".join(f"{copy}\n" for _, copy in copies)
+    (root / f"ImageSets/Main/{SPLIT}.txt").write_text(lines)
 
 
 def make_set(root: Path, images: int, objects: int) -> None:
@@ -89,24 +110,28 @@ def make_set(root: Path, images: int, objects: int) -> None:
     save_index(index, cache_file(root, SPLIT, CLASSES), mark)
 
 
-def measure(folder: Path, batches: int, workers: int) -> None:
+def measure(folder: Path, voc: bool, batches: int, workers: int) -> None:
     """Read the set's index, load batches, and print time and memory."""
     import torch
 
-    from tinydet.config import Data
+    from tinydet.config import VOC_CLASSES, Data
     from tinydet.data.dataset import DetectionDataset, load_split
     from tinydet.data.loader import make_train_loader
 
     torch.set_num_threads(1)
     data = Data(
-        root=str(folder / "coco"),
-        source="coco",
+        root=str(folder / "set"),
+        source="folder" if voc else "coco",
         train_split=SPLIT,
-        classes=CLASSES,
+        classes=VOC_CLASSES if voc else CLASSES,
         image_size=320,
         workers=workers,
     )
     show("  imports alone", os.getpid())
+    started = time.perf_counter()
+    index = load_split(data, SPLIT)
+    read = time.perf_counter()
+    print(f"  {len(index)} images, {len(index.boxes)} objects: read in {read - started:.1f} s")
     started = time.perf_counter()
     index = load_split(data, SPLIT)
     read = time.perf_counter()
@@ -116,12 +141,16 @@ def measure(folder: Path, batches: int, workers: int) -> None:
     first = time.perf_counter()
     print(f"  index from cache {read - started:.1f} s, first batch {first - started:.1f} s")
     show("  index, first batch", os.getpid())
-    epoch = 0
+    epoch, restarts, began = 0, 0.0, time.perf_counter()
     for _ in range(batches):
         if next(iterator, None) is None:
+            restart = time.perf_counter()
             epoch += 1
             loader.set_epoch(epoch)
             iterator = iter(loader)
+            restarts += time.perf_counter() - restart
+    seconds = time.perf_counter() - began
+    print(f"  {1000 * seconds / batches:.1f} ms per batch; {epoch} new epochs in {restarts:.1f} s")
     show(f"  after {batches} batches", os.getpid())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"    at its peak          RSS {peak:6.0f} MB")
