@@ -18,7 +18,7 @@ cat <<END
 
 Done. Written to ${run}
   detections.jpg     what it finds in nine images that it was not trained on
-  report.html        curves, accuracy per class, worst images, problems in the data; open it in a browser
+  report.html        curves, accuracy per class, images with their errors, problems in the data; open it in a browser
   best.pt            the trained network
   deploy.onnx        the same network, folded, from uint8 pixels to boxes
 

@@ -14,7 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluate",
         action="store_true",
-        help="first evaluate best.pt again, which needs the data, for curves and worst images",
+        help="first evaluate best.pt again, which needs the data, for curves and images",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps, for --evaluate")
     return parser

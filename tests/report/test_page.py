@@ -60,6 +60,7 @@ def _write(folder, name="tiny", word="cell", **files):
             "worst": [
                 {"name": word, "caption": word, "jpeg": JPEG, "width": 640, "height": 480},
             ],
+            "best": [{"name": word, "caption": word, "jpeg": JPEG, "width": 64, "height": 48}],
         },
         "sessions.json": [{"command": word, "git": word, "torch": word}],
     }
@@ -89,7 +90,8 @@ def test_the_page_shows_what_the_run_says(tmp_path, read_html):
     read = read_html(page)
     for words in (
         *("50.0", "25.0", "12.5", "1.5", "best: 1", "2 of 3 epochs", "tested on 7 images"),
-        *("Losses", "Learning rate", "Average precision", "Precision and recall", "Worst images"),
+        *("Losses", "Learning rate", "Average precision", "Precision and recall"),
+        *("Images", "Worst", "Best"),
         *("Problems found in the data", "How to reproduce it"),
         *("Where AP50 is lost", "Localisation", "34.0", "12.3", "45.6"),
     ):
@@ -145,7 +147,18 @@ def test_no_element_and_no_attribute_comes_from_data(word, tmp_path_factory, rea
     value=JSON
     | st.dictionaries(
         st.sampled_from(
-            ["per_class", "curves", "worst", "lost", "data", "notes", "epochs", "model", "a"]
+            [
+                "per_class",
+                "curves",
+                "worst",
+                "best",
+                "lost",
+                "data",
+                "notes",
+                "epochs",
+                "model",
+                "a",
+            ]
         ),
         JSON | st.lists(st.dictionaries(st.sampled_from(["jpeg", "width", "split"]), JSON)),
     ),

@@ -17,7 +17,7 @@ from tinydet.evaluation.errors import image_errors
 from tinydet.report.draw import DETECTION_COLOR, TRUTH_COLOR
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.loop import train
-from tinydet.training.pictures import draw_samples, worst_images
+from tinydet.training.pictures import draw_samples, ranked_images
 from tinydet.training.results import evaluate_again
 
 
@@ -58,8 +58,8 @@ def test_the_worst_image_is_the_one_with_most_mistakes(split):
             return np.tile(boxes, (2, 1)), np.append(scores, 0.4 * scores / 0.9), np.tile(labels, 2)
         return found
 
-    assert worst_images(_metrics(split, lambda _, found: found), split) == []
-    worst = worst_images(_metrics(split, change), split)
+    assert ranked_images(_metrics(split, lambda _, found: found), split)["worst"] == []
+    worst = ranked_images(_metrics(split, change), split)["worst"]
     assert [w["name"] for w in worst] == [
         split.image_ids[crowded],
         split.image_ids[(crowded + 1) % len(counts)],
@@ -73,11 +73,43 @@ def test_the_worst_image_is_the_one_with_most_mistakes(split):
     assert max(drawing.size) == 384  # 96 pixels would be too few to read names in
 
 
+def test_images_are_ranked_by_their_errors(split):
+    """Half of the objects of image 0 are missed, a third of those of image 1, and so on."""
+    truth = ground_truth(split)
+
+    def change(i, found):
+        missed = len(found[2]) // (i + 2)
+        return tuple(part[missed:] for part in found)
+
+    def missed(i):
+        return len(truth[i].labels) // (i + 2)
+
+    ranked = ranked_images(_metrics(split, change), split, count=2)
+    numbers = {
+        rank: [split.image_ids.index(image["name"]) for image in images]
+        for rank, images in ranked.items()
+    }
+    assert [*numbers] == ["worst", "median", "best"]
+    assert [len(images) for images in ranked.values()] == [2, 1, 1]
+    by_errors = sorted(map(missed, range(len(split))))
+    assert [missed(i) for i in numbers["worst"]] == by_errors[:-3:-1]
+    assert missed(numbers["median"][0]) == by_errors[len(split) // 2]
+    (best,) = numbers["best"]
+    assert missed(best) == by_errors[0]
+    equal = [i for i in range(len(split)) if missed(i) == missed(best)]
+    assert len(truth[best].labels) == max(len(truth[i].labels) for i in equal)
+    everything = ranked_images(_metrics(split, change), split, count=2 * len(split))
+    names = [image["name"] for images in everything.values() for image in images]
+    assert sorted(names) == sorted(split.image_ids)
+
+
 def test_an_image_that_is_gone_is_not_drawn(split):
     gone = replace(split, image_files=["gone.jpg", *split.image_files[1:]])
     metrics = _metrics(split, lambda _, found: _empty(*found))
-    names = [w["name"] for w in worst_images(metrics, gone, count=len(split))]
+    ranked = ranked_images(metrics, gone, count=len(split))
+    names = [image["name"] for image in ranked["worst"]]
     assert len(names) == len(split) - 1
+    assert ranked["median"] == ranked["best"] == []  # All are among the worst.
     assert split.image_ids[0] not in names
     assert split.image_ids[0] not in draw_samples(metrics, gone)
 
@@ -101,7 +133,9 @@ def test_the_page_is_made_of_what_was_measured(run):
     assert all(0 <= value <= 1 - np.mean(known) + 1e-6 for value in lost.values())
     assert "Where AP50 is lost" in page
     assert 0 < len(details["worst"]) <= 6
-    assert all(image["jpeg"] in page for image in details["worst"])
+    images = [image for rank in ("worst", "median", "best") for image in details[rank]]
+    assert len(images) > len(details["worst"])
+    assert all(image["jpeg"] in page for image in images)
     least = inspect.signature(image_errors).parameters["min_score"].default
     assert f"scores below {least} are ignored" in page
 

@@ -35,6 +35,11 @@ class ImageErrors:
         """Number of missed boxes plus the sum of the false positives' scores."""
         return float(self.missed.sum() + self.detections.scores[self.wrong].sum())
 
+    @property
+    def num_counted(self) -> int:
+        """Number of boxes that are not difficult."""
+        return int((~self.truth.difficult).sum())
+
 
 @dataclass(frozen=True)
 class ImageChange:

@@ -68,7 +68,7 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
-class BadImage:
+class RankedImage:
     """An image with detection errors.
 
     Attributes:
@@ -111,7 +111,7 @@ class RunRecord:
         log: the lines of log.jsonl.
         notes: settings that the run chose automatically, one sentence each.
         lost: AP50 lost to each kind of error.
-        images: the images with the most errors, worst first.
+        images: by "worst", "median" and "best" some images with their errors.
         data: name of each split and the problems found in it.
         sessions: one dict of names and values for each time the run was started or resumed.
     """
@@ -123,7 +123,7 @@ class RunRecord:
     log: LogRecords
     notes: list[str]
     lost: LostAp
-    images: list[BadImage]
+    images: dict[str, list[RankedImage]]
     data: list[tuple[str, list[str]]]
     sessions: list[dict[str, str]]
 
@@ -160,7 +160,10 @@ def read_run(run_dir: Path) -> RunRecord:
             {size: _numbers(values) for size, values in _dict(lost.get("sizes")).items()},
             {name: _numbers(values) for name, values in _dict(lost.get("classes")).items()},
         ),
-        images=[_bad_image(_dict(image)) for image in _list(details.get("worst"))],
+        images={
+            rank: [_ranked_image(_dict(image)) for image in _list(details.get(rank))]
+            for rank in ("worst", "median", "best")
+        },
         data=[
             (str(_dict(split).get("split")), [str(p) for p in _list(_dict(split).get("problems"))])
             for split in _list(details.get("data"))
@@ -180,12 +183,12 @@ def train_seconds(run_dir: Path) -> float | None:
         return None
 
 
-def _bad_image(values: dict[str, Any]) -> BadImage:
+def _ranked_image(values: dict[str, Any]) -> RankedImage:
     jpeg = str(values.get("jpeg"))
     width, height = (
         int(max(1, min(number(values.get(key)) or 1, 10_000))) for key in ("width", "height")
     )
-    return BadImage(
+    return RankedImage(
         name=str(values.get("name")),
         caption=str(values.get("caption")),
         jpeg=jpeg if _JPEG.fullmatch(jpeg) else "",

@@ -1,4 +1,4 @@
-"""Drawings of detections and errors: worst images, a fixed sample, or two detectors compared."""
+"""Drawings of detections and errors: by rank, a fixed sample, or two detectors compared."""
 
 from __future__ import annotations
 
@@ -27,38 +27,50 @@ logger = logging.getLogger(__name__)
 _ON_PAGE, _IN_EVENTS = (384, 640), (320, 320)
 
 
-def worst_images(metrics: Metrics, index: Index, count: int = 6) -> list[dict[str, Any]]:
-    """Return the images with the most confident errors, sorted by `ImageErrors.badness`.
+def ranked_images(
+    metrics: Metrics, index: Index, count: int = 6
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the worst, the median and the best images by the confidence of their errors.
 
-    Images without errors are left out.
+    They are sorted by `ImageErrors.badness`; of images with equal errors, those with the fewest
+    objects are worse. Images without errors are not among the worst, and no image is shown twice.
 
     Args:
         metrics: of the split, with its detections.
         index: the split.
-        count: images at most.
+        count: of the worst images at most; half as many of the others.
 
     Returns:
-        For each "name", "caption", "jpeg" (in base64), "width" and "height".
+        By "worst", "median" and "best" a list of images, each with "name", "caption", "jpeg" (in
+        base64), "width" and "height".
     """
     errors = image_errors(metrics.detections, ground_truth(index), len(index.classes))
-    order = sorted(range(len(errors)), key=lambda i: -errors[i].badness)
-    worst = []
-    for i in order[:count]:
-        if not errors[i].badness:
-            break
-        drawing = _draw(index, i, errors[i], _ON_PAGE)
-        if drawing is None:
-            continue
-        worst.append(
-            {
-                "name": index.image_ids[i],
-                "caption": _caption(errors[i]),
-                "jpeg": base64.b64encode(encode_jpeg(drawing)).decode(),
-                "width": drawing.shape[2],
-                "height": drawing.shape[1],
-            }
-        )
-    return worst
+    order = sorted(range(len(errors)), key=lambda i: (-errors[i].badness, errors[i].num_counted))
+    few = count // 2
+    middle = (len(order) - few) // 2
+    chosen = {
+        "worst": [i for i in order[:count] if errors[i].badness],
+        "best": order[::-1][:few],
+        "median": order[middle : middle + few],
+    }
+    shown: set[int] = set()
+    ranked: dict[str, list[dict[str, Any]]] = {"worst": [], "median": [], "best": []}
+    for rank, numbers in chosen.items():
+        for i in numbers:
+            drawing = None if i in shown else _draw(index, i, errors[i], _ON_PAGE)
+            if drawing is None:
+                continue
+            shown.add(i)
+            ranked[rank].append(
+                {
+                    "name": index.image_ids[i],
+                    "caption": _caption(errors[i]),
+                    "jpeg": base64.b64encode(encode_jpeg(drawing)).decode(),
+                    "width": drawing.shape[2],
+                    "height": drawing.shape[1],
+                }
+            )
+    return ranked
 
 
 def draw_samples(metrics: Metrics, index: Index, count: int = 4) -> dict[str, Tensor]:
@@ -135,7 +147,7 @@ def _draw(index: Index, i: int, errors: ImageErrors, sides: tuple[int, int]) -> 
 
 
 def _caption(errors: ImageErrors) -> str:
-    missed, counted = int(errors.missed.sum()), int((~errors.truth.difficult).sum())
+    missed, counted = int(errors.missed.sum()), errors.num_counted
     wrong = errors.detections.scores[errors.wrong]
     surest = f", the surest at {wrong.max():.2f}" if len(wrong) else ""
     return f"{missed} of {counted} objects missed, {len(wrong)} false detections{surest}"

@@ -23,7 +23,7 @@ from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import load_checkpoint
 from tinydet.training.device import pick_device
 from tinydet.training.evaluate import evaluate_detector, ground_truth
-from tinydet.training.pictures import worst_images
+from tinydet.training.pictures import ranked_images
 from tinydet.training.session import this_session
 from tinydet.training.state import TrainingState
 
@@ -114,7 +114,7 @@ def write_details(
             if boxes
         },
         "lost": tide_as_dict(errors, metrics.classes),
-        "worst": worst_images(metrics, test_index),
+        **ranked_images(metrics, test_index),
     }
     write_json(run_dir / "report.json", details)
 
