@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tinydet.cli import add_overrides, run
@@ -25,6 +27,11 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="resume from the last.pt of --work-dir, or of this experiment's newest run",
+    )
+    resume.add_argument(
+        "--budget",
+        help="train for as many epochs as fit into it: a time of training steps (90s, 20m, 2h), "
+        "epochs (12epochs), or multiply-adds (500Tmacs, 5Pmacs), as in tools/compare.py",
     )
     resume.add_argument(
         "--profile",
@@ -72,6 +79,22 @@ def main(args: argparse.Namespace) -> None:
 
         print("\n".join(profile_training(experiment).lines()))
         return
+
+    if args.budget:
+        from tinydet.comparison.budget import parse_budget
+        from tinydet.comparison.plan import plan_run
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--budget: is for one process; give several --set train.epochs=N")
+        run = plan_run(experiment, parse_budget(args.budget))
+        print(f"--budget {args.budget}: {run.epochs} epochs in {run.dtype} ({run.reason})")
+        chosen = replace(
+            experiment.train,
+            epochs=run.epochs,
+            dtype=run.dtype,
+            memory_format=run.memory_format,
+        )
+        experiment = replace(experiment, train=chosen)
 
     resume_from = args.resume_from
     if args.resume and args.work_dir:

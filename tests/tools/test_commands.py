@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinydet.comparison import plan
 from tinydet.data.shapes import render_shapes
 from tinydet.report.video import VideoFile, open_video
+from tinydet.training.profile import StepTime
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
@@ -139,6 +141,26 @@ def test_from_training_to_a_picture_with_no_more_arguments_than_needed(
 
     run("tools/train.py", "tiny.py", "--resume", "--set", "train.epochs=2")
     assert json.loads((trained / "metrics.json").read_text())["epochs"] == 2
+
+
+def test_a_budget_of_time_becomes_epochs(run, folder, monkeypatch):
+    def time_steps(experiment, steps):
+        assert (experiment.name, steps) == ("tiny", 20)
+        return StepTime(1.5, 3, "bfloat16", "contiguous")
+
+    monkeypatch.setattr(plan, "time_steps", time_steps)
+    said = run("tools/train.py", "tiny.py", "--budget", "10s", "--work-dir", "ten")
+    assert "--budget 10s: 2 epochs in bfloat16 (3 steps of 1.5 s per epoch)" in said
+    metrics = json.loads((folder / "ten" / "metrics.json").read_text())
+    found = [metrics[name] for name in ("epochs", "dtype", "memory_format")]
+    assert found == [2, "bfloat16", "contiguous"]
+    told = run("tools/train.py", "tiny.py", "--budget", "4s", "--work-dir", "four", status=2)
+    assert told.count("\n") == 1
+    assert "one epoch takes about 4.5s" in told
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = run("tools/train.py", "tiny.py", "--budget", "10s", "--work-dir", "four", status=2)
+    assert "give several --set train.epochs=N" in told
+    assert not (folder / "four").exists()
 
 
 def test_zoo(run, folder):

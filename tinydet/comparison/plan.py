@@ -143,7 +143,7 @@ def make_plan(
         earlier = _earlier_plans()
         for key, experiment in zip(keys, experiments, strict=True):
             if key not in earlier:
-                earlier[key] = _plan_run(key, experiment, budget)
+                earlier[key] = plan_run(experiment, budget, key)
         runs = [earlier[key] for key in keys]
         content = {
             "mark": mark,
@@ -157,7 +157,12 @@ def make_plan(
     return Plan(folder, budget, tuple(files), planned, tuple(run.reason for run in runs))
 
 
-def _plan_run(key: str, experiment: Experiment, budget: Budget) -> PlannedRun:
+def plan_run(experiment: Experiment, budget: Budget, key: str = "") -> PlannedRun:
+    """Find out how many epochs a budget buys; unless it is one of epochs, steps are timed.
+
+    Raises:
+        ValueError: the experiment cannot be built or trained, or one epoch is more.
+    """
     logger.info(f"{experiment.name}: timing a few training steps")
     timed = time_steps(experiment, 20 if budget.unit == "seconds" else 1)
     images = timed.steps_an_epoch * experiment.train.batch_size
