@@ -45,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="after 2, 4, 8, ... seeds, drop ideas that do not help, with that confidence",
     )
+    parser.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="train only the K-th of N shares of the runs, beside other processes or machines with "
+        "the same working folder; the command without it judges",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; short for --set train.device=D")
     parser.add_argument("--out", type=Path, help="folder (default runs/compare/BASE-...)")
     add_overrides(parser)
@@ -53,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Train the missing runs, reach verdicts, print and write the report."""
-    from tinydet.comparison.compare import compare
+    from tinydet.comparison.compare import compare, parse_shard
 
     overrides = [*args.set, *([f"train.device={args.device}"] if args.device else [])]
     lines = compare(
@@ -63,6 +69,7 @@ def main(args: argparse.Namespace) -> None:
         metric=args.metric,
         confidence=args.confidence,
         halving=args.halving,
+        shard=parse_shard(args.shard) if args.shard else None,
         folder=args.out,
         overrides=overrides,
     )

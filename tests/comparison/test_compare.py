@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tinydet.comparison import compare as compare_module
-from tinydet.comparison.compare import compare
+from tinydet.comparison.compare import Shard, compare, parse_shard
 from tinydet.comparison.runs import finished_run
 from tinydet.config import ConfigError
 from tinydet.evaluation import ImageDetections, evaluate
@@ -238,6 +238,54 @@ def test_killed_and_started_again_it_ends_with_the_same_verdict(finished, folder
     assert _result(folder) == _without_what_varies(json.loads(whole.read_text()))
 
 
+def test_shards_train_each_run_once_and_the_whole_judges(compared, folder, monkeypatch):
+    for share in ("3/4", "1/4", "4/4", "2/4"):
+        told = list(compare(_FILES, **_OPTIONS, shard=parse_shard(share)))
+        assert f"shard {share}: its {2 if share < '3' else 1} runs are finished" in told[-2]
+    assert not list(folder.glob("runs/compare/*/comparison.json"))
+    for name in ("base", "copy", "idea"):
+        assert sorted(run.name for run in Path("runs", name).iterdir()) == ["1", "2"]
+    monkeypatch.setattr(compare_module, "train_run", _no_training)
+    list(compare(_FILES, **_OPTIONS))
+    assert _result(folder) == _result(compared[0])
+
+
+@pytest.mark.slow
+def test_shards_at_once_one_of_them_killed_end_with_the_same_verdict(finished, folder):
+    files = [Path("base.py"), Path("idea.py")]
+    os.chdir(finished)
+    list(compare(files, **_OPTIONS, folder=Path("runs/compare/two")))
+    os.chdir(folder)
+    options = ["--seeds", "2", "--budget", "1epochs", "--set", *_SET, "train.save_minutes=0"]
+
+    def start(share):
+        with Path(f"{share[0]}.txt").open("w") as out:
+            return subprocess.Popen(
+                [sys.executable, str(_SCRIPT), *map(str, files), *options, "--shard", share],
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    shards = [start(share) for share in ("1/3", "2/3", "3/3")]
+    while not list(Path("runs").glob("idea/*/last.previous.pt")):  # The second run, of shard 2.
+        assert shards[1].poll() is None, Path("2.txt").read_text()
+        time.sleep(0.001)
+    os.killpg(shards[1].pid, signal.SIGKILL)
+    shards[1].wait()
+    shards[1] = start("2/3")
+    for number, shard in enumerate(shards, 1):
+        assert shard.wait(250) == 0, Path(f"{number}.txt").read_text()
+    told = list(compare(files, **_OPTIONS))
+    assert sum("finished in runs/" in line for line in told) == 4
+    for name in ("base", "idea"):
+        assert sorted(run.name for run in Path("runs", name).iterdir()) == ["1", "2"]
+    whole = finished / "runs" / "compare" / "two" / "comparison.json"
+    assert _result(folder) == _without_what_varies(json.loads(whole.read_text()))
+
+
 def test_a_run_of_other_settings_is_no_run_of_this(compared, monkeypatch):
     folder, _ = compared
     monkeypatch.chdir(folder)
@@ -290,9 +338,16 @@ def test_test_images_without_objects_are_refused_before_training(folder, rendere
         ({"metric": "mAP"}, "--metric mAP: must be one of AP50, AP"),
         ({"confidence": 95}, "--confidence 95: must be at least 0.5"),
         ({"budget": "lots"}, "--budget lots: give training time"),
+        ({"shard": Shard(1, 2), "halving": True}, "--shard: cannot be with --halving"),
     ],
 )
 def test_wrong_options_are_one_line(change, message):
     with pytest.raises((ConfigError, ValueError), match=message):
         list(compare(_FILES, **_OPTIONS | change))
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "1/2/3", "-1/3", ""])
+def test_a_share_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--shard .*: give K/N"):
+        parse_shard(text)

@@ -45,6 +45,24 @@ def test_time_becomes_epochs_once_and_stays(clock):
 
 
 @pytest.mark.usefixtures("folder")
+def test_of_two_plans_made_at_once_the_first_one_written_is_everyone_s(monkeypatch):
+    seconds = [1.0, 2.0]
+    plans = []
+
+    def time_steps(experiment, steps):
+        del experiment, steps
+        took = seconds.pop(0)
+        if seconds:  # Another shard is quicker.
+            plans.append(_plan("60s", _FILES[:2]))
+        return StepTime(took, 3, "bfloat16", "channels_last")
+
+    monkeypatch.setattr(plan_module, "time_steps", time_steps)
+    plans.append(_plan("60s", _FILES[:2]))
+    assert plans[0] == plans[1]
+    assert [e.train.epochs for e in plans[0].experiments] == [10, 10]
+
+
+@pytest.mark.usefixtures("folder")
 def test_another_comparison_takes_the_bases_epochs_from_the_first(clock):
     first = _plan("60s", _FILES[:2])
     second = _plan("60s", [_FILES[0], _FILES[2]])

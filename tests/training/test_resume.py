@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -227,4 +229,33 @@ def test_half_written_files_of_killed_processes_are_removed(stopped, tmp_path):
     folder, experiment = _copy(stopped, tmp_path)
     (folder / ".last.12345.tmp.pt").write_bytes(b"half")
     train(experiment, folder, folder / "last.pt")
-    assert not list(folder.glob(".*"))
+    assert not list(folder.glob(".*.tmp*"))
+
+
+def test_a_run_that_another_process_trains_is_left_alone(stopped, tmp_path):
+    folder, experiment = _copy(stopped, tmp_path)
+    code = (
+        "import pathlib, sys, time\n"
+        "from tinydet.training.runs import claimed\n"
+        "with claimed(pathlib.Path(sys.argv[1])):\n"
+        "    print('claimed', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "claimed\n"
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        with pytest.raises(CheckpointError, match=f"{folder}: another process is training there"):
+            train(experiment, folder, folder / "last.pt")
+        after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        assert before == after
+    finally:
+        other.kill()
+        other.wait()
+    train(experiment, folder, folder / "last.pt")  # The claim died with its process.
+    train(
+        replace(experiment, train=replace(experiment.train, epochs=3)), folder, folder / "last.pt"
+    )
+    assert read_checkpoint(folder / "last.pt")["epoch"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,36 @@ logger = logging.getLogger(__name__)
 METRICS = ("AP50", "AP")
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A share of a comparison's runs.
+
+    Attributes:
+        number: of the share, from 1.
+        of: number of shares.
+    """
+
+    number: int
+    of: int
+
+    def has(self, place: int) -> bool:
+        """Return whether a run is in the share, by its place among all runs, from 0."""
+        return place % self.of == self.number - 1
+
+
+def parse_shard(text: str) -> Shard:
+    """Read "2/3".
+
+    Raises:
+        ConfigError: the text is not that, or there is no such share.
+    """
+    read = re.fullmatch(r"(\d+)/(\d+)", text)
+    shard = Shard(int(read[1]), int(read[2])) if read else Shard(0, 0)
+    if not 1 <= shard.number <= shard.of:
+        raise ConfigError(f"--shard {text}: give K/N, such as 1/3, 2/3 or 3/3")
+    return shard
+
+
 @dataclass
 class _Entry:
     """The state of one experiment of the comparison."""
@@ -70,6 +101,7 @@ def compare(
     metric: str,
     confidence: float,
     halving: bool = False,
+    shard: Shard | None = None,
     resamples: int = 1000,
     folder: Path | None = None,
     overrides: Sequence[str] = (),
@@ -85,6 +117,7 @@ def compare(
         metric: the metric that the verdicts are about, "AP50" or "AP".
         confidence: probability that no verdict of the comparison is wrong.
         halving: drop ideas that do not help after 2, 4, 8, ... seeds.
+        shard: train only this share of the runs, and reach no verdict.
         resamples: number of bootstrap draws of the test images.
         folder: folder of the comparison; None is a new one in `runs/compare/`.
         overrides: "a.b=value" for every experiment.
@@ -94,6 +127,8 @@ def compare(
             split has no object to find, or a run of the base has diverged.
     """
     _check(seeds, metric, confidence, resamples)
+    if shard and halving:
+        raise ConfigError("--shard: cannot be with --halving, which waits for all runs of a seed")
     parsed_budget = parse_budget(budget)
     experiments = load_experiments(files, overrides)
     index = load_split(experiments[0].data, experiments[0].data.test_split)
@@ -107,15 +142,22 @@ def compare(
     truth, weights = ground_truth(index), _draws(len(index), resamples)
     looks = interim_looks(seeds) if halving else []
     for seed in range(seeds):
-        for place, entry in enumerate(entries, seed * len(entries) + 1):
+        for place, entry in enumerate(entries, seed * len(entries)):
+            if shard and not shard.has(place):
+                continue
             if not entry.ended:
                 title = f"{entry.experiment.name}, seed {seed + 1} of {seeds}"
-                count = f"run {place} of {seeds * len(entries)}"
+                count = f"run {place + 1} of {seeds * len(entries)}"
                 yield from _run(entry, seed, title, count, is_base=entry is entries[0])
-            if not entry.ended:
+            if not entry.ended and not shard:
                 _score(entry, index, truth, weights)
         if seed + 1 in looks:
             yield from _prune(entries, seed + 1, metric, confidence, len(looks))
+    if shard:
+        trained = sum(len(entry.runs) for entry in entries)
+        yield f"shard {shard.number}/{shard.of}: its {trained} runs are finished; the command "
+        yield "without --shard judges them when the other shares are finished too"
+        return
     report = _report(plan, entries, metric, confidence, index)
     yield from report_lines(report)
     yield from (f"wrote       {path}" for path in write_report(report, plan.folder))

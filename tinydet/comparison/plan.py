@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tinydet.atomic import create_text
 from tinydet.comparison.budget import Budget
 from tinydet.config import ConfigError, Experiment
 from tinydet.data.dataset import load_split
@@ -25,7 +26,6 @@ from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import build_unloaded
 from tinydet.training.device import describe_device, pick_device
 from tinydet.training.profile import time_steps
-from tinydet.training.results import write_json
 from tinydet.training.runs import RUNS
 
 logger = logging.getLogger(__name__)
@@ -131,28 +131,27 @@ def make_plan(
     names = [experiment.name for experiment in experiments]
     mark = _hash([names, [_key(experiment, budget) for experiment in experiments]])
     folder = folder or COMPARISONS / f"{names[0]}-{mark}"
-    known = read_json(folder / _FILE)
-    if known is not None:
-        if not isinstance(known, dict) or known.get("mark") != mark:
-            raise ValueError(
-                f"--out {folder}: holds another comparison, of other experiments or another "
-                "budget; give another folder"
-            )
-        runs = [PlannedRun(**values) for values in known["schedules"].values()]
-    else:
+    if read_json(folder / _FILE) is None:
         earlier = _earlier_plans()
         for key, experiment in zip(keys, experiments, strict=True):
             if key not in earlier:
                 earlier[key] = plan_run(experiment, budget, key)
-        runs = [earlier[key] for key in keys]
         content = {
             "mark": mark,
             "budget": budget.text,
             "made_on": where,
             "files": [str(file) for file in files],
-            "schedules": {name: asdict(run) for name, run in zip(names, runs, strict=True)},
+            "schedules": {n: asdict(earlier[key]) for n, key in zip(names, keys, strict=True)},
         }
-        write_json(folder / _FILE, content)
+        # Shards that start together all time their steps, and all take the first one's plan.
+        create_text(folder / _FILE, json.dumps(content, indent=2) + "\n")
+    known = read_json(folder / _FILE)
+    if not isinstance(known, dict) or known.get("mark") != mark:
+        raise ValueError(
+            f"--out {folder}: holds another comparison, of other experiments or another "
+            "budget; give another folder"
+        )
+    runs = [PlannedRun(**values) for values in known["schedules"].values()]
     planned = tuple(_as_planned(*pair) for pair in zip(experiments, runs, strict=True))
     return Plan(folder, budget, tuple(files), planned, tuple(run.reason for run in runs))
 

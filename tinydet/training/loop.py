@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from tinydet.training.resume import (
     keep_precision,
     restore,
 )
-from tinydet.training.runs import Saver, new_run_dir
+from tinydet.training.runs import Saver, claimed, new_run_dir
 from tinydet.training.signals import Signals
 from tinydet.training.state import TrainingState, start_training
 from tinydet.training.threads import Threads
@@ -71,32 +72,42 @@ def train(
 
     Raises:
         ConfigError: a field of the experiment is wrong.
-        CheckpointError: `resume_from` cannot be used.
+        CheckpointError: `resume_from` cannot be used, or another process trains in that folder.
         DivergedError: too many steps in a row had a non-finite loss.
         WorkerDiedError: a loader process was killed.
         Interrupted: Ctrl-C or SIGTERM; last.pt has been written.
         OSError: the first or the last checkpoint cannot be written.
     """
-    with process_group(experiment.train.device) as device_name:
-        _train(experiment, run_dir, resume_from, pick_device(device_name))
+    with process_group(experiment.train.device) as device_name, ExitStack() as held:
+        _train(experiment, run_dir, resume_from, pick_device(device_name), held)
 
 
 def _train(
-    experiment: Experiment, run_dir: Path | None, resume_from: Path | None, device: torch.device
+    experiment: Experiment,
+    run_dir: Path | None,
+    resume_from: Path | None,
+    device: torch.device,
+    held: ExitStack,
 ) -> None:
     checkpoint: dict[str, Any] | None = None
     changed: list[str] = []
+    goes_on = bool(
+        run_dir and resume_from and run_dir.is_dir() and _same(run_dir, resume_from.parent)
+    )
+    if goes_on:
+        broadcast_from_rank0(lambda: _claim(run_dir, experiment.name, held))
     if resume_from is not None:
         checkpoint = broadcast_from_rank0(lambda: read_last(resume_from))
         check_resumable(experiment, checkpoint, resume_from)
         experiment = keep_precision(experiment, checkpoint, device)
         changed = changed_settings(experiment, checkpoint, device)
-    if run_dir is not None and (resume_from is None or not _same(run_dir, resume_from.parent)):
+    if run_dir is not None and not goes_on:
         _check_unused(run_dir)
     state, loader, train_index, test_index = prepare(experiment, device, checkpoint)
     if checkpoint is not None and resume_from is not None:
         restore(state, checkpoint, resume_from)
-    run_dir = broadcast_from_rank0(lambda: run_dir or new_run_dir(experiment.name))
+    if run_dir is None or not goes_on:
+        run_dir = broadcast_from_rank0(lambda: _claim(run_dir, experiment.name, held))
     if rank() == 0:
         write_experiment(run_dir, experiment, changed)
     if changed:
@@ -321,6 +332,13 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 def _same(folder: Path, other: Path) -> bool:
     return folder.resolve() == other.resolve()
+
+
+def _claim(run_dir: Path | None, name: str, held: ExitStack) -> Path:
+    """Return the run's folder, a new one if there is none, kept for this process by `held`."""
+    folder = run_dir or new_run_dir(name)
+    held.enter_context(claimed(folder))
+    return folder
 
 
 def _check_unused(run_dir: Path) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from tinydet.atomic import warn_on_oserror
 from tinydet.training.checkpoint import CheckpointError, previous_of, save_checkpoint, save_last
@@ -30,6 +37,31 @@ def new_run_dir(name: str, root: Path = RUNS) -> Path:
         except FileExistsError:  # Another run was quicker.
             continue
         return parent / str(number)
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's folder, on this machine or on a shared disk.
+
+    The claim ends with the process, however it ends. Where there are no file locks (Windows, some
+    network disks) there is no claim.
+
+    Raises:
+        CheckpointError: another process trains there.
+    """
+    with contextlib.ExitStack() as held:
+        if fcntl is not None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((run_dir / ".lock").open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"{run_dir}: another process is training there; wait for it, or stop it first"
+                ) from error
+            except OSError as error:
+                logger.info("%s: cannot be locked (%s)", run_dir, error.strerror)
+        yield
 
 
 def newest_to_resume(name: str, root: Path = RUNS) -> Path:
