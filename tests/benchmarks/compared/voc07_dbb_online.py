@@ -1,0 +1,9 @@
+"""Diverse Branch Blocks inside the weights of the 3x3 and 5x5 convs that learn; base: voc07.py."""
+
+from dataclasses import replace
+
+from voc07 import CONVS
+from voc07 import experiment as plain
+
+model = replace(plain.model, expand="dbb", expand_where=CONVS, expand_online=True)
+experiment = replace(plain, name="", model=model)

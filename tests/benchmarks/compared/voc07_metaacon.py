@@ -1,0 +1,9 @@
+"""MetaACON for ReLU6 where the backbone learns; base: voc07.py."""
+
+from dataclasses import replace
+
+from voc07 import PLACES
+from voc07 import experiment as plain
+
+model = replace(plain.model, activation="meta-acon", activation_where=PLACES)
+experiment = replace(plain, name="", model=model)
