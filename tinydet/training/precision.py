@@ -20,6 +20,7 @@ from tinydet.reparam.expand import ExpandedConv2d
 from tinydet.reparam.module_class import class_of, set_class
 from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
+from tinydet.training.folded_stages import fold_frozen_stages
 
 _DTYPES = {
     "float32": torch.float32,
@@ -49,9 +50,13 @@ class Precision:
         return _FORMATS[self.memory_format]
 
     def prepare(self, model: nn.Module) -> None:
-        """Convert a model's weights to the memory format, and some layers for a CPU."""
+        """Convert a model's weights to the memory format, and some layers for a CPU.
+
+        Call it again after other weights are loaded.
+        """
         model.to(memory_format=self.torch_format)
         if next(model.parameters()).device.type == "cpu":
+            fold_frozen_stages(model, self.torch_format)
             prepare_for_cpu(model, bfloat16=self.dtype == "bfloat16")
 
     @contextmanager
@@ -173,9 +178,11 @@ class _Subsampled(nn.Module):
 class _InFloat32(nn.Module):
     """Mixin before a layer class: runs the layer outside autocast."""
 
+    weight: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 
 @cache

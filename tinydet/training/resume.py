@@ -131,6 +131,7 @@ def restore(state: TrainingState, content: dict[str, Any], path: Path) -> None:
         raise CheckpointError(
             f"{path}: its weights are not those of this experiment's model"
         ) from error
+    state.precision.prepare(state.detector)
     # Fused optimizers pair elements by their place in memory, which the memory format decides.
     for parameter, tensors in state.optimizer.state.items():
         for name, tensor in tensors.items():

@@ -1,0 +1,93 @@
+"""Frozen stages of a backbone run in folded form while others learn.
+
+Nothing is learned there and norms keep their statistics, so in a training step the stages may
+compute their folded form: without norms and branches, and, as nothing runs backward, in bfloat16
+throughout.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinydet.backbones.module_trace import eval_mode
+from tinydet.reparam import fold
+from tinydet.reparam.module_class import class_of, set_class
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLE = (2, 3, 64, 96)
+_TOLERANCE = 1e-3  # of the largest value, in float32
+
+
+def fold_frozen_stages(detector: nn.Module, memory_format: torch.memory_format) -> None:
+    """Let a detector's frozen modules compute their folded form where gradients are recorded.
+
+    Weights, names and state dict stay as they are, and so does evaluation, which records no
+    gradients. After other weights are loaded, call it again.
+
+    Args:
+        detector: a `tinydet.yolof.detector.Detector`; changed in place. Without frozen modules, or
+            if they cannot be folded, it stays as it is.
+        memory_format: of the folded weights.
+    """
+    backbone = getattr(detector, "backbone", None)
+    if backbone is None or not getattr(detector, "fixed", ()):
+        return
+    modules = [backbone.get_submodule(name) for name in detector.fixed]  # type: ignore[union-attr]
+    _undo(modules)
+    try:
+        with eval_mode(backbone):
+            folded, _ = fold(backbone, torch.zeros(_EXAMPLE), " ".join(detector.fixed))  # type: ignore[arg-type]
+            for name, module in zip(detector.fixed, modules, strict=True):  # type: ignore[arg-type]
+                part = folded.get_submodule(name).requires_grad_(False)
+                set_class(module, _with_folded(class_of(module)))  # type: ignore[arg-type]
+                module.__dict__["folded"] = part.to(memory_format=memory_format)
+            _check(backbone)
+    except ValueError as error:
+        logger.info("frozen stages are not folded: %s", str(error).splitlines()[0])
+        _undo(modules)
+
+
+class _Folded(nn.Module):
+    """Mixin before a module's class: `folded`, no member, takes its place in training steps."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return self.__dict__["folded"](*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+@cache
+def _with_folded(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Folded, kind), {})
+
+
+def _undo(modules: list[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, _Folded):
+            set_class(module, class_of(module).__mro__[2])
+            del module.__dict__["folded"]
+
+
+def _check(backbone: nn.Module) -> None:
+    """Compare a backbone's maps in both forms.
+
+    Raises:
+        ValueError: they differ.
+    """
+    weight = next(backbone.parameters())
+    images = torch.randn(_EXAMPLE, generator=torch.Generator().manual_seed(0))
+    images = images.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        expected = backbone(images)
+    with torch.enable_grad():
+        found = backbone(images)
+    for one, two in zip(expected, found, strict=True):
+        apart = (one - two.detach()).abs().max()
+        if not apart <= _TOLERANCE * one.abs().max():
+            raise ValueError(f"their outputs differ by {apart:.1e}")
