@@ -11,6 +11,7 @@ experiment = Experiment(
     model=Model(
         backbone="tf_efficientnet_lite0",
         freeze_stages=2,
+        feature="P4",
         encoder_channels=256,
         encoder_mid_channels=64,
         cls_convs=1,
@@ -27,5 +28,5 @@ experiment = Experiment(
         warmup_iters=100,
         clip_norm=10.0,
     ),
-    train=Train(epochs=12, batch_size=8, ema_decay=0.998, eval_every=12, eval_batch_size=64),
+    train=Train(epochs=11, batch_size=8, ema_decay=0.998, eval_every=11, eval_batch_size=64),
 )
