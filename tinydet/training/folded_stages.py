@@ -45,12 +45,20 @@ def fold_frozen_stages(detector: nn.Module, memory_format: torch.memory_format) 
             folded, _ = fold(backbone, torch.zeros(_EXAMPLE), " ".join(detector.fixed))  # type: ignore[arg-type]
             for name, module in zip(detector.fixed, modules, strict=True):  # type: ignore[arg-type]
                 part = folded.get_submodule(name).requires_grad_(False)
-                set_class(module, _with_folded(class_of(module)))  # type: ignore[arg-type]
+                kind = class_of(module)
+                set_class(module, _with_folded(kind))  # type: ignore[arg-type]
+                # No members: neither in the state dict nor changed with the network.
+                module.__dict__["unfolded_class"] = kind
                 module.__dict__["folded"] = part.to(memory_format=memory_format)
             _check(backbone)
     except ValueError as error:
         logger.info("frozen stages are not folded: %s", str(error).splitlines()[0])
         _undo(modules)
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Return whether a module computes its folded form in training steps."""
+    return "folded" in module.__dict__
 
 
 class _Folded(nn.Module):
@@ -69,9 +77,9 @@ def _with_folded(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _undo(modules: list[nn.Module]) -> None:
     for module in modules:
-        if isinstance(module, _Folded):
-            set_class(module, class_of(module).__mro__[2])
+        if is_folded(module):
             del module.__dict__["folded"]
+            set_class(module, module.__dict__.pop("unfolded_class"))
 
 
 def _check(backbone: nn.Module) -> None:

@@ -20,7 +20,7 @@ from tinydet.reparam.expand import ExpandedConv2d
 from tinydet.reparam.module_class import class_of, set_class
 from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
-from tinydet.training.folded_stages import fold_frozen_stages
+from tinydet.training.folded_stages import fold_frozen_stages, is_folded
 
 _DTYPES = {
     "float32": torch.float32,
@@ -56,6 +56,7 @@ class Precision:
         """
         model.to(memory_format=self.torch_format)
         if next(model.parameters()).device.type == "cpu":
+            _undo_prepare_for_cpu(model)  # Folded stages have layers of their own classes.
             fold_frozen_stages(model, self.torch_format)
             prepare_for_cpu(model, bfloat16=self.dtype == "bfloat16")
 
@@ -150,7 +151,7 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
     which scale each channel, are faster in bfloat16.
     """
     for module in model.modules():
-        if not isinstance(module, nn.Conv2d):
+        if not isinstance(module, nn.Conv2d) or is_folded(module):
             continue
         of_1x1, strided = module.kernel_size == (1, 1), max(module.stride) > 1
         scales = of_1x1 and not strided and module.groups == module.out_channels
@@ -160,6 +161,12 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
             set_class(module, _with(_Subsampled, kind))  # type: ignore[arg-type]
         elif bfloat16 and module.groups > 1 and not scales:
             set_class(module, _with(_InFloat32, kind))  # type: ignore[arg-type]
+
+
+def _undo_prepare_for_cpu(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, (_Subsampled, _InFloat32)):
+            set_class(module, class_of(module).__mro__[2])
 
 
 class _Subsampled(nn.Module):
