@@ -42,7 +42,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     train(tiny_experiment, tmp_path / "run")
     assert sum("No space left on device" in line for line in _warnings(caplog)) == 3
     assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".*.tmp*"))
 
 
 def test_a_disk_that_stays_full_ends_the_run_after_training(tiny_experiment, tmp_path, full_disk):
