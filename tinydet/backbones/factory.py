@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -104,7 +105,13 @@ def check_backbone(name: str) -> None:
         )
 
 
-def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0) -> Backbone:
+def create_backbone(
+    name: str,
+    weights: str,
+    feature: str,
+    stages_fixed: int = 0,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Backbone:
     """Build a timm backbone that returns one feature map.
 
     Args:
@@ -112,6 +119,7 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
         weights: "imagenet", "random" or a file; see `tinydet.config.Model`.
         feature: "C5", "DC5", "C4" or "P4".
         stages_fixed: `model.freeze_stages`; see `tinydet.config.Model`.
+        tensors: what the file holds, if it was read before.
 
     Raises:
         ConfigError: the model, feature or stage does not exist, the model does not take images of
@@ -144,7 +152,7 @@ def create_backbone(name: str, weights: str, feature: str, stages_fixed: int = 0
     channels = sum(info["num_chs"] for info in infos)
     backbone = Backbone(module, channels, strides[0], config["mean"], config["std"])
     _check_map(backbone, name, feature)
-    load_weights(own, build, name, weights)
+    load_weights(own, build, name, weights, tensors)
     if not stages_fixed:
         return backbone
     fixed = freeze_stages(own, partial(_build, name, **kwargs), stages_fixed, indices[-1])

@@ -29,27 +29,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file does not exist or has other contents; the message says which.
     """
-    check_weights_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            loaded = load_file(path)
-        else:
-            # timm's training script saves its options, a Namespace. Warnings are suppressed since
-            # a file that cannot be read gets one error message.
-            allowed = torch.serialization.safe_globals([argparse.Namespace])
-            with allowed, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # The readers raise many types on damaged files.
-        raise ValueError(f"{path}: {_describe_unreadable(path)}") from error
-    state_dict = _unwrapped(loaded)
+    state_dict = _unwrapped(read_content(path))
     if not state_dict or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items()
     ):
         raise ValueError(f"{path}: contains no state dict; {_SAVE_TENSORS}")
     return dict(state_dict)
+
+
+def read_content(path: Path) -> Any:
+    """Read whatever a weights file holds, tensors and plain data, without running pickled code.
+
+    Raises:
+        ValueError: as `read_tensors`.
+    """
+    check_weights_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # timm's training script saves its options, a Namespace. Warnings are suppressed since
+        # a file that cannot be read gets one error message.
+        allowed = torch.serialization.safe_globals([argparse.Namespace])
+        with allowed, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # The readers raise many types on damaged files.
+        raise ValueError(f"{path}: {_describe_unreadable(path)}") from error
 
 
 def check_weights_file(path: Path) -> None:

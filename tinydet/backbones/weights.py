@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import timm
@@ -38,7 +38,11 @@ _PACKAGES = {
 
 
 def load_weights(
-    module: nn.Module, build: Callable[..., nn.Module], name: str, weights: str
+    module: nn.Module,
+    build: Callable[..., nn.Module],
+    name: str,
+    weights: str,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Load all weights of a feature extractor, or raise.
 
@@ -50,6 +54,7 @@ def load_weights(
         weights: "imagenet", "random" or the path of a state-dict file with timm's names, with or
             without a prefix, such as `backbone.` in TinyDet's checkpoints; for RepVGG and YOLOv5
             also a checkpoint of their authors.
+        tensors: what the file holds, if it was read before.
 
     Raises:
         ConfigError: the weights are not available or do not match the network.
@@ -59,7 +64,9 @@ def load_weights(
     has_own_layers = bool(own_tensors(module))
     if has_own_layers:
         name = _changed_model(module) or name
-    if weights != "imagenet":
+    if tensors is not None:
+        pass
+    elif weights != "imagenet":
         tensors = _read_file(Path(weights), name)
     elif _package_installed(name):
         tensors = _read_package(name)

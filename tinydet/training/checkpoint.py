@@ -33,8 +33,13 @@ from tinydet.config import Experiment, Model
 from tinydet.experiment_file import experiment_from_dict, override
 from tinydet.reparam.fold import fold
 from tinydet.yolof.detector import Detector, build_detector
+from tinydet.yolof.official import convert_official
 
 logger = logging.getLogger(__name__)
+
+
+# Decide the network, but not always the names and shapes of its tensors.
+_NOT_IN_TENSORS = ("backbone", "feature", "activation", "dilations", "anchor_scales")
 
 
 class CheckpointError(ValueError):
@@ -111,22 +116,29 @@ def read_last(path: Path) -> dict[str, Any]:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint without executing code from it, after verifying its checksums.
 
+    Published YOLOF detectors (`tinydet.yolof.official`) are read as training checkpoints.
+
     Raises:
-        CheckpointError: it is missing, damaged, not a TinyDet checkpoint, or holds more than
-            tensors and plain data.
+        CheckpointError: it is missing, damaged, not such a checkpoint, or holds more than tensors
+            and plain data.
     """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; name a checkpoint in it: {path / 'best.pt'}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    _check_whole(path)
+    if not _is_bare_pickle(path):
+        _check_whole(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A crafted file can make torch raise anything.
         raise CheckpointError(
             f"{path}: refused: it is no checkpoint, or holds more than tensors, numbers and strings"
         ) from error
+    try:
+        content = convert_official(content) or content
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     missing = {"form", "experiment", "classes", "model"} - set(
         content if isinstance(content, dict) else ()
     )
@@ -135,11 +147,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _check_whole(path: Path) -> None:
-    """Verify every member of the archive against its CRC-32, which torch writes but never checks.
+def _is_bare_pickle(path: Path) -> bool:
+    """Return whether a file is in torch's old format without checksums, as MMDetection's are."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x80\x02"
 
-    torch's legacy formats (tar, bare pickle) have no checksums, and TinyDet never wrote them.
-    """
+
+def _check_whole(path: Path) -> None:
+    """Verify an archive's members against their CRC-32s, which torch writes but never checks."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
@@ -192,7 +207,9 @@ def load_checkpoint(
         ConfigError: an override is wrong.
     """
     content = read_checkpoint(path)
-    experiment = override(experiment or experiment_from_dict(content["experiment"]), overrides)
+    stored = experiment_from_dict(content["experiment"])
+    experiment = override(experiment or stored, overrides)
+    _check_same_network(path, stored.model, experiment.model)
     detector = build_unloaded(experiment.model, content["classes"])
     if content["form"] == "deploy":
         folded, _ = fold(detector.eval(), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
@@ -206,6 +223,18 @@ def load_checkpoint(
             f"as {own!r}: give that experiment (experiment.json beside the checkpoint)"
         ) from error
     return Checkpoint(detector.eval().to(device), experiment, content)
+
+
+def _check_same_network(path: str | Path, stored: Model, given: Model) -> None:
+    for name in _NOT_IN_TENSORS:
+        before, now = getattr(stored, name), getattr(given, name)
+        if name == "backbone":  # The tag after the dot names published weights.
+            before, now = before.partition(".")[0], now.partition(".")[0]
+        if before != now:
+            raise CheckpointError(
+                f"{path}: was trained with model.{name}={before}, and would be another network "
+                f"with {now}; give its own experiment (experiment.json beside the checkpoint)"
+            )
 
 
 def build_unloaded(model: Model, classes: Sequence[str]) -> Detector:

@@ -28,6 +28,7 @@ from tinydet.data.loader import (
 from tinydet.data.sample import Batch
 from tinydet.data.seeding import seed_globally
 from tinydet.evaluation.saved_detections import save_detections
+from tinydet.reparam.unfold import calibrate_norms
 from tinydet.training.checkpoint import build_unloaded, previous_of, read_last
 from tinydet.training.device import pick_device
 from tinydet.training.distributed import (
@@ -167,6 +168,8 @@ def prepare(
     build = build_detector if checkpoint is None else build_unloaded
     detector = build(experiment.model, train_index.classes).to(device)
     first_batch = next(iter(loader)).to(device)
+    if detector.norms_without_statistics:
+        calibrate_norms(detector, detector.norms_without_statistics, first_batch.images)
     state = start_training(experiment, detector, len(loader), first_batch, threads)
     return state, loader, train_index, test_index
 

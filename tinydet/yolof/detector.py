@@ -26,6 +26,7 @@ from tinydet.yolof.encoder import DilatedEncoder
 from tinydet.yolof.head import Head
 from tinydet.yolof.loss import pad_targets, yolof_losses
 from tinydet.yolof.matcher import uniform_match
+from tinydet.yolof.pretrained import load_trained, read_trained
 
 
 class Detector(nn.Module):
@@ -41,6 +42,8 @@ class Detector(nn.Module):
         stride: stride of the feature map in pixels of the input.
         config: the experiment's model configuration.
         fixed: names of the backbone's frozen modules, which stay in eval mode.
+        norms_without_statistics: names of norms that have to be calibrated before training
+            (`tinydet.reparam.unfold`).
         mean: (1, 3, 1, 1), of pixels in 0..255.
         std: (1, 3, 1, 1), of pixels in 0..255.
     """
@@ -69,6 +72,7 @@ class Detector(nn.Module):
         self.stride = stride
         self.config = config
         self.fixed = tuple(fixed)
+        self.norms_without_statistics: tuple[str, ...] = ()
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255, persistent=False)
         keep_fixed(backbone, self.fixed)
@@ -204,8 +208,14 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         ConfigError: the backbone does not exist, lacks the feature, the stage or a place for a
             modification, or its weights are not available.
     """
+    trained = read_trained(config, build_detector)
+    weights, tensors = config.weights, None
+    if trained is not None and trained.same_backbone:
+        weights = "random"  # They are loaded below, with those of its branches and new layers.
+    elif trained is not None:
+        tensors = trained.backbone()
     backbone = create_backbone(
-        config.backbone, config.weights, config.feature, config.freeze_stages
+        config.backbone, weights, config.feature, config.freeze_stages, tensors
     )
     encoder = DilatedEncoder(
         backbone.channels, config.encoder_channels, config.encoder_mid_channels, config.dilations
@@ -217,7 +227,7 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         config.cls_convs,
         config.reg_convs,
     )
-    return Detector(
+    detector = Detector(
         apply_modifications(backbone.module, config, backbone.fixed),
         encoder,
         head,
@@ -228,3 +238,6 @@ def build_detector(config: Model, classes: Sequence[str]) -> Detector:
         config,
         backbone.fixed,
     )
+    if trained is not None:
+        load_trained(detector, trained)
+    return detector
