@@ -35,7 +35,7 @@ class Model(Checked, path="model"):
     weights: str = option(
         "imagenet",
         '"imagenet" (the installed weight package of the backbone, else timm\'s hub), "random", or '
-        "the path of a state-dict file or a detector's checkpoint (.pth, .pt, .safetensors)",
+        "a file: a state dict (.pth, .safetensors), or a detector's checkpoint to start from",
     )
     freeze_norms: bool = option(
         False, "freeze statistics, weights and biases of the backbone's batch norms"
@@ -230,19 +230,19 @@ class Augment(Checked, path="data.augment"):
 class Data(Checked, path="data"):
     """A data set's folder and how it is read.
 
-    The layout is VOC's (`Annotations/ ImageSets/Main/ JPEGImages/`), or with `source="coco"` that
-    of COCO (`annotations/instances_<split>.json` and the images in `<split>/`).
+    The layout is VOC's (`Annotations/ ImageSets/Main/ JPEGImages/`), COCO's
+    (`annotations/instances_<split>.json`, images in `<split>/`) or YOLO's (`data.yaml`, labels).
     """
 
     root: str = option("datasets/VOCdevkit/VOC2007", "the data set's folder")
-    source: Literal["voc07", "shapes", "folder", "coco"] = option(
+    source: Literal["voc07", "shapes", "folder", "coco", "yolo"] = option(
         "voc07",
-        'what to do if the folder is missing: "voc07" offers the download, "shapes" renders the '
-        'synthetic set, "folder" and "coco" are errors; "coco" is COCO\'s layout',
+        'layout and what to do if the folder is missing: VOC\'s ("voc07" offers the download, '
+        '"shapes" renders the synthetic set, "folder" is an error), "coco" or "yolo"',
     )
     train_split: str = option(
         "trainval",
-        "training split, as in `ImageSets/Main/<split>.txt`; COCO's are train2017 and val2017",
+        "training split, as in `ImageSets/Main/<split>.txt`; COCO has train2017, YOLO train",
     )
     test_split: str = option("test", "split for evaluation")
     classes: tuple[str, ...] = option(

@@ -115,3 +115,29 @@ class CocoTree:
 @pytest.fixture
 def coco_tree(tmp_path):
     return CocoTree(tmp_path / "coco")
+
+
+class YoloTree:
+    """A folder as Ultralytics writes it: `data.yaml`, `images/SPLIT/` and `labels/SPLIT/`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.yaml("train: images/train\nval: images/val\nnames: [cat, dog, bus]\n")
+
+    def yaml(self, text):
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "data.yaml").write_text(text, encoding="utf-8")
+
+    def image(self, name, labels=None, split="train", size=(60, 40), suffix=".jpg", **kwargs):
+        """Write an image of size (width, height), and its label file of text or bytes."""
+        for part in ("images", "labels"):
+            (self.root / part / split).mkdir(parents=True, exist_ok=True)
+        write_image(self.root / "images" / split / f"{name}{suffix}", size, **kwargs)
+        if labels is not None:
+            data = labels if isinstance(labels, bytes) else labels.encode()
+            (self.root / "labels" / split / f"{name}.txt").write_bytes(data)
+
+
+@pytest.fixture
+def yolo_tree(tmp_path):
+    return YoloTree(tmp_path / "yolo")

@@ -102,7 +102,7 @@ def test_read_index__objects_dropped(coco_tree):
     assert len(lines.splitlines()) == 5
     assert "1 object belongs to an image that the annotation file does not list" in lines
     assert "(object 6: image 77)" in lines
-    assert "1 object has a category id that the annotation file does not define" in lines
+    assert "1 object has a category number that the data set does not define" in lines
     assert "2 boxes have no area: dropped (000000000001.jpg: cat 10,10,0,5; " in lines
 
 

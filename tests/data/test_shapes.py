@@ -118,7 +118,7 @@ def test_render_shapes__nothing_half_done_stays(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("tinydet.data.shapes._write_annotation", fail)
+    monkeypatch.setattr("tinydet.data.shapes.annotation_xml", fail)
     with pytest.raises(OSError, match="disk full"):
         render_shapes(tmp_path / "shapes", num_train=1, num_test=1)
     assert not list(tmp_path.iterdir())

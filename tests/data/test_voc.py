@@ -171,7 +171,7 @@ def test_read_index__cached_until_something_changes(tree, cache, monkeypatch):
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tinydet.data.builder.parse_annotation", refuse)
+        patch.setattr("tinydet.data.voc.parse_annotation", refuse)
         again = read_index(root, "train")
         for name in ("sizes", "exif_rotated", "offsets", "boxes", "labels", "difficult"):
             np.testing.assert_array_equal(getattr(again, name), getattr(first, name))

@@ -1,4 +1,4 @@
-"""VOC annotation files as plain, unchecked values, and the forms of their names and flags."""
+"""VOC annotation files: read as plain, unchecked values, and written; forms of names and flags."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, ParseError
 
 import defusedxml.ElementTree
@@ -78,6 +80,34 @@ def parse_annotation(path: Path) -> RawAnnotation:
         size=_stated_size(_children(root).get("size")),
         objects=[_parse_object(element) for element in root if element.tag.lower() == "object"],
     )
+
+
+def annotation_xml(
+    file_name: str,
+    size: tuple[int, int],
+    objects: Iterable[tuple[str, Sequence[float], bool]],
+) -> bytes:
+    """Return the content of a VOC annotation file.
+
+    Args:
+        file_name: of the image.
+        size: (height, width) of the image.
+        objects: class name, box (xmin, ymin, xmax, ymax) in 1-based, inclusive pixels, difficult.
+    """
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = file_name
+    frame = ElementTree.SubElement(root, "size")
+    for key, value in (("width", size[1]), ("height", size[0]), ("depth", 3)):
+        ElementTree.SubElement(frame, key).text = str(value)
+    for name, box, difficult in objects:
+        item = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(item, "name").text = name
+        ElementTree.SubElement(item, "difficult").text = str(int(difficult))
+        bounds = ElementTree.SubElement(item, "bndbox")
+        for key, side in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
+            ElementTree.SubElement(bounds, key).text = f"{side:.9g}"
+    ElementTree.indent(root)
+    return ElementTree.tostring(root)
 
 
 def class_name(text: str) -> str:

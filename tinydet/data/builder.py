@@ -1,16 +1,40 @@
-"""Checks images and their VOC annotations, and builds the index of what is usable."""
+"""Checks images and their objects, and builds the index of what is usable."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tinydet.data.annotation import RawObject, class_name, parse_annotation, parse_flag
+from tinydet.data.annotation import class_name, parse_flag
 from tinydet.data.image import ImageInfo, probe_image
 from tinydet.data.index import Index
 from tinydet.data.problems import Problems
+
+# Coordinates are often rounded: a box may be this many pixels outside its image without a word.
+_ROUNDING = 0.02
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class FoundObject:
+    """An object as its annotation has it.
+
+    Attributes:
+        name: class name.
+        box: (x1, y1, x2, y2) in continuous, 0-based pixels; None if it cannot be read.
+        text: the box as the file states it, for messages.
+        difficult: mark of being hard to recognise, for `parse_flag`.
+    """
+
+    name: str
+    box: Box | None
+    text: str = ""
+    difficult: object = None
 
 
 @dataclass
@@ -21,13 +45,17 @@ class _Image:
     file: str
     size: tuple[int, int]
     exif_rotated: bool
-    boxes: list[tuple[float, float, float, float]]
+    boxes: list[Box]
     names: list[str]
     difficult: list[bool]
 
 
 def check_image(
-    name: str, path: Path, stated: tuple[int, int] | None, problems: Problems
+    name: str,
+    path: Path,
+    stated: tuple[int, int] | None,
+    problems: Problems,
+    as_viewed: bool = False,
 ) -> tuple[tuple[int, int], bool] | None:
     """Check an image file, and count its problems.
 
@@ -36,6 +64,8 @@ def check_image(
         path: the file.
         stated: (height, width) that the annotation states; None if it states none.
         problems: added to.
+        as_viewed: boxes always refer to the image as viewers show it, turned by its EXIF
+            orientation.
 
     Returns:
         The (height, width) that the boxes refer to, and whether the EXIF orientation has to be
@@ -48,7 +78,10 @@ def check_image(
         return None
     if info.mode != "RGB":
         problems.add("not_rgb", name, info.mode)
-    exif_rotated = _decide_orientation(name, info, stated, problems)
+    if as_viewed:
+        exif_rotated = info.orientation != 1
+    else:
+        exif_rotated = _decide_orientation(name, info, stated, problems)
     size = info.rotated_size if exif_rotated else info.size
     if stated is not None and stated != size:
         what = f"{stated[1]}x{stated[0]}, is {size[1]}x{size[0]}"
@@ -68,78 +101,95 @@ def _decide_orientation(
     return exif_rotated
 
 
+def check_names(names: Mapping[int, str], classes: Iterable[str], problems: Problems) -> None:
+    """Count names that several categories have, and classes that none has.
+
+    Args:
+        names: of the data set's categories, by number.
+        classes: class names that were asked for.
+        problems: added to.
+    """
+    first: dict[str, int] = {}
+    for number, name in names.items():
+        if name and first.setdefault(name, number) != number:
+            problems.add("same_name", name, f"categories {first[name]} and {number}")
+    for name in classes:
+        if class_name(name) not in first:
+            near = difflib.get_close_matches(name, first, 1)
+            problems.add("absent_class", name, f"did you mean {near[0]}?" if near else "")
+
+
 class IndexBuilder:
     """Collects checked images and counts problems.
 
     Args:
         classes: class names in label order; empty takes the names found, sorted.
+        smallest: sides of a box, in pixels, that are too small to have an area.
     """
 
-    def __init__(self, classes: tuple[str, ...]) -> None:
+    def __init__(self, classes: tuple[str, ...], smallest: float) -> None:
         self.problems = Problems()
         self.classes = classes
+        self.smallest = smallest
         self.known = set(map(class_name, classes))
         self.images: list[_Image] = []
 
-    def add_image(self, name: str, annotation_file: Path | None, image_file: Path) -> None:
-        """Check one image and its annotation, and add what is usable."""
-        if annotation_file is None:
-            self.problems.add("missing_annotation", name)
-            return
-        try:
-            annotation = parse_annotation(annotation_file)
-        except (ValueError, OSError) as error:
-            self.problems.add("bad_annotation", name, str(error))
-            return
-        checked = check_image(name, image_file, annotation.size, self.problems)
-        if checked is None:
-            return
-        size, exif_rotated = checked
-        file = f"JPEGImages/{image_file.name}"
-        image = _Image(name, file, size, exif_rotated, boxes=[], names=[], difficult=[])
-        for item in annotation.objects:
-            item.name = class_name(item.name)
-            box = self._check_object(name, item, size)
-            if box is not None:
-                image.boxes.append(box)
-                image.names.append(item.name)
-                image.difficult.append(self._difficult(name, item))
+    def add_image(
+        self,
+        name: str,
+        file: str,
+        checked: tuple[tuple[int, int], bool],
+        objects: Iterable[FoundObject],
+    ) -> None:
+        """Add an image and those of its objects that are usable.
+
+        Args:
+            name: of the image.
+            file: its path below the data set's folder.
+            checked: what `check_image` returned.
+            objects: in the annotation's order.
+        """
+        image = _Image(name, file, *checked, boxes=[], names=[], difficult=[])
+        for item in objects:
+            label = class_name(item.name)
+            box = self._check_object(name, label, item, image.size)
+            if box is None:
+                continue
+            difficult = parse_flag(item.difficult)
+            if difficult is None:
+                what = f"{label}, difficult is {item.difficult!r}"
+                self.problems.add("unclear_mark", name, what)
+            image.boxes.append(box)
+            image.names.append(label)
+            image.difficult.append(bool(difficult))
         self.images.append(image)
 
-    def _difficult(self, name: str, item: RawObject) -> bool:
-        difficult = parse_flag(item.difficult)
-        if difficult is None:
-            self.problems.add("unclear_mark", name, f"{item.name}, difficult is {item.difficult!r}")
-        return bool(difficult)
-
     def _check_object(
-        self, name: str, item: RawObject, size: tuple[int, int]
-    ) -> tuple[float, float, float, float] | None:
-        """Return the object's box, 0-based and inside the image, or None if it is dropped."""
-        if not item.name:
+        self, name: str, label: str, item: FoundObject, size: tuple[int, int]
+    ) -> Box | None:
+        """Return the object's box inside the image, or None if it is dropped."""
+        if not label:
             self.problems.add("no_class_name", name)
             return None
         if item.box is None:
-            self.problems.add("bad_box", name, item.name)
+            self.problems.add("bad_box", name, f"{label} {item.text}".rstrip())
             return None
-        xmin, ymin, xmax, ymax = item.box
-        what = f"{item.name} {xmin:g},{ymin:g},{xmax:g},{ymax:g}"
-        # In 1-based inclusive pixels this is a box of one pixel: in practice a stray click.
-        if xmax <= xmin or ymax <= ymin:
+        x1, y1, x2, y2 = item.box
+        what = f"{label} {item.text}"
+        if min(x2 - x1, y2 - y1) <= self.smallest:
             self.problems.add("zero_area", name, what)
             return None
-        if self.classes and item.name not in self.known:
-            self.problems.add("unknown_class", name, item.name)
+        if self.classes and label not in self.known:
+            self.problems.add("unknown_class", name, label)
             counts = self.problems.unknown_classes
-            counts[item.name] = counts.get(item.name, 0) + 1
+            counts[label] = counts.get(label, 0) + 1
             return None
         height, width = size
-        box = (xmin - 1, ymin - 1, xmax, ymax)
-        clipped = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height))
+        clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height))
         if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
             self.problems.add("outside", name, f"{what} in {width}x{height}")
             return None
-        if clipped != box:
+        if max(abs(a - b) for a, b in zip(clipped, item.box, strict=True)) > _ROUNDING:
             self.problems.add("clipped", name, f"{what} in {width}x{height}")
         return clipped
 

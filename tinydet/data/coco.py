@@ -8,7 +8,6 @@ continuous and 0-based, and need no shift as VOC's do.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import json
 import logging
@@ -24,7 +23,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from tinydet.data.annotation import class_name, parse_flag
-from tinydet.data.builder import check_image
+from tinydet.data.builder import check_image, check_names
 from tinydet.data.index import CocoTruth, Index, cached_index, no_such_split
 from tinydet.data.problems import Problems
 from tinydet.progress import Progress
@@ -165,14 +164,7 @@ class _Reader:
 
     def index(self) -> Index:
         """Return the index of everything usable."""
-        first: dict[str, int] = {}
-        for number, name in self.names.items():
-            if name and first.setdefault(name, number) != number:
-                self.problems.add("same_name", name, f"categories {first[name]} and {number}")
-        for name in self.classes:
-            if class_name(name) not in first:
-                near = difflib.get_close_matches(name, first, 1)
-                self.problems.add("absent_class", name, f"did you mean {near[0]}?" if near else "")
+        check_names(self.names, self.classes, self.problems)
         for number in self.coco.imgToAnns.keys() - self.coco.imgs.keys():
             for item in self.coco.imgToAnns[number]:
                 self.problems.add("unknown_image", f"object {item['id']}", f"image {number!r}")

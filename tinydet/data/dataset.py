@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinydet.config import ConfigError, Data
-from tinydet.data import coco, voc
+from tinydet.data import coco, voc, yolo
 from tinydet.data.image import read_image
 from tinydet.data.index import Index
 from tinydet.data.sample import Sample
@@ -25,6 +25,7 @@ _READERS = {
     "shapes": voc.read_index,
     "folder": voc.read_index,
     "coco": coco.read_index,
+    "yolo": yolo.read_index,
 }
 
 
@@ -93,7 +94,7 @@ def fetch(data: Data) -> None:
     """Download VOC 2007, or render the synthetic set.
 
     Raises:
-        FileNotFoundError: the source is "folder" or "coco", for which there is no download.
+        FileNotFoundError: the source is "folder", "coco" or "yolo", for which there is no download.
         DownloadError: the download failed; the message says what to do.
         ValueError: `data.root` is not a folder that the download unpacks to.
     """
@@ -128,7 +129,7 @@ def load_split(data: Data, split: str) -> Index:
 
     Raises:
         FileNotFoundError: the folder or the split is missing; the message says what to do.
-        ConfigError: `data.classes` names a class that COCO's file of the training split lacks.
+        ConfigError: `data.classes` names a class that the training split of COCO or YOLO lacks.
         ValueError: the split has no usable image, or none of the classes.
     """
     if is_missing(data):
@@ -145,7 +146,7 @@ def load_split(data: Data, split: str) -> Index:
     if absent and split == data.train_split:
         raise ConfigError(
             f"data.classes: {data.root} ({split}) does not have {'; '.join(absent)} "
-            "(leave it empty for all classes of the file)"
+            "(leave it empty for all of its classes)"
         )
     for line in index.problems.summary():
         logger.warning("%s (%s): %s", data.root, split, line)
@@ -160,7 +161,7 @@ def _missing(data: Data) -> str:
         )
     if data.source == "coco":
         return f"{data.root}: no such folder, or it is empty; {coco.WHAT_TO_FETCH}"
-    return (
-        f"{data.root}: no such folder, or it is empty; set data.root to a folder with "
-        "Annotations/, ImageSets/Main/ and JPEGImages/"
+    parts = (
+        "data.yaml" if data.source == "yolo" else "Annotations/, ImageSets/Main/ and JPEGImages/"
     )
+    return f"{data.root}: no such folder, or it is empty; set data.root to a folder with {parts}"

@@ -24,6 +24,10 @@ RULES = {
         "image cannot be read: left out",
         "images cannot be read: left out",
     ),
+    "same_labels": (
+        "image has the label file of another one: left out",
+        "images have the label files of other ones: left out",
+    ),
     "duplicate_id": (
         "name is listed twice in the split: used once",
         "names are listed more than once in the split: used once",
@@ -37,8 +41,8 @@ RULES = {
         "objects belong to images that the annotation file does not list: dropped",
     ),
     "unknown_category": (
-        "object has a category id that the annotation file does not define: dropped",
-        "objects have a category id that the annotation file does not define: dropped",
+        "object has a category number that the data set does not define: dropped",
+        "objects have category numbers that the data set does not define: dropped",
     ),
     "no_class_name": (
         "object has no class name: dropped",
@@ -78,6 +82,10 @@ RULES = {
     "exif_ignored": (
         "image has an EXIF orientation that its annotation's size does not match: not rotated",
         "images have an EXIF orientation that their annotations' sizes do not match: not rotated",
+    ),
+    "no_labels": (
+        "image has no label file: taken as an image without objects",
+        "images have no label file: taken as images without objects",
     ),
     "not_rgb": (
         "image is not stored as RGB: converted",

@@ -8,15 +8,13 @@ Drawing functions change a canvas (H, W, 3) float32 RGB in 0..255 in place.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tinydet.atomic import creating_folder
+from tinydet.data.annotation import annotation_xml
 from tinydet.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -60,31 +58,28 @@ def render_shapes(
             f"num_train={num_train}, num_test={num_test}, image_size={image_size}: "
             "the counts must be at least 1 and the size at least 64"
         )
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        temporary.chmod(0o755)
-        for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-            (temporary / folder).mkdir(parents=True)
-        splits = (("trainval", num_train), ("test", num_test))
-        with Progress("rendering", num_train + num_test, "images") as progress:
-            for number, (split, count) in enumerate(splits):
-                names = [f"{split}_{i:05d}" for i in range(count)]
-                for i, name in enumerate(names):
-                    # An image depends on its own number only, not on how many there are.
-                    rng = np.random.default_rng([seed, number, i])
-                    _write_image(temporary, name, image_size, rng)
-                    progress.advance()
-                lines = "".join(f"{name}\n" for name in names)
-                (temporary / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
-        try:
-            os.rename(temporary, root)
-        except OSError:
-            if not (root / "ImageSets" / "Main" / "test.txt").is_file():
-                raise
-            logger.info("%s was rendered by another process meanwhile", root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with creating_folder(root) as folder:
+            _render(folder, {"trainval": num_train, "test": num_test}, image_size, seed)
+    except FileExistsError:
+        if not (root / "ImageSets" / "Main" / "test.txt").is_file():
+            raise
+        logger.info("%s was rendered by another process meanwhile", root)
+
+
+def _render(root: Path, splits: dict[str, int], image_size: int, seed: int) -> None:
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    with Progress("rendering", sum(splits.values()), "images") as progress:
+        for number, (split, count) in enumerate(splits.items()):
+            names = [f"{split}_{i:05d}" for i in range(count)]
+            for i, name in enumerate(names):
+                # An image depends on its own number only, not on how many there are.
+                rng = np.random.default_rng([seed, number, i])
+                _write_image(root, name, image_size, rng)
+                progress.advance()
+            lines = "".join(f"{name}\n" for name in names)
+            (root / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
 
 
 def _write_image(root: Path, name: str, image_size: int, rng: np.random.Generator) -> None:
@@ -92,7 +87,8 @@ def _write_image(root: Path, name: str, image_size: int, rng: np.random.Generato
     objects = annotate(owner, kinds, areas)
     image = Image.fromarray(pixels)
     image.save(root / "JPEGImages" / f"{name}.jpg", quality=90, subsampling=0)
-    _write_annotation(root / "Annotations" / f"{name}.xml", name, image_size, objects)
+    annotation = annotation_xml(f"{name}.jpg", (image_size, image_size), objects)
+    (root / "Annotations" / f"{name}.xml").write_bytes(annotation)
 
 
 def draw_scene(
@@ -150,28 +146,6 @@ def annotate(
         box = (int(xs.min()) + 1, int(ys.min()) + 1, int(xs.max()) + 1, int(ys.max()) + 1)
         objects.append((kind, box, visible < _DIFFICULT_BELOW))
     return objects
-
-
-def _write_annotation(
-    path: Path,
-    name: str,
-    size: int,
-    objects: list[tuple[str, tuple[int, int, int, int], bool]],
-) -> None:
-    root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = f"{name}.jpg"
-    frame = ElementTree.SubElement(root, "size")
-    for key, value in (("width", size), ("height", size), ("depth", 3)):
-        ElementTree.SubElement(frame, key).text = str(value)
-    for kind, box, difficult in objects:
-        item = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(item, "name").text = kind
-        ElementTree.SubElement(item, "difficult").text = str(int(difficult))
-        bounds = ElementTree.SubElement(item, "bndbox")
-        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            ElementTree.SubElement(bounds, key).text = str(value)
-    ElementTree.indent(root)
-    path.write_bytes(ElementTree.tostring(root))
 
 
 def shape_mask(kind: str, diameter: float, angle: float) -> np.ndarray:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from tinydet.data.builder import IndexBuilder
+from tinydet.data.annotation import RawObject, parse_annotation
+from tinydet.data.builder import FoundObject, IndexBuilder, check_image
 from tinydet.data.image import IMAGE_SUFFIXES
 from tinydet.data.index import Index, cached_index, no_such_split
 from tinydet.progress import Progress
@@ -24,6 +25,8 @@ from tinydet.text import read_text
 logger = logging.getLogger(__name__)
 
 _LAYOUT = "a folder in VOC layout holds Annotations/, ImageSets/Main/ and JPEGImages/"
+# In 1-based inclusive pixels this is a box of one pixel: in practice a stray click.
+_SMALLEST = 1.0
 _FLAG = re.compile(r"\s+(-1|0|1)$")
 # Of split files that are not UTF-8: common defaults of systems and consoles.
 _OTHER_ENCODINGS = (
@@ -61,7 +64,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
 
     def build() -> Index:
         logger.info("reading %d annotations of %s (%s)", len(names), root, split)
-        builder = IndexBuilder(classes)
+        builder = IndexBuilder(classes, _SMALLEST)
         for name in repeated:
             builder.problems.add("duplicate_id", name)
         others = _other_files(root / "JPEGImages") if None in image_files else {}
@@ -72,11 +75,37 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
                 if image_file is None:
                     builder.problems.add("missing_image", name, others.get(name, ""))
                 else:
-                    builder.add_image(name, annotation_file, image_file)
+                    _add_image(builder, name, annotation_file, image_file)
                 progress.advance()
         return builder.index(root, split)
 
     return cached_index(root, split, classes, [split_file, *found], build)
+
+
+def _add_image(
+    builder: IndexBuilder, name: str, annotation_file: Path | None, image_file: Path
+) -> None:
+    """Check one image and its annotation, and add what is usable."""
+    if annotation_file is None:
+        builder.problems.add("missing_annotation", name)
+        return
+    try:
+        annotation = parse_annotation(annotation_file)
+    except (ValueError, OSError) as error:
+        builder.problems.add("bad_annotation", name, str(error))
+        return
+    checked = check_image(name, image_file, annotation.size, builder.problems)
+    if checked is not None:
+        objects = map(_found, annotation.objects)
+        builder.add_image(name, f"JPEGImages/{image_file.name}", checked, objects)
+
+
+def _found(item: RawObject) -> FoundObject:
+    if item.box is None:
+        return FoundObject(item.name, None)
+    xmin, ymin, xmax, ymax = item.box
+    text = f"{xmin:g},{ymin:g},{xmax:g},{ymax:g}"
+    return FoundObject(item.name, (xmin - 1, ymin - 1, xmax, ymax), text, item.difficult)
 
 
 def split_names(root: str | Path) -> list[str]:
