@@ -177,7 +177,7 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, Path]:
     # Few installations of ONNX Runtime support GPUs: "auto" is the CPU for ONNX files.
     on_cpu = path.suffix == ".onnx" and args.device == "auto"
     device = pick_device("cpu" if on_cpu else args.device)
-    return Predictor.load(path, experiment, device, args.score_threshold, args.set).folded(), path
+    return Predictor(path, experiment, device, args.score_threshold, args.set).folded(), path
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

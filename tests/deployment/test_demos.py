@@ -16,7 +16,7 @@ from tinydet.report.draw import save_image
 def finder(detector):
     """Finds some things in noise."""
     data = replace(Data(), image_size=96)
-    return Predictor(detector, data, torch.device("cpu"), 0.25)
+    return Predictor.of(detector, data, torch.device("cpu"), 0.25)
 
 
 def _noise(count, size=(96, 96)):
@@ -103,7 +103,7 @@ def test_an_image_alone_is_reported_box_by_box(finder, tmp_path):
     assert len(boxes) > 0
     assert last == f"{len(boxes)} detections in 1 image"
     assert line.endswith(f" drawn in {tmp_path / 'b.png'}")
-    nothing = replace(finder, score_threshold=1.0)
+    nothing = Predictor.of(finder.model, finder.data, finder.device, 1.0)
     *_, hint = draw_images(nothing, [image], [tmp_path / "b.png"])
     assert hint == "no detection scores above 1; try a lower --score-threshold"
 
@@ -145,7 +145,7 @@ def test_ctrl_c_stops_a_camera(finder):
 
 def test_the_rate_stands_in_the_corner(finder):
     blank = torch.zeros(3, 200, 300, dtype=torch.uint8)
-    nothing, pictures = replace(finder, score_threshold=1.0), []
+    nothing, pictures = Predictor.of(finder.model, finder.data, finder.device, 1.0), []
     draw_camera(nothing, [(blank, 1)], lambda picture, _: pictures.append(picture))
     (picture,) = pictures
     assert picture[:, :20, :60].any()

@@ -6,18 +6,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
 
 from tinydet.data.image import DRAWN, IMAGE_SUFFIXES, read_image
+from tinydet.deployment.prediction import Prediction
 from tinydet.deployment.predictor import Predictor
-from tinydet.report.draw import draw_detections, grid, save_image, write_in_corner
-from tinydet.yolof.decode import Detections
-
-T = TypeVar("T")
+from tinydet.report.draw import grid, save_image, write_in_corner
 
 logger = logging.getLogger(__name__)
 
@@ -77,18 +73,18 @@ def draw_images(
                 raise
             logger.warning("%s: skipped", error)
             continue
-        (found,) = predictor([image])
-        picture, place = _draw(predictor, image, found), "" if in_one_file else f" drawn in {out}"
+        found = predictor(image)
+        picture, place = found.draw(), "" if in_one_file else f" drawn in {out}"
         if in_one_file:
             pictures.append(picture)
         else:
             save_image(picture, out)
         if len(images) == 1:
-            yield from _each(predictor, found)
-        counts = Counter(predictor.classes[label] for label in found.labels.tolist())
-        objects = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+            yield from _each(found)
+        counts = Counter(found.names).most_common()
+        objects = ", ".join(f"{count} {name}" for name, count in counts)
         yield f"{i}/{len(images)} {path}: {objects or 'nothing'}{place}"
-        total, done = total + len(found.scores), done + 1
+        total, done = total + len(found), done + 1
     if not done:
         raise ValueError(f"none of the {len(images)} images can be read")
     if pictures:
@@ -111,9 +107,8 @@ def draw_frames(
         frames: (3, H, W) uint8 RGB each.
         batch_size: frames that go through the network together.
     """
-    for images in _batches(frames, batch_size):
-        for image, found in zip(images, predictor(images), strict=True):
-            yield _draw(predictor, image, found), len(found.scores)
+    for found in predictor(iter(frames), batch_size):
+        yield found.draw(), len(found)
 
 
 def draw_camera(
@@ -134,8 +129,7 @@ def draw_camera(
     drawn, skipped, a_frame = 0, 0, 0.0
     try:
         for image, new in frames:
-            (found,) = predictor([image])
-            picture = _draw(predictor, image, found)
+            picture = predictor(image).draw()
             now = time.monotonic()
             a_frame = (
                 _SMOOTHING * a_frame + (1 - _SMOOTHING) * (now - last) if drawn else now - last
@@ -148,19 +142,9 @@ def draw_camera(
     return drawn, skipped, time.monotonic() - begin
 
 
-def _draw(predictor: Predictor, image: Tensor, found: Detections) -> Tensor:
-    return draw_detections(image, found.boxes, found.labels, found.scores, predictor.classes)
-
-
-def _each(predictor: Predictor, found: Detections) -> Iterator[str]:
-    for box, score, label in zip(
-        found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+def _each(found: Prediction) -> Iterator[str]:
+    for name, score, box in zip(
+        found.names, found.scores.tolist(), found.boxes.tolist(), strict=True
     ):
         corners = " ".join(f"{value:.0f}" for value in box)
-        yield f"{predictor.classes[label]} {score:.2f} at {corners}"
-
-
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+        yield f"{name} {score:.2f} at {corners}"

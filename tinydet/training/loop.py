@@ -61,8 +61,8 @@ logger = logging.getLogger(__name__)
 
 def train(
     experiment: Experiment, run_dir: Path | None = None, resume_from: Path | None = None
-) -> None:
-    """Train, evaluate and save a detector; everything goes into one folder.
+) -> Path:
+    """Train, evaluate and save a detector; everything goes into one folder, which is returned.
 
     Processes started by torchrun train together; rank 0 writes.
 
@@ -80,7 +80,7 @@ def train(
         OSError: the first or the last checkpoint cannot be written.
     """
     with process_group(experiment.train.device) as device_name, ExitStack() as held:
-        _train(experiment, run_dir, resume_from, pick_device(device_name), held)
+        return _train(experiment, run_dir, resume_from, pick_device(device_name), held)
 
 
 def _train(
@@ -89,7 +89,7 @@ def _train(
     resume_from: Path | None,
     device: torch.device,
     held: ExitStack,
-) -> None:
+) -> Path:
     checkpoint: dict[str, Any] | None = None
     changed: list[str] = []
     goes_on = bool(
@@ -131,6 +131,7 @@ def _train(
     except (KeyboardInterrupt, WorkerDiedError, OSError):
         logger.info(saver.resume_command())
         raise
+    return run_dir
 
 
 def prepare(
