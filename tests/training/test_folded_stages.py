@@ -1,33 +1,21 @@
 """Frozen stages folded in training steps: the same losses and gradients, nothing else changed."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tinydet.config import Model
 from tinydet.experiment_file import override
 from tinydet.training import folded_stages
 from tinydet.training.folded_stages import fold_frozen_stages
 from tinydet.training.loop import prepare
 from tinydet.training.precision import Precision
 from tinydet.training.resume import restore
-from tinydet.yolof.detector import build_detector
 
-SMALL = Model(
-    backbone="test_resnet",
-    weights="random",
-    feature="C4",
-    freeze_stages=2,
-    encoder_channels=16,
-    encoder_mid_channels=8,
-    dilations=(2,),
-    cls_convs=1,
-    reg_convs=1,
-)
+from .small_detectors import assert_same_step, batch, detector_of, losses_of
+
 # One of each wrapper, layout and kind of frozen part, with whether a norm goes there.
 NETWORKS = [
     ("test_resnet", {}, True),
@@ -42,38 +30,12 @@ NETWORKS = [
 ]
 
 
-def _detector(**changes):
-    torch.manual_seed(0)
-    detector = build_detector(replace(SMALL, **changes), ("a", "b"))
-    generator = torch.Generator().manual_seed(1)
-    for tensor in detector.backbone.state_dict().values():  # Norms that do something.
-        if tensor.ndim == 1 and tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-    return detector.train()
-
-
-def _batch(seed=0):
-    torch.manual_seed(seed)
-    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
-    targets = [
-        {"boxes": torch.tensor([[8.0, 4, 60, 50]]), "labels": torch.tensor([1])},
-        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
-    ]
-    return images, targets
-
-
-def _losses(detector):
-    torch.manual_seed(5)  # For what is dropped out.
-    losses, _ = detector(*_batch())
-    return losses
-
-
 @pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
 @pytest.mark.parametrize(("name", "changes", "has_norms"), NETWORKS)
 def test_a_step_has_the_losses_and_gradients_of_the_stages_as_they_are(
     name, changes, has_norms, memory_format
 ):
-    plain = _detector(backbone=name, **changes)
+    plain = detector_of(backbone=name, **changes)
     folded = copy.deepcopy(plain)
     Precision("float32", memory_format, "").prepare(folded)
     kinds = {type(m) for m in folded.modules()} - {type(m) for m in plain.modules()}
@@ -82,33 +44,22 @@ def test_a_step_has_the_losses_and_gradients_of_the_stages_as_they_are(
     assert not any(p.requires_grad for part in parts for p in part.parameters())
     left = [m for p in parts for m in p.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert not (has_norms and left)
-    one, two = _losses(plain), _losses(folded)
-    for key, loss in one.items():
-        torch.testing.assert_close(two[key], loss, rtol=1e-4, atol=1e-5)
-    sum(one.values()).backward()
-    sum(two.values()).backward()
-    largest = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
-    for (key, p), q in zip(plain.named_parameters(), folded.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), key
-        if p.grad is not None:
-            # Of a bias before a norm the gradient is zero but for rounding.
-            allowed = 1e-3 * p.grad.abs().max() + 1e-4 * largest
-            assert (q.grad - p.grad).abs().max() <= allowed, key
+    assert_same_step(plain, folded)
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "repvgg_a0"])
 def test_weights_and_evaluation_stay_bit_by_bit(name):
-    plain = _detector(backbone=name)
+    plain = detector_of(backbone=name)
     folded = copy.deepcopy(plain)
     fold_frozen_stages(folded, torch.contiguous_format)
     assert list(folded.state_dict()) == list(plain.state_dict())
     assert all(map(torch.equal, folded.state_dict().values(), plain.state_dict().values()))
     assert [n for n, _ in folded.named_modules()] == [n for n, _ in plain.named_modules()]
     with torch.no_grad():
-        for one, two in zip(plain.eval()(_batch()[0]), folded.eval()(_batch()[0]), strict=True):
+        for one, two in zip(plain.eval()(batch()[0]), folded.eval()(batch()[0]), strict=True):
             assert torch.equal(one, two)
     twin = copy.deepcopy(folded).train()
-    assert _losses(twin)["loss_cls"] == _losses(folded.train())["loss_cls"]
+    assert losses_of(twin)["loss_cls"] == losses_of(folded.train())["loss_cls"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -123,7 +74,7 @@ def test_other_weights_are_folded_when_they_are_restored(tiny_experiment, backbo
 
     def loss(of):
         with of.precision.autocast(cpu):
-            return _losses(of.detector)["loss_cls"]
+            return losses_of(of.detector)["loss_cls"]
 
     assert loss(state) != loss(other)
     restore(state, copy.deepcopy(other.checkpoint()), Path("last.pt"))
@@ -133,8 +84,8 @@ def test_other_weights_are_folded_when_they_are_restored(tiny_experiment, backbo
 
 
 def test_what_cannot_be_folded_runs_as_it_is(monkeypatch, caplog):
-    detector = _detector()
-    expected = _losses(copy.deepcopy(detector))
+    detector = detector_of()
+    expected = losses_of(copy.deepcopy(detector))
 
     def fold(*_):
         raise ValueError("the folded network computes another function\nand more")
@@ -145,12 +96,12 @@ def test_what_cannot_be_folded_runs_as_it_is(monkeypatch, caplog):
     assert caplog.messages == [
         "frozen stages are not folded: the folded network computes another function"
     ]
-    assert _losses(detector) == expected
+    assert losses_of(detector) == expected
     assert not any(isinstance(m, folded_stages._Folded) for m in detector.modules())
 
 
 def test_a_folded_stage_that_computes_something_else_is_found(monkeypatch, caplog):
-    detector = _detector()
+    detector = detector_of()
     right = folded_stages.fold
 
     def fold(*arguments):
@@ -168,10 +119,10 @@ def test_a_folded_stage_that_computes_something_else_is_found(monkeypatch, caplo
 
 @pytest.mark.slow
 def test_compiled_stages_are_folded_too():
-    plain = _detector()
+    plain = detector_of()
     folded = copy.deepcopy(plain)
     fold_frozen_stages(folded, torch.contiguous_format)
     folded.backbone.compile()
-    one, two = _losses(plain), _losses(folded)
+    one, two = losses_of(plain), losses_of(folded)
     for key, loss in one.items():
         torch.testing.assert_close(two[key], loss, rtol=1e-4, atol=1e-5)

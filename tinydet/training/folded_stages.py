@@ -20,7 +20,7 @@ from tinydet.reparam.module_class import class_of, set_class
 
 logger = logging.getLogger(__name__)
 
-_EXAMPLE = (2, 3, 64, 96)
+EXAMPLE = (2, 3, 64, 96)
 _TOLERANCE = 1e-3  # of the largest value, in float32
 
 
@@ -42,7 +42,7 @@ def fold_frozen_stages(detector: nn.Module, memory_format: torch.memory_format) 
     _undo(modules)
     try:
         with eval_mode(backbone):
-            folded, _ = fold(backbone, torch.zeros(_EXAMPLE), " ".join(detector.fixed))  # type: ignore[arg-type]
+            folded, _ = fold(backbone, torch.zeros(EXAMPLE), " ".join(detector.fixed))  # type: ignore[arg-type]
             for name, module in zip(detector.fixed, modules, strict=True):  # type: ignore[arg-type]
                 part = folded.get_submodule(name).requires_grad_(False)
                 kind = class_of(module)
@@ -50,7 +50,7 @@ def fold_frozen_stages(detector: nn.Module, memory_format: torch.memory_format) 
                 # No members: neither in the state dict nor changed with the network.
                 module.__dict__["unfolded_class"] = kind
                 module.__dict__["folded"] = part.to(memory_format=memory_format)
-            _check(backbone)
+            check_maps(backbone)
     except ValueError as error:
         logger.info("frozen stages are not folded: %s", str(error).splitlines()[0])
         _undo(modules)
@@ -82,14 +82,14 @@ def _undo(modules: list[nn.Module]) -> None:
             set_class(module, module.__dict__.pop("unfolded_class"))
 
 
-def _check(backbone: nn.Module) -> None:
-    """Compare a backbone's maps in both forms.
+def check_maps(backbone: nn.Module) -> None:
+    """Compare a backbone's maps where gradients are recorded and where they are not.
 
     Raises:
         ValueError: they differ.
     """
     weight = next(backbone.parameters())
-    images = torch.randn(_EXAMPLE, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(EXAMPLE, generator=torch.Generator().manual_seed(0))
     images = images.to(weight.device, weight.dtype)
     with torch.no_grad():
         expected = backbone(images)

@@ -21,6 +21,7 @@ from tinydet.reparam.module_class import class_of, set_class
 from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
 from tinydet.training.folded_stages import fold_frozen_stages, is_folded
+from tinydet.training.fused_norms import fuse_frozen_norms, undo_fused_norms
 
 _DTYPES = {
     "float32": torch.float32,
@@ -56,9 +57,11 @@ class Precision:
         """
         model.to(memory_format=self.torch_format)
         if next(model.parameters()).device.type == "cpu":
+            undo_fused_norms(model)
             _undo_prepare_for_cpu(model)  # Folded stages have layers of their own classes.
             fold_frozen_stages(model, self.torch_format)
             prepare_for_cpu(model, bfloat16=self.dtype == "bfloat16")
+            fuse_frozen_norms(model)
 
     @contextmanager
     def autocast(self, device: torch.device) -> Iterator[None]:
