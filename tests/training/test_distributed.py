@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -171,3 +172,28 @@ def test_a_mistake_on_the_command_line_is_one_line(options, status, tmp_path):
     assert done.returncode == status
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_two_machines_learn_what_one_machine_of_two_processes_learns(tiny_experiment, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    write_experiment(tmp_path, tiny_experiment)
+
+    def start(processes, run, **variables):
+        command = ["bash", "tools/dist_train.sh", str(tmp_path / "experiment.json"), processes]
+        command += ["--work-dir", str(tmp_path / run)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        # A session of its own, as on a machine of its own.
+        return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+
+    alone = start("2", "alone")
+    assert alone.wait(300) == 0
+    address = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "PORT": port}
+    nodes = [start("1", "nodes", NODE_RANK=str(number), **address) for number in range(2)]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    expected, found = (read_checkpoint(tmp_path / run / "last.pt") for run in ("alone", "nodes"))
+    assert found["images_seen"] == expected["images_seen"] == 32
+    for name, tensor in expected["model"].items():
+        assert torch.equal(found["model"][name], tensor), name
