@@ -129,6 +129,13 @@ def test_what_does_not_fit_is_counted_and_stays_initial(tmp_path, caplog):
     assert "0 of 3 classes keep their scores, not cat, dog, cow" in line
 
 
+def test_another_backbone_whose_tensors_fit_is_named(tmp_path, caplog):
+    write(tmp_path / "a.pt", replace(PLAIN, backbone="resnet50_caffe"))
+    with caplog.at_level("INFO", logger="tinydet"):
+        start(tmp_path / "a.pt", replace(PLAIN, backbone="resnet50.a1_in1k"))
+    assert "but is resnet50_caffe, which may compute something else" in caplog.text
+
+
 def test_another_backbone_is_refused(tmp_path):
     write(tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"a\.pt.* for timm's mobilenetv3_small_050: .* Is the"):

@@ -49,6 +49,7 @@ class TrainedDetector:
         path: the file they are from.
         tensors: under the names of `Detector`, of the training form.
         classes: class names in label order.
+        backbone_name: timm's.
         same_backbone: whether the other detector's backbone has the same activations, attention
             layers and branches; if not, the tensors have no branches.
         norms: names of norms that have no statistics, since they were folded; they compute the
@@ -58,6 +59,7 @@ class TrainedDetector:
     path: str
     tensors: Mapping[str, Tensor]
     classes: tuple[str, ...]
+    backbone_name: str
     same_backbone: bool
     norms: tuple[str, ...] = ()
 
@@ -104,7 +106,7 @@ def read_trained(config: Model, build: Build) -> TrainedDetector | None:
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         raise ConfigError(f"model.weights={config.weights}: {first_line}") from error
-    return TrainedDetector(config.weights, tensors, tuple(classes), same, norms)
+    return TrainedDetector(config.weights, tensors, tuple(classes), model.backbone, same, norms)
 
 
 def load_trained(detector: Detector, trained: TrainedDetector) -> None:
@@ -139,9 +141,13 @@ def load_trained(detector: Detector, trained: TrainedDetector) -> None:
         shape = "none" if theirs is None else tuple(theirs.shape)
         remarks += f" (not e.g. {odd}: {tuple(own[odd].shape)} here, {shape} there)"
     new = [name for name in detector.classes if name not in known]
+    backbone = "its backbone fits"
+    # The tag after the dot names published weights.
+    if trained.backbone_name.partition(".")[0] != detector.config.backbone.partition(".")[0]:
+        backbone += f", but is {trained.backbone_name}, which may compute something else"
     logger.info(
-        f"model.weights={trained.path}: a detector of {len(trained.classes)} classes; its backbone "
-        f"fits, {remarks}; {len(known)} of {len(detector.classes)} classes keep their scores"
+        f"model.weights={trained.path}: a detector of {len(trained.classes)} classes; {backbone}; "
+        f"{remarks}; {len(known)} of {len(detector.classes)} classes keep their scores"
         + (f", not {_some(new)}" if new else "")
     )
 
