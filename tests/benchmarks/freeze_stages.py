@@ -1,8 +1,9 @@
 """What frozen stages save of a CPU's training step: python tests/benchmarks/freeze_stages.py.
 
 Steps of 0, 1, 2, ... frozen stages, as they are and folded, take turns in one process of one
-thread; the ratios are those of the processor's time, which other programs on the machine change
-less than the clock's.
+thread; with `--set model.freeze_norms=true` also frozen norms, as they are and in the convs. The
+ratios are those of the processor's time, which other programs on the machine change less than the
+clock's.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     images = images.contiguous(memory_format=precision.torch_format)
     runs = []
     for stages, folded in product(args.stages, (False, True)):
-        if folded and not stages:
+        if folded and not stages and not experiment.model.freeze_norms:
             continue
         torch.manual_seed(0)
         detector = build_detector(replace(experiment.model, freeze_stages=stages), ("a", "b"))
