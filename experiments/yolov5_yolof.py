@@ -9,4 +9,5 @@ from dataclasses import replace
 
 from rexnet_yolof import experiment as plain
 
-experiment = replace(plain, model=replace(plain.model, backbone="yolov5s", weights="random"))
+model = replace(plain.model, backbone="yolov5s", weights="random", freeze_norms=False)
+experiment = replace(plain, model=model)

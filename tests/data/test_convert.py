@@ -183,6 +183,10 @@ def test_a_folder_that_is_there_is_not_touched(voc, tmp_path):
         convert(voc, tmp_path / "out", "coco")
     with pytest.raises(FileNotFoundError, match=r"has no ImageSets.* \(VOC\), annotations"):
         convert(tmp_path / "out", tmp_path / "new", "coco")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "data.yaml").write_text("train: images/train\nnames: [cat]\n")
+    with pytest.raises(FileNotFoundError, match=r"data\.yaml with folders of images"):
+        convert(tmp_path / "none", tmp_path / "new", "coco")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
     assert not (tmp_path / "new").exists()
 

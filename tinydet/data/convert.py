@@ -6,6 +6,7 @@ their images. Images are copied as they are.
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import os
@@ -104,14 +105,13 @@ def layout_of(root: Path) -> str:
         return "coco"
     if voc.split_names(root):
         return "voc"
-    try:
-        yolo.split_names(root)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{root}: has no ImageSets/Main/*.txt (VOC), annotations/instances_*.json (COCO) or "
-            "data.yaml (YOLO)"
-        ) from None
-    return "yolo"
+    with contextlib.suppress(FileNotFoundError):
+        if yolo.split_names(root):
+            return "yolo"
+    raise FileNotFoundError(
+        f"{root}: has no ImageSets/Main/*.txt (VOC), annotations/instances_*.json (COCO), or "
+        "data.yaml with folders of images (YOLO)"
+    )
 
 
 def _read(reader: ModuleType, root: Path) -> dict[str, Index]:
