@@ -30,7 +30,7 @@ from tinydet.deployment.images import random_images
 from tinydet.deployment.onnx import compare_with_torch, export_detector
 from tinydet.experiment_file import load_experiment
 from tinydet.training.optim import make_optimizer, make_schedule
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "experiments").glob("*.py"))
 

@@ -17,8 +17,9 @@ from tinydet.reparam import expand, fold
 from tinydet.training.checkpoint import load_checkpoint, read_checkpoint
 from tinydet.training.loop import _optimizer_step, prepare, train
 from tinydet.training.nonfinite import NonFiniteGuard
+from tinydet.yolof.build import build_detector
 from tinydet.yolof.decode import postprocess
-from tinydet.yolof.detector import Detector, build_detector
+from tinydet.yolof.detector import Detector
 from tinydet.yolof.matcher import uniform_match
 
 pytestmark = [

@@ -16,7 +16,7 @@ from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import build_unloaded
 from tinydet.training.distributed import sync_batchnorm
 from tinydet.training.optim import make_optimizer, make_schedule
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 RECIPE = Path(__file__).resolve().parents[2] / "experiments" / "rexnet_yolof.py"
 SMALL = Model(

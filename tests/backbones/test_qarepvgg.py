@@ -10,7 +10,7 @@ from torch import nn
 import tinydet.backbones  # noqa: F401
 from tinydet.config import ConfigError, Model
 from tinydet.reparam import fold
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 
 def _randomise(model):

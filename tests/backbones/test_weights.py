@@ -13,7 +13,7 @@ from torch import nn
 from tinydet.backbones.factory import create_backbone
 from tinydet.backbones.weights import load_weights
 from tinydet.config import ConfigError, Model
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 
 def _randomised(name):

@@ -27,7 +27,7 @@ from tinydet.cli import run
 from tinydet.config import Model
 from tinydet.reparam import fold
 from tinydet.report.table import markdown_table
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 
 class LargeKernel(nn.Module):

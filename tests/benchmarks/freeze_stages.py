@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     from tinydet.experiment_file import load_experiment
     from tinydet.training.optim import make_optimizer, make_schedule
     from tinydet.training.precision import Precision, prepare_for_cpu
-    from tinydet.yolof.detector import build_detector
+    from tinydet.yolof.build import build_detector
 
     torch.set_num_threads(1)
     experiment = load_experiment(args.experiment, args.set)

@@ -24,7 +24,8 @@ from tinydet.deployment.fold_checkpoint import fold_detector
 from tinydet.deployment.images import random_images
 from tinydet.deployment.timer import Candidate, clock_for, measure
 from tinydet.reparam import fold
-from tinydet.yolof.detector import Detector, build_detector
+from tinydet.yolof.build import build_detector
+from tinydet.yolof.detector import Detector
 
 _SETTLED = 64  # side in pixels of the images that the norms' statistics are drawn for
 _SECONDS = 10.0  # after which the candidates of a row take no further turn

@@ -14,7 +14,7 @@ from tinydet.deployment.images import random_images
 from tinydet.experiment_file import load_experiment
 from tinydet.training.checkpoint import load_checkpoint, save_checkpoint
 from tinydet.training.state import experiment_to_dict
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 pytest.importorskip("onnxruntime")
 

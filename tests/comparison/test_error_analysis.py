@@ -17,7 +17,7 @@ from tinydet.report.draw import DETECTION_COLOR
 from tinydet.training.checkpoint import save_checkpoint
 from tinydet.training.evaluate import ground_truth
 from tinydet.training.pictures import draw_change
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 
 @pytest.fixture(scope="module")

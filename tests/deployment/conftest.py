@@ -9,7 +9,7 @@ from tinydet.config import Data, Experiment, Model
 from tinydet.deployment.fold_checkpoint import fold_detector
 from tinydet.experiment_file import experiment_to_dict
 from tinydet.training.checkpoint import save_checkpoint
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 # Exports in about a second; with few candidates, so that selection has limits to reach.
 _MODEL = Model(

@@ -31,7 +31,7 @@ from tinydet.training.distributed import (
 from tinydet.training.evaluate import evaluate_detector
 from tinydet.training.nonfinite import NonFiniteGuard
 from tinydet.training.signals import Interrupted
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 STOPPED_AT = (2, 7)  # Of 8 steps, with a question every third: before the first, after the last.
 SMALL = Model(

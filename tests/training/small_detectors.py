@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from tinydet.config import Model
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 SMALL = Model(
     backbone="test_resnet",

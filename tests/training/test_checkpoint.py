@@ -21,7 +21,7 @@ from tinydet.training.checkpoint import (
     save_last,
     write_tensors,
 )
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 IMAGES = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
 

@@ -26,7 +26,7 @@ from tinydet.training.device import (
 from tinydet.training.loop import train
 from tinydet.training.precision import choose_precision
 from tinydet.training.resume import keep_precision
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps", 0)
 

@@ -20,7 +20,7 @@ from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.evaluate import detect_split, ground_truth, require_objects
 from tinydet.training.loop import train
 from tinydet.training.runs import Saver
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 
 def _mark_difficult(root):

@@ -13,7 +13,8 @@ from tinydet.training.checkpoint import CheckpointError, read_checkpoint
 from tinydet.training.loop import train
 from tinydet.training.nonfinite import DivergedError
 from tinydet.training.resume import keep_precision
-from tinydet.yolof.detector import Detector, build_detector
+from tinydet.yolof.build import build_detector
+from tinydet.yolof.detector import Detector
 
 
 def _run(experiment, folder, **kwargs):

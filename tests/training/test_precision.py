@@ -9,7 +9,7 @@ from tinydet.config import ConfigError, Train
 from tinydet.reparam import expand
 from tinydet.training import precision as module
 from tinydet.training.precision import Precision, choose_precision, prepare_for_cpu
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)

@@ -14,7 +14,8 @@ from torchvision.ops import nms
 from tinydet.config import ConfigError, Model
 from tinydet.reparam.branches import BLOCKS
 from tinydet.reparam.expand import expanded_names
-from tinydet.yolof.detector import Detector, build_detector
+from tinydet.yolof.build import build_detector
+from tinydet.yolof.detector import Detector
 
 CLASSES = tuple(f"class{i}" for i in range(20))
 

@@ -8,7 +8,7 @@ from torch import nn
 from tinydet.config import ConfigError, Experiment, Model
 from tinydet.reparam import fold
 from tinydet.training.checkpoint import save_checkpoint
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 PLAIN = Model(
     "test_resnet", "random", encoder_channels=16, encoder_mid_channels=8, cls_convs=1, reg_convs=1

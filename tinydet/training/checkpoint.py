@@ -32,7 +32,8 @@ from tinydet.atomic import replacing
 from tinydet.config import Experiment, Model
 from tinydet.experiment_file import experiment_from_dict, override
 from tinydet.reparam.fold import fold
-from tinydet.yolof.detector import Detector, build_detector
+from tinydet.yolof.build import build_detector
+from tinydet.yolof.detector import Detector
 from tinydet.yolof.official import convert_official
 
 logger = logging.getLogger(__name__)

@@ -54,7 +54,7 @@ from tinydet.training.runs import Saver, claimed, new_run_dir
 from tinydet.training.signals import Signals
 from tinydet.training.state import TrainingState, start_training
 from tinydet.training.threads import Threads
-from tinydet.yolof.detector import build_detector
+from tinydet.yolof.build import build_detector
 
 logger = logging.getLogger(__name__)
 

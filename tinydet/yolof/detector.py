@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tinydet.backbones.factory import create_backbone
 from tinydet.backbones.frozen import keep_fixed
-from tinydet.backbones.modifications import apply_modifications
 from tinydet.config import Model
 from tinydet.yolof.anchors import make_anchors
 from tinydet.yolof.decode import (
@@ -22,11 +20,8 @@ from tinydet.yolof.decode import (
     postprocess,
     sizes_in_input,
 )
-from tinydet.yolof.encoder import DilatedEncoder
-from tinydet.yolof.head import Head
 from tinydet.yolof.loss import pad_targets, yolof_losses
 from tinydet.yolof.matcher import uniform_match
-from tinydet.yolof.pretrained import load_trained, read_trained
 
 
 class Detector(nn.Module):
@@ -199,45 +194,3 @@ class Detector(nn.Module):
 def _size(images: Tensor) -> tuple[int, int]:
     height, width = images.shape[-2:]
     return height, width
-
-
-def build_detector(config: Model, classes: Sequence[str]) -> Detector:
-    """Build the detector of an experiment, in training mode.
-
-    Raises:
-        ConfigError: the backbone does not exist, lacks the feature, the stage or a place for a
-            modification, or its weights are not available.
-    """
-    trained = read_trained(config, build_detector)
-    weights, tensors = config.weights, None
-    if trained is not None and trained.same_backbone:
-        weights = "random"  # They are loaded below, with those of its branches and new layers.
-    elif trained is not None:
-        tensors = trained.backbone()
-    backbone = create_backbone(
-        config.backbone, weights, config.feature, config.freeze_stages, tensors
-    )
-    encoder = DilatedEncoder(
-        backbone.channels, config.encoder_channels, config.encoder_mid_channels, config.dilations
-    )
-    head = Head(
-        config.encoder_channels,
-        len(classes),
-        len(config.anchor_scales),
-        config.cls_convs,
-        config.reg_convs,
-    )
-    detector = Detector(
-        apply_modifications(backbone.module, config, backbone.fixed),
-        encoder,
-        head,
-        classes,
-        backbone.stride,
-        backbone.mean,
-        backbone.std,
-        config,
-        backbone.fixed,
-    )
-    if trained is not None:
-        load_trained(detector, trained)
-    return detector

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from tinydet.config import ConfigError, Model
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.reparam.fold import fold
 from tinydet.reparam.unfold import unfold
+from tinydet.yolof.detector import Detector
 from tinydet.yolof.official import convert_official
 
-if TYPE_CHECKING:
-    from tinydet.yolof.detector import Detector
-
-Build = Callable[[Model, Sequence[str]], "Detector"]
+Build = Callable[[Model, Sequence[str]], Detector]
 
 logger = logging.getLogger(__name__)
 
