@@ -186,7 +186,7 @@ def test_two_machines_learn_what_one_machine_of_two_processes_learns(tiny_experi
         command += ["--work-dir", str(tmp_path / run)]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
-        # A session of its own, as on a machine of its own.
+        # A process group of its own, as on a machine of its own.
         return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
 
     alone = start("2", "alone")
