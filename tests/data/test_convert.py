@@ -107,6 +107,22 @@ def test_files_of_the_same_name_are_kept_apart(yolo_tree, tmp_path):
     }
 
 
+def test_files_that_differ_in_their_endings_alone_are_kept_apart(coco_tree, tmp_path):
+    for number, (size, box) in enumerate([((60, 40), (1, 2, 3, 4)), ((50, 30), (5, 6, 7, 8))], 1):
+        coco_tree.image(number, size=size)
+        coco_tree.object(number, 2, box)
+    root = coco_tree.write()
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for row, name in zip(content["images"], ("a.jpg", "a.jpeg"), strict=True):
+        (root / "train" / row["file_name"]).rename(root / "train" / name)
+        row["file_name"] = name
+    file.write_text(json.dumps(content))
+    convert(root, tmp_path / "voc", "voc")
+    boxes = sorted(box for ((_, box, _),) in objects_by_name(tmp_path / "voc", "train").values())
+    assert boxes == [[1, 2, 4, 6], [5, 6, 12, 14]]
+
+
 def test_an_image_of_two_splits_is_copied_once(tree, tmp_path):
     tree.image("a")
     tree.annotation("a", [("cat", (1, 1, 9, 9))])

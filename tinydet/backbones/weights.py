@@ -64,14 +64,8 @@ def load_weights(
     has_own_layers = bool(own_tensors(module))
     if has_own_layers:
         name = _changed_model(module) or name
-    if tensors is not None:
-        pass
-    elif weights != "imagenet":
-        tensors = _read_file(Path(weights), name)
-    elif _package_installed(name):
-        tensors = _read_package(name)
-    else:
-        tensors = _read_hub(module, build, name)
+    if tensors is None:
+        tensors = _read(module, build, name, weights)
     # timm's own loading is not strict with features_only: missing tensors would stay random.
     try:
         remarks = load_strict(module, tensors, f"model.weights={weights} for timm's {name}")
@@ -79,6 +73,16 @@ def load_weights(
         raise ConfigError(str(error)) from error
     if remarks and (weights != "imagenet" or has_own_layers):
         logger.info(f"model.weights={weights}: {remarks}")
+
+
+def _read(
+    module: nn.Module, build: Callable[..., nn.Module], name: str, weights: str
+) -> dict[str, Tensor]:
+    if weights != "imagenet":
+        return _read_file(Path(weights), name)
+    if _package_installed(name):
+        return _read_package(name)
+    return _read_hub(module, build, name)
 
 
 def _changed_model(module: nn.Module) -> str:

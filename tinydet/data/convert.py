@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,12 +135,18 @@ def _names(indexes: dict[str, Index]) -> dict[Path, str]:
     same_stem: dict[str, list[Path]] = {}
     for path in files:
         same_stem.setdefault(path.stem, []).append(path)
-    names = {}
+    names: dict[Path, str] = {}
+    used: set[str] = set()
     for stem, paths in same_stem.items():
         equal = all(filecmp.cmp(paths[0], path, shallow=False) for path in paths[1:])
-        for path in paths:
-            with_folders = os.path.splitext(files[path])[0].replace("/", "_")
-            names[path] = stem if equal else with_folders
+        for path in paths[:1] if equal else paths:
+            name = wanted = stem if equal else os.path.splitext(files[path])[0].replace("/", "_")
+            number = 1
+            while name in used:
+                number += 1
+                name = f"{wanted}_{number}"
+            used.add(name)
+            names |= dict.fromkeys(paths if equal else [path], name)
     return names
 
 
@@ -205,17 +211,8 @@ def _for_yolo(items: dict[str, list[_Item]]) -> tuple[dict[str, list[_Item]], li
         for item in found:
             keep = ~item.difficult
             dropped += int(item.difficult.sum())
-            kept[split].append(
-                _Item(
-                    item.source,
-                    item.name,
-                    item.size,
-                    item.boxes[keep],
-                    item.labels[keep],
-                    item.difficult[keep],
-                    item.crowd[keep],
-                )
-            )
+            parts = {k: getattr(item, k)[keep] for k in ("boxes", "labels", "difficult", "crowd")}
+            kept[split].append(replace(item, **parts))
     if dropped:
         lines.append(f"left out {dropped} difficult objects, which YOLO cannot mark")
     return kept, lines

@@ -6,6 +6,8 @@ computes the weight.
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -22,3 +24,9 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
         members = {n: v for n, v in vars(own).items() if n not in ("__dict__", "__weakref__")}
         kind = type(own.__name__, (kind,), members)
     module.__class__ = kind
+
+
+@cache
+def with_mixin(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a class of the same name with a mixin before it, always the same one."""
+    return type(kind.__name__, (mixin, kind), {})

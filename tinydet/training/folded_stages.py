@@ -8,7 +8,6 @@ throughout.
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from tinydet.backbones.module_trace import eval_mode
 from tinydet.reparam import fold
-from tinydet.reparam.module_class import class_of, set_class
+from tinydet.reparam.module_class import class_of, set_class, with_mixin
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def fold_frozen_stages(detector: nn.Module, memory_format: torch.memory_format) 
             for name, module in zip(detector.fixed, modules, strict=True):  # type: ignore[arg-type]
                 part = folded.get_submodule(name).requires_grad_(False)
                 kind = class_of(module)
-                set_class(module, _with_folded(kind))  # type: ignore[arg-type]
+                set_class(module, with_mixin(_Folded, kind))  # type: ignore[arg-type]
                 # No members: neither in the state dict nor changed with the network.
                 module.__dict__["unfolded_class"] = kind
                 module.__dict__["folded"] = part.to(memory_format=memory_format)
@@ -68,11 +67,6 @@ class _Folded(nn.Module):
         if torch.is_grad_enabled():
             return self.__dict__["folded"](*args, **kwargs)
         return super().forward(*args, **kwargs)
-
-
-@cache
-def _with_folded(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Folded, kind), {})
 
 
 def _undo(modules: list[nn.Module]) -> None:

@@ -8,7 +8,6 @@ without two passes over the activations, which in bfloat16 would become float32.
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from tinydet.backbones.module_trace import eval_mode
 from tinydet.reparam import fold
 from tinydet.reparam.expand import ExpandedConv2d
-from tinydet.reparam.module_class import class_of, set_class
+from tinydet.reparam.module_class import class_of, set_class, with_mixin
 from tinydet.reparam.norms import scale_and_shift
 from tinydet.training.folded_stages import EXAMPLE, check_maps
 
@@ -84,7 +83,7 @@ def _fuse(conv: nn.Conv2d, norm: nn.Module) -> None:
 
 def _change_class(module: nn.Module, change: type[nn.Module]) -> None:
     kind = class_of(module)
-    set_class(module, _with(change, kind))  # type: ignore[arg-type]
+    set_class(module, with_mixin(change, kind))  # type: ignore[arg-type]
     module.__dict__["own_class"] = kind
 
 
@@ -115,8 +114,3 @@ class _Computed(nn.Module):
         if isinstance(self, FrozenBatchNormAct2d):
             return self.act(self.drop(x))  # type: ignore[no-any-return]
         return x
-
-
-@cache
-def _with(change: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (change, kind), {})

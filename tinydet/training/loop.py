@@ -171,6 +171,7 @@ def prepare(
     first_batch = next(iter(loader)).to(device)
     if detector.norms_without_statistics:
         calibrate_norms(detector, detector.norms_without_statistics, first_batch.images)
+        detector.norms_without_statistics = ()
     state = start_training(experiment, detector, len(loader), first_batch, threads)
     return state, loader, train_index, test_index
 

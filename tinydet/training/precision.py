@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from tinydet.config import ConfigError, Train
 from tinydet.progress import Progress
 from tinydet.reparam.expand import ExpandedConv2d
-from tinydet.reparam.module_class import class_of, set_class
+from tinydet.reparam.module_class import class_of, set_class, with_mixin
 from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
 from tinydet.training.folded_stages import fold_frozen_stages, is_folded
@@ -161,9 +160,9 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
         kind = class_of(module)
         plain = kind in (nn.Conv2d, ExpandedConv2d)
         if of_1x1 and strided and module.in_channels < 16 and plain:
-            set_class(module, _with(_Subsampled, kind))  # type: ignore[arg-type]
+            set_class(module, with_mixin(_Subsampled, kind))  # type: ignore[arg-type]
         elif bfloat16 and module.groups > 1 and not scales:
-            set_class(module, _with(_InFloat32, kind))  # type: ignore[arg-type]
+            set_class(module, with_mixin(_InFloat32, kind))  # type: ignore[arg-type]
 
 
 def _undo_prepare_for_cpu(model: nn.Module) -> None:
@@ -193,8 +192,3 @@ class _InFloat32(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
-
-
-@cache
-def _with(change: type[nn.Module], layer: type[nn.Module]) -> type[nn.Module]:
-    return type(layer.__name__, (change, layer), {})
