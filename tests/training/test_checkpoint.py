@@ -110,6 +110,20 @@ def test_a_full_disk_is_called_that(size):
         write_tensors(Path("/dev/full"), {"a": torch.zeros(size), "b": torch.zeros(size)})
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a loader process died")])
+def test_what_interrupts_a_write_is_what_is_raised(error, tmp_path, monkeypatch):
+    class Interrupted(io.FileIO):
+        def write(self, content):
+            if self.tell() > 1000:
+                raise error
+            return super().write(content)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode))
+    with pytest.raises(type(error)) as caught:
+        write_tensors(tmp_path / "a.pt", {"a": torch.zeros(1000), "b": torch.zeros(1000)})
+    assert caught.value is error
+
+
 class _Bomb:
     def __reduce__(self):
         return (os.system, ("touch exploded",))

@@ -77,9 +77,30 @@ def test_a_signal_in_a_step_saves_after_it_and_the_run_goes_on(
         assert torch.equal(tensor, two["model"][name]), name
 
 
+def to_the_group(process: subprocess.Popen, log: Path) -> None:
+    """As `timeout` does."""
+    del log
+    os.killpg(process.pid, signal.SIGTERM)
+
+
+def to_each_process(process: subprocess.Popen, log: Path) -> None:
+    """As `pkill -f` and batch systems do, and the training process is the last to get it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    for child in children:
+        os.kill(int(child), signal.SIGTERM)
+    lines = log.read_text()
+    while process.poll() is None and log.read_text() == lines:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stop", [to_the_group, to_each_process])
 def test_the_command_ends_with_the_signals_status_even_if_its_workers_get_it(
-    tiny_experiment, tmp_path
+    stop, tiny_experiment, tmp_path
 ):
+    if stop is to_each_process and not hasattr(signal, "sigwaitinfo"):
+        pytest.skip("this system does not tell who sent a signal")
     experiment = replace(
         tiny_experiment,
         data=replace(tiny_experiment.data, workers=1),
@@ -98,7 +119,7 @@ def test_the_command_ends_with_the_signals_status_even_if_its_workers_get_it(
     while not (folder / "log.jsonl").is_file() or not (folder / "log.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and batch systems do
+    stop(process, folder / "log.jsonl")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "Traceback" not in err

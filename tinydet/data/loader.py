@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -258,7 +260,16 @@ def _start_worker(low_priority: bool, worker: int) -> None:
     # what time they leave; if that is too little, the model waits for data and leaves more.
     if low_priority and hasattr(os, "nice"):
         os.nice(19)
-    # Ctrl-C and `timeout` signal a whole process group. The main process still needs batches to
-    # finish its step, and ends its workers itself.
+    # Ctrl-C and `timeout` signal a whole process group, `pkill -f` and batch systems each process.
+    # The main process still needs batches to finish its step, and ends its workers itself.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

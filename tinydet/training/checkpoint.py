@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,12 +80,14 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written; torch itself often raises a RuntimeError instead.
     """
+    outer = sys.exc_info()[1]
     try:
         with path.open("wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
-        # torch fails again as it closes the truncated archive, which hides the first error.
-        if isinstance(error.__context__, OSError):
+        # torch fails again as it closes the truncated archive, which hides the first error: a full
+        # disk, a second Ctrl-C, a dead loader process.
+        if error.__context__ not in (None, outer):
             raise error.__context__ from None
         raise
 
