@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from tinydet.console import StdoutHandler, log_level
 from tinydet.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -24,10 +25,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     keep_freed_memory()
-    # Of the processes of a distributed run, only the first one prints.
-    prints = os.environ.get("RANK", "0") == "0"
-    level = logging.INFO if prints else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", handlers=[_StdoutHandler()])
+    prints = log_level() == logging.INFO
+    logging.basicConfig(level=log_level(), format="%(message)s", handlers=[StdoutHandler()])
     # Other libraries log too much.
     for name in ("timm", "torch", "httpx", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -62,17 +61,6 @@ def _let_rank0_print_first(prints: bool) -> None:
     """Wait a little in the other processes: when one fails, torchrun kills all of them."""
     if not prints:
         time.sleep(3)
-
-
-class _StdoutHandler(logging.StreamHandler):
-    """Write to the current `sys.stdout`, which a progress bar on screen replaces."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stdout
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

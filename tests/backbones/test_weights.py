@@ -103,7 +103,7 @@ def test_tensors_without_a_place_are_counted(tmp_path, caplog):
     with caplog.at_level("INFO", logger="tinydet"):
         create_backbone("test_resnet", str(tmp_path / "a.pt"), "C4")
     (line,) = caplog.messages
-    assert f"; {len(backbone) - len(plain)} tensors are not part of the backbone" in line
+    assert f"; {len(backbone) - len(plain)} tensors of the file are of layers" in line
 
 
 # timm's wrappers and layouts: of their own, list, list with names joined by _, getter, NHWC, hook.

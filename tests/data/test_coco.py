@@ -268,7 +268,7 @@ def test_read_index__what_is_not_there(coco_tree, tmp_path):
         (tmp_path / "nowhere", "train", f"no such folder.*{zips}"),
         (tmp_path, "train", r"has no annotations; did you mean .*coco\?|bare\?"),
         (root / "train", "train", f"has no annotations; .*{zips}"),
-        (root, "val", r"val\.json: no such split; did you mean val2017\? \(there are: train, val"),
+        (root, "val", r"val\.json: no split val; did you mean val2017\? \(there are: train, val"),
         (root, "val2017", f"val2017: no such folder; it holds the images of inst.*{zips}"),
         (tmp_path / "bare", "train", f"there are: none.*{zips}"),
     ):

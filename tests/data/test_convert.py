@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
-from tinydet.data.convert import LAYOUTS, convert, layout_of, turn_boxes
+from tinydet.data.convert import convert, turn_boxes
 from tinydet.data.dataset import DetectionDataset
+from tinydet.data.layouts import LAYOUTS, layout_of
 
 HALF = "0 0.5 0.5 0.5 0.5\n"
 

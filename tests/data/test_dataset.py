@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from tinydet.config import ConfigError, Data
+from tinydet.data.convert import convert
 from tinydet.data.dataset import fetch, is_missing, load_split
 from tinydet.data.shapes import render_shapes
 
@@ -81,6 +82,25 @@ def test_load_split__says_what_was_wrong(tree, caplog):
     (record,) = caplog.records
     assert "trainval" in record.getMessage()
     assert "1 box has no area: dropped (a: dog 3,3,3,3)" in record.getMessage()
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco", "yolo"])
+def test_load_split__a_folder_in_another_layout_names_the_setting(layout, tmp_path):
+    few_shapes(tmp_path / "shapes")
+    root = tmp_path / layout
+    convert(tmp_path / "shapes", root, layout)
+    sources = {"voc": "folder", "coco": "coco", "yolo": "yolo"}
+    splits = "train, val" if layout == "yolo" else "test, trainval"
+    words = f"{layout.upper()} layout (splits: {splits}): set data.source={sources[layout]}"
+    for source in set(sources.values()) - {sources[layout]}:
+        with pytest.raises(FileNotFoundError) as caught:
+            load_split(Data(root=str(root), source=source, classes=()), "trainval")
+        assert words in str(caught.value)
+    data = Data(root=str(root), source=sources[layout], classes=(), train_split="trian")
+    with pytest.raises(FileNotFoundError) as caught:
+        load_split(data, "trian")
+    assert "no split trian" in str(caught.value)
+    assert "layout" not in str(caught.value)
 
 
 def test_load_split__missing_coco_names_what_to_fetch(tmp_path):

@@ -218,7 +218,7 @@ def test_classes_restrict_reorder_and_are_checked(yolo_tree):
         ("train: images/train\nnames: {a: cat}", "names has 'a': 'cat'"),
         ("train: images/train\nnames: [cat, null]", "names has 1: None"),
         ("trian: images/train\nnames: [cat]", r"did you mean trian\?"),
-        ("train:\nnames: [cat]", "no such split"),
+        ("train:\nnames: [cat]", "no split train"),
         ("train: images/other\nnames: [cat]", "train is images/other, which is not below"),
         ("train: images/train\nnames: !!python/object:os.system {}", "not YAML"),
     ],

@@ -40,6 +40,11 @@ def test_names_and_number(found):
     assert nothing(found).names == []
 
 
+def test_it_is_printed_in_one_line(found):
+    assert repr(found) == "Prediction(1 bus, 1 cat in a.jpg)"
+    assert repr(nothing(found)) == "Prediction(nothing)"
+
+
 def test_it_is_the_mapping_that_torchvision_returns(found):
     assert dict(found).keys() == {"boxes", "scores", "labels"}
     assert torch.equal(found["boxes"], found.boxes)

@@ -105,6 +105,8 @@ def test_mistakes_are_one_line(files, tmp_path):
         (lambda: Predictor(file, score_threshold=0.01), r"exported with 0\.05"),
         (lambda: Predictor(file, device="meta"), "device meta: this ONNX Runtime only has"),
         (lambda: Predictor(file)([image[:1]]), r"must be uint8 \(3, H, W\)"),
+        (lambda: Predictor(file)(3), "an image is a path, .* not of type int"),
+        (lambda: Predictor(file)([None]), "an image is a path, .* not of type NoneType"),
         (lambda: Predictor(file)([image.float()]), r"must be uint8 \(3, H, W\)"),
     ]:
         with pytest.raises(ValueError, match=words) as caught:

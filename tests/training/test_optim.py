@@ -26,7 +26,7 @@ def test_plan_says_nothing_at_the_base_batch_and_when_scaling_is_off():
 def test_plan_cuts_a_warmup_longer_than_a_third_of_the_run():
     schedule = make_schedule(Optim(warmup_iters=1500), 16, 300)
     assert schedule.warmup_iters == 100
-    assert "1500 to 100" in schedule.lines[0]
+    assert "1500 -> 100" in schedule.lines[0]
 
 
 def test_step_schedule_by_hand():

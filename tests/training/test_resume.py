@@ -225,6 +225,16 @@ def test_checkpoints_to_keep_are_kept(stopped, tmp_path):
     assert (kept["epoch"], kept["step"]) == (2, 0)
 
 
+def test_where_a_run_continues_is_said(stopped, tmp_path, caplog):
+    folder, experiment = _copy(stopped, tmp_path)
+    caplog.set_level("INFO")
+    content = read_checkpoint(folder / "last.pt")
+    train(experiment, folder, folder / "last.pt")
+    batches = f"{content['step']} of {content['batches_an_epoch']} batches"
+    done = f"{content['epoch']} epochs and {batches} are done"
+    assert f"resuming from {folder / 'last.pt'}: {done}" in caplog.text
+
+
 def test_half_written_files_of_killed_processes_are_removed(stopped, tmp_path):
     folder, experiment = _copy(stopped, tmp_path)
     (folder / ".last.12345.tmp.pt").write_bytes(b"half")

@@ -194,7 +194,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     unused = [name for name in found if _plain(name) not in known]
     remarks = [f"removed the prefix {prefix} from its tensor names"] if prefix else []
     if unused:
-        remarks.append(f"{len(unused)} tensors are not part of the backbone, e.g. {unused[0]}")
+        remarks.append(
+            f"{len(unused)} tensors of the file are of layers that this backbone does not have, "
+            f"e.g. {unused[0]}"
+        )
     if initial:
         example = min(initial)
         remarks.append(f"{len(initial)} tensors of own layers are initial, e.g. {example}")

@@ -6,7 +6,6 @@ their images. Images are copied as they are.
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import json
 import os
@@ -21,13 +20,12 @@ import numpy as np
 import yaml
 
 from tinydet.atomic import creating_folder
-from tinydet.data import coco, voc, yolo
+from tinydet.data import voc
 from tinydet.data.annotation import annotation_xml
 from tinydet.data.image import probe_image
 from tinydet.data.index import Index
+from tinydet.data.layouts import LAYOUTS, layout_of
 from tinydet.progress import Progress
-
-LAYOUTS: dict[str, ModuleType] = {"voc": voc, "coco": coco, "yolo": yolo}
 
 
 @dataclass(frozen=True)
@@ -95,33 +93,16 @@ def convert(source: Path, target: Path, layout: str) -> list[str]:
     return [*lines, f"wrote {target} ({layout}, {len(classes)} classes)"]
 
 
-def layout_of(root: Path) -> str:
-    """Return the layout of a folder: "voc", "coco" or "yolo".
-
-    Raises:
-        FileNotFoundError: it has none of them.
-    """
-    if coco.split_names(root):
-        return "coco"
-    if voc.split_names(root):
-        return "voc"
-    with contextlib.suppress(FileNotFoundError):
-        if yolo.split_names(root):
-            return "yolo"
-    raise FileNotFoundError(
-        f"{root}: has no ImageSets/Main/*.txt (VOC), annotations/instances_*.json (COCO), or "
-        "data.yaml with folders of images (YOLO)"
-    )
-
-
 def _read(reader: ModuleType, root: Path) -> dict[str, Index]:
     """Read all splits with the same classes: those of all splits together."""
-    splits = reader.split_names(root)
-    found = [reader.read_index(root, split).classes for split in splits]
-    classes = tuple(dict.fromkeys(name for names in found for name in names))
+    indexes = {split: reader.read_index(root, split) for split in reader.split_names(root)}
+    classes = tuple(dict.fromkeys(name for i in indexes.values() for name in i.classes))
     if reader is voc:  # which names no order
         classes = tuple(sorted(classes))
-    return {split: reader.read_index(root, split, classes) for split in splits}
+    return {
+        split: index if index.classes == classes else reader.read_index(root, split, classes)
+        for split, index in indexes.items()
+    }
 
 
 def _names(indexes: dict[str, Index]) -> dict[Path, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tinydet.config import ConfigError, Data
-from tinydet.data import coco, voc, yolo
+from tinydet.data import coco, voc
 from tinydet.data.image import read_image
 from tinydet.data.index import Index
+from tinydet.data.layouts import LAYOUTS, layout_of
 from tinydet.data.sample import Sample
 from tinydet.data.seeding import seeded_generator
 
 logger = logging.getLogger(__name__)
 
 # By `data.source`: "folder" is a user's own data in VOC layout.
-_READERS = {
-    "voc07": voc.read_index,
-    "shapes": voc.read_index,
-    "folder": voc.read_index,
-    "coco": coco.read_index,
-    "yolo": yolo.read_index,
-}
+_LAYOUT = {"voc07": "voc", "shapes": "voc", "folder": "voc", "coco": "coco", "yolo": "yolo"}
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -136,11 +132,10 @@ def load_split(data: Data, split: str) -> Index:
         if data.source != "shapes":
             raise FileNotFoundError(_missing(data))
         fetch(data)
-    read_index = _READERS[data.source]
-    classes = data.classes
-    if not classes and split != data.train_split:
-        classes = read_index(data.root, data.train_split).classes
-    index = read_index(data.root, split, classes)
+    try:
+        index = _read_index(data, split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_other_layout(data)}") from None
     absent = index.problems.examples.get("absent_class")
     # A split for evaluation may well lack a class.
     if absent and split == data.train_split:
@@ -151,6 +146,29 @@ def load_split(data: Data, split: str) -> Index:
     for line in index.problems.summary():
         logger.warning("%s (%s): %s", data.root, split, line)
     return index
+
+
+def _read_index(data: Data, split: str) -> Index:
+    read_index = LAYOUTS[_LAYOUT[data.source]].read_index
+    classes = data.classes
+    if not classes and split != data.train_split:
+        classes = read_index(data.root, data.train_split).classes
+    index: Index = read_index(data.root, split, classes)
+    return index
+
+
+def _other_layout(data: Data) -> str:
+    """Return words on the layout of the data's folder if it is not that of `data.source`."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        layout = layout_of(Path(data.root))
+        if layout != _LAYOUT[data.source]:
+            source = "folder" if layout == "voc" else layout
+            splits = ", ".join(sorted(LAYOUTS[layout].split_names(data.root)))
+            return (
+                f"; it is a folder in {layout.upper()} layout (splits: {splits}): set "
+                f"data.source={source}, data.train_split and data.test_split"
+            )
+    return ""
 
 
 def _missing(data: Data) -> str:

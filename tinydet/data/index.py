@@ -224,7 +224,7 @@ def no_such_split(
     near = difflib.get_close_matches(split, existing, 3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return FileNotFoundError(
-        f"{file}: no such split{hint} (there are: {_short(existing) or 'none'}); choose with "
+        f"{file}: no split {split}{hint} (there are: {_short(existing) or 'none'}); choose with "
         "data.train_split and data.test_split" + ("" if existing else f"; {layout}")
     )
 

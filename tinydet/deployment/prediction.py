@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from tinydet.data.annotation import annotation_xml
 from tinydet.report.draw import draw_detections, encode_jpeg, save_image
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """The objects found in one image, by descending score.
 
@@ -46,6 +47,10 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(self.names).items())
+        return f"Prediction({counts or 'nothing'}{f' in {self.file}' if self.file else ''})"
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the mapping's values."""

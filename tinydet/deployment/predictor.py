@@ -141,7 +141,8 @@ class Predictor:
             return self._stream(images, batch_size)
         if isinstance(images, (str, Path)) and not Path(images).is_file():
             return list(self._stream(find_images([Path(images)]), batch_size))
-        if isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 4) < 4:
+        is_one = isinstance(images, (str, Path, Image.Image)) or not isinstance(images, Iterable)
+        if is_one or getattr(images, "ndim", 4) < 4:
             return next(self._stream([images], 1))  # type: ignore[list-item]
         return list(self._stream(images, batch_size))  # type: ignore[arg-type]
 
@@ -192,6 +193,11 @@ def _pixels(image: ImageLike) -> Tensor:
         channels = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
         # A copy in the order of a tensor's: OpenCV's, turned, has negative strides.
         image = torch.from_numpy(np.ascontiguousarray(channels.transpose(2, 0, 1)))
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            "an image is a path, an array, a PIL image or a tensor, not of type "
+            f"{type(image).__name__}"
+        )
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(
             f"an image must be uint8 (3, H, W), not {image.dtype} {tuple(image.shape)}"

@@ -23,8 +23,8 @@ HEADS = {
 # How the numbers differ from those of tidecv, the program of the paper's authors; see `tide`.
 NOT_TIDECV = (
     "If fixing errors gives an object several detections, the one with the highest score counts,",
-    "as in the paper; the tidecv package keeps one that was correct before. For a weak detector",
-    "with AP50 18.2, cls is 37.0 here and 23.6 there, loc 37.7 and 26.7.",
+    "as in the paper; the tidecv package keeps one that was correct before. Of an example detector",
+    "with an AP50 of 18.2, cls is 37.0 by this rule and 23.6 by tidecv's, loc 37.7 and 26.7.",
 )
 LEGEND = (
     "AP50 in %, and the AP50 points that fixing all errors of one kind, and no others, would gain:",

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tinydet.atomic import warn_on_oserror
 from tinydet.config import ConfigError, Experiment
+from tinydet.console import show_log
 from tinydet.data.dataset import DetectionDataset, load_split
 from tinydet.data.index import Index
 from tinydet.data.loader import (
@@ -64,7 +65,8 @@ def train(
 ) -> Path:
     """Train, evaluate and save a detector; everything goes into one folder, which is returned.
 
-    Processes started by torchrun train together; rank 0 writes.
+    Processes started by torchrun train together; rank 0 writes. Progress and results are logged;
+    they are printed if the program has set up no logging.
 
     Args:
         experiment: what is trained.
@@ -79,6 +81,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; last.pt has been written.
         OSError: the first or the last checkpoint cannot be written.
     """
+    show_log()
     with process_group(experiment.train.device) as device_name, ExitStack() as held:
         return _train(experiment, run_dir, resume_from, pick_device(device_name), held)
 
@@ -107,6 +110,10 @@ def _train(
     state, loader, train_index, test_index = prepare(experiment, device, checkpoint)
     if checkpoint is not None and resume_from is not None:
         restore(state, checkpoint, resume_from)
+        logger.info(
+            f"resuming from {resume_from}: {state.epoch} epochs and {state.step} of {len(loader)} "
+            "batches are done"
+        )
     if run_dir is None or not goes_on:
         run_dir = broadcast_from_rank0(lambda: _claim(run_dir, experiment.name, held))
     if rank() == 0:

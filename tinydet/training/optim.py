@@ -41,18 +41,17 @@ def make_schedule(optim: Optim, total_batch: int, iterations: int) -> Schedule:
     lr = optim.lr * factor
     warmup = round(optim.warmup_iters / factor)
     lines = []
+    shortened = min(warmup, iterations // 3)
+    third = ", a third of the run" if shortened < warmup else ""
     if factor != 1:
         lines.append(
             f"linear scaling to {total_batch} images per step (from {optim.base_batch}): "
-            f"lr {optim.lr:g} -> {lr:g}, warm-up {optim.warmup_iters} -> {warmup} iterations "
-            "(turn off with optim.scale_with_batch=false)"
+            f"lr {optim.lr:g} -> {lr:g}, warm-up {optim.warmup_iters} -> {shortened} iterations"
+            f"{third} (turn off with optim.scale_with_batch=false)"
         )
-    if warmup > iterations // 3:
-        lines.append(
-            f"warm-up shortened from {warmup} to {iterations // 3} iterations, a third of the run"
-        )
-        warmup = iterations // 3
-    return Schedule(iterations, lr, warmup, total_batch, tuple(lines))
+    elif third:
+        lines.append(f"warm-up {warmup} -> {shortened} iterations{third}")
+    return Schedule(iterations, lr, shortened, total_batch, tuple(lines))
 
 
 def learning_rate_factor(optim: Optim, schedule: Schedule, iteration: int) -> float:
