@@ -120,7 +120,8 @@ def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
     Raises:
         ValueError: no name is left.
     """
-    if names[-1].suffix in (".pt", ".onnx"):
+    is_run = (names[-1] / "best.pt").is_file()  # whose folder the loader of checkpoints refuses
+    if names[-1].suffix in (".pt", ".onnx") or is_run:
         args.checkpoint = names.pop()
     if names and names[-1].suffix in (".py", ".json"):
         args.experiment = names.pop()

@@ -114,6 +114,9 @@ def test_from_training_to_a_picture_with_no_more_arguments_than_needed(
     run("tools/image_demo.py", image, trained / "deploy.pt", "--out", "drawn.png")
     assert (folder / "drawn.png").stat().st_size > 0
 
+    refused = run("tools/image_demo.py", image, trained, status=2)
+    assert f"{trained}: is a folder; name a checkpoint in it: {trained / 'best.pt'}" in refused
+
     (folder / "broken.jpg").write_text("no image")
     shown = run(
         *("tools/image_demo.py", image, "broken.jpg", images / "*1.jpg", file),
