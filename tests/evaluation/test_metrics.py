@@ -38,7 +38,7 @@ def test_dict_is_strict_json_with_null_for_nan():
 
 
 def test_a_phrase():
-    assert metrics().in_words() == "AP50 0.5000, AP 0.5000"
+    assert metrics().in_words() == "AP50 50.00 %, AP 50.00 %"
 
 
 def test_table_names_every_class_and_lines_up():

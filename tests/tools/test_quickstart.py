@@ -34,7 +34,7 @@ def test_the_quickstart_ends_with_a_picture_a_report_and_frame_rates(tmp_path):
         line = rf"^epoch {epoch}/2: {75 * epoch}/150 steps, loss_cls [\d.]+, loss_box [\d.]+, "
         assert re.search(line + r"lr [\d.e-]+, [\d.]+ img/s", done.stdout, re.MULTILINE)
     # Two epochs from pretrained weights find about half of the shapes; from random ones, none.
-    assert float(re.findall(r"^epoch 2/2: AP50 ([\d.]+)", done.stdout, re.MULTILINE)[-1]) > 0.3
+    assert float(re.findall(r"^epoch 2/2: AP50 ([\d.]+)", done.stdout, re.MULTILINE)[-1]) > 30
     for form in ("folded", "unfolded"):
         assert re.search(rf"^{form} \(float32\) +[\d.]+ ", done.stdout, re.MULTILINE)
     run = tmp_path / "runs" / "quickstart" / "1"

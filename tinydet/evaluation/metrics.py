@@ -79,7 +79,7 @@ class Metrics:
         """Return the main figures as a phrase."""
         if math.isnan(self.ap50):
             return f"AP50 and AP {UNDEFINED}"
-        return f"AP50 {self.ap50:.4f}, AP {self.ap:.4f}"
+        return f"AP50 {100 * self.ap50:.2f} %, AP {100 * self.ap:.2f} %"
 
     def lines(self) -> list[str]:
         """Return a table with one line for each class, then the means, in percent; "-" is NaN."""

@@ -328,7 +328,7 @@ def _evaluate(
             save_detections(path, test_index.image_ids, metrics.classes, metrics.detections)
         with warn_on_oserror(run_dir / "metrics.json"):
             write_results(run_dir, state, metrics, is_best, train_index, test_index)
-    best = f"best AP50 {state.best_ap50:.4f}, " if state.best_ap50 >= 0 else ""
+    best = f"best AP50 {100 * state.best_ap50:.2f} %, " if state.best_ap50 >= 0 else ""
     logger.info(
         f"epoch {state.epoch}/{settings.epochs}: {metrics.in_words()}, {best}"
         f"{state.train_seconds / 60:.1f} min of training"
