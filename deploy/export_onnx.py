@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
 
     checkpoint = select_checkpoint(args, "deploy.pt")
     size = tuple(args.size) if args.size else None
-    print(f"checkpoint  {checkpoint}")
+    print(f"checkpoint  {checkpoint}", flush=True)
     exported = export_checkpoint(checkpoint, args.out, size, nms=not args.no_nms)
     print("\n".join(exported.lines()))
 

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
 
     checkpoint = select_checkpoint(args, "deploy.pt")
     options = given(args, "out", "images", "budget", "size")
-    print(f"checkpoint  {checkpoint}")
+    print(f"checkpoint  {checkpoint}", flush=True)
     for line in quantize_checkpoint(checkpoint, **options, overrides=args.set):
         print(line, flush=True)
 

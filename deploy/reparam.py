@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> None:
     from tinydet.deployment.fold_checkpoint import fold_checkpoint
 
     checkpoint = select_checkpoint(args, "best.pt")
-    print(f"checkpoint  {checkpoint}")
+    print(f"checkpoint  {checkpoint}", flush=True)
     print("\n".join(fold_checkpoint(checkpoint, args.out).lines()))
 
 

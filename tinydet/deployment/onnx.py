@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ from tinydet.deployment.onnx_graph import with_outputs
 from tinydet.deployment.onnx_selection import IR_VERSION, OPSET, with_selection
 from tinydet.training.checkpoint import load_checkpoint
 from tinydet.yolof.detector import Detector
+
+logger = logging.getLogger(__name__)
 
 _WITHOUT_NMS = ("scores", "boxes")
 
@@ -107,7 +110,9 @@ def export_checkpoint(
     for n in (1, 3):
         same_size = [resize_images(batch, size or (64 + 32 * n, 96)) for batch in images.batches]
         batches.append(torch.cat(same_size * n)[:n])
+    logger.info("exporting for inputs of %s", f"{size[0]}x{size[1]}" if size else "any size")
     model = export_detector(detector, checkpoint.experiment.data, size, nms)
+    logger.info("comparing with torch")
     path = out or source.with_suffix(".onnx")
     equivalence = write_checked(model, path, detector, batches)
     shapes = ", ".join(sorted({"x".join(map(str, batch.shape)) for batch in batches}))
