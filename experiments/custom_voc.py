@@ -2,8 +2,8 @@
 
 python tools/train.py experiments/custom_voc.py --set data.root=FOLDER
 
-The defaults suit a few hundred images of a few hundred pixels on a CPU or any GPU: C4 at stride 16
-finds small objects, and a narrow encoder keeps steps short.
+The defaults suit a few hundred images of a few hundred pixels on a CPU or any GPU: P4 at stride 16
+finds small objects, and frozen norms and stages make training both faster and better.
 """
 
 from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
@@ -11,11 +11,14 @@ from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
 experiment = Experiment(
     model=Model(
         backbone="tf_efficientnet_lite0",
-        feature="C4",
-        encoder_channels=128,
+        freeze_norms=True,
+        freeze_stages=2,
+        feature="P4",
+        encoder_channels=256,
         encoder_mid_channels=64,
         cls_convs=1,
         reg_convs=2,
+        match_topk=8,
     ),
     data=Data(
         root="datasets/custom",
@@ -30,7 +33,7 @@ experiment = Experiment(
     optim=Optim(
         optimizer="adamw",
         lr=2e-3,
-        backbone_lr_factor=0.5,
+        backbone_lr_factor=0.25,
         weight_decay=0.05,
         schedule="cosine",
         warmup_iters=50,

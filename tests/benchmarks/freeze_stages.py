@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tinydet.cli import add_overrides, run
 
-EXPERIMENT = Path(__file__).resolve().parents[2] / "experiments" / "custom_voc.py"
+EXPERIMENT = Path(__file__).resolve().parents[2] / "experiments" / "bccd_lite0.py"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from tinydet.config import ConfigError
 from tinydet.experiment_file import load_experiment
 from tinydet.training import loop
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint
-from tinydet.training.loop import train
+from tinydet.training.loop import prepare, train
 from tinydet.training.nonfinite import DivergedError
 from tinydet.training.resume import keep_precision
 from tinydet.yolof.build import build_detector
@@ -187,6 +187,13 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(tiny_experiment, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frozen", [{}, {"freeze_norms": True}, {"freeze_stages": 1}])
+def test_frozen_random_weights_are_warned_of(frozen, tiny_experiment, caplog):
+    experiment = replace(tiny_experiment, model=replace(tiny_experiment.model, **frozen))
+    prepare(experiment, torch.device("cpu"))
+    assert ("frozen layers never learn" in caplog.text) == bool(frozen)
+
+
 def test_training_lowers_the_loss(tiny_experiment, tmp_path):
     longer = replace(
         tiny_experiment,

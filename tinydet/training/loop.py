@@ -173,8 +173,15 @@ def prepare(
         world_size=world_size(),
         device=device,
     )
+    model = experiment.model
+    is_frozen = model.freeze_stages > 0 or model.freeze_norms
+    if checkpoint is None and model.weights == "random" and is_frozen:
+        logger.warning(
+            "model.weights=random: frozen layers never learn; let them with "
+            "model.freeze_stages=0 model.freeze_norms=false"
+        )
     build = build_detector if checkpoint is None else build_unloaded
-    detector = build(experiment.model, train_index.classes).to(device)
+    detector = build(model, train_index.classes).to(device)
     first_batch = next(iter(loader)).to(device)
     if detector.norms_without_statistics:
         calibrate_norms(detector, detector.norms_without_statistics, first_batch.images)
