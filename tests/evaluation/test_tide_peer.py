@@ -181,8 +181,8 @@ def test_how_far_the_programs_differ_is_said_where_the_figures_stand():
     result = _result(_weak_images(), 10)
     ours, theirs = [100 * result.lost[_SHORT[k]] for k in ("Cls", "Loc")], _WEAK_SUM
     said = (
-        f"AP50 {100 * result.ap50:.1f}, cls is {ours[0]:.1f} here and {theirs['Cls']:.1f} there, "
-        f"loc {ours[1]:.1f} and {theirs['Loc']:.1f}."
+        f"AP50 of {100 * result.ap50:.1f}, cls is {ours[0]:.1f} by this rule and "
+        f"{theirs['Cls']:.1f} by tidecv's, loc {ours[1]:.1f} and {theirs['Loc']:.1f}."
     )
     assert said in " ".join(LEGEND)
     # Not where nothing is moved or renamed.
