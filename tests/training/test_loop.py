@@ -186,7 +186,6 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(tiny_experiment, tmp
         _run(hot, tmp_path / "hot")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [{}, {"freeze_norms": True}, {"freeze_stages": 1}])
 def test_frozen_random_weights_are_warned_of(frozen, tiny_experiment, caplog):
     experiment = replace(tiny_experiment, model=replace(tiny_experiment.model, **frozen))
@@ -194,6 +193,7 @@ def test_frozen_random_weights_are_warned_of(frozen, tiny_experiment, caplog):
     assert ("frozen layers never learn" in caplog.text) == bool(frozen)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tiny_experiment, tmp_path):
     longer = replace(
         tiny_experiment,
