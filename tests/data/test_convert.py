@@ -193,6 +193,15 @@ def test_what_is_not_usable_is_left_out_and_told(tree, tmp_path):
     assert "train: 1 images, 1 objects" in lines
 
 
+@pytest.mark.parametrize("layout", ["coco", "yolo"])
+def test_splits_of_the_same_classes_are_read_once(layout, voc, tmp_path, caplog):
+    convert(voc, tmp_path / "a", layout)
+    caplog.set_level("INFO", "tinydet.data")
+    convert(tmp_path / "a", tmp_path / "b", "voc")
+    read = [line for line in caplog.messages if line.startswith("reading")]
+    assert len(read) == len(set(read)) > 0
+
+
 def test_a_folder_that_is_there_is_not_touched(voc, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")

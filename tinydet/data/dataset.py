@@ -128,11 +128,11 @@ def load_split(data: Data, split: str) -> Index:
         ConfigError: `data.classes` names a class that the training split of COCO or YOLO lacks.
         ValueError: the split has no usable image, or none of the classes.
     """
-    if is_missing(data):
-        if data.source != "shapes":
-            raise FileNotFoundError(_missing(data))
-        fetch(data)
     try:
+        if is_missing(data):
+            if data.source != "shapes":
+                raise FileNotFoundError(_missing(data))
+            fetch(data)
         index = _read_index(data, split)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{_other_layout(data)}") from None

@@ -15,7 +15,7 @@ from tinydet.data.annotation import annotation_xml
 from tinydet.report.draw import draw_detections, encode_jpeg, save_image
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """The objects found in one image, by descending score.
 
