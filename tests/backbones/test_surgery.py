@@ -2,6 +2,8 @@
 
 import copy
 import io
+import pickle
+from abc import ABC
 
 import pytest
 import timm
@@ -142,6 +144,44 @@ def test_a_layer_of_ones_own_runs_once_behind_the_last_stage(name):
         *now, doubled = changed(x)
     torch.testing.assert_close(doubled, 2 * map_)
     assert all(torch.equal(a, b) for a, b in zip(others, now, strict=True))
+
+
+class _Block(nn.Module, ABC):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return x + torch.relu(self.a(x) + self.b(x))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_attention_before_and_after_folding_survives_pickle(order):
+    x = torch.randn(1, 3, 64, 64)
+    steps = [lambda m: fold(m, x)[0], lambda m: _move(add_attention(m, "coord", x, "block"))]
+    changed = nn.Sequential(_Block()).eval()
+    for step in steps[::order]:
+        changed = step(changed).eval()
+    assert len([m for m in changed.modules() if isinstance(m, CoordinateAttention)]) == 1
+    with torch.no_grad():
+        for loaded in (pickle.loads(pickle.dumps(changed)), copy.deepcopy(changed)):
+            assert torch.equal(loaded(x), changed(x))
+            assert isinstance(loaded[0], _Block)
+
+
+def test_attention_behind_code_that_is_not_its_class_s_is_refused():
+    model = nn.Sequential(_Block())
+    plain = model[0].forward
+    model[0].forward = lambda x: plain(x)
+    with pytest.raises(ValueError, match="does not run the code of its class"):
+        add_attention(model, "coord", torch.randn(1, 3, 64, 64), "block")
+
+
+def test_activations_beside_computed_weights_are_replaced():
+    conv = torch.nn.utils.weight_norm(nn.Conv2d(3, 3, 3))
+    model = nn.Sequential(conv, nn.ReLU())
+    changed = replace_activation(model, "acon-c", torch.randn(1, 3, 8, 8))
+    assert isinstance(changed[1], AconC)
 
 
 @pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])

@@ -28,7 +28,7 @@ _USES = {
     "avg_pool3d": lambda x: F.avg_pool3d(x[None], 2),
     "fill_": lambda x: x.clone().fill_(0),
     "zero_": lambda x: x.clone().zero_(),
-    "_to_copy": lambda x: x.double(),
+    "_to_copy": lambda x: x.to("cpu", copy=True),
     "slice_scatter": lambda x: torch.slice_scatter(x, x[:1], 0, 0, 1),
     "select_scatter": lambda x: torch.select_scatter(x, x[0], 0, 0),
     "index_select": lambda x: x.index_select(1, torch.arange(2)),

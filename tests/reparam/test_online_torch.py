@@ -122,6 +122,36 @@ def test_parametrized_weights_grow_and_grown_weights_are_parametrized(wrap, trai
         _same(folded, network, x)
 
 
+class _Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_parametrized_bias_and_the_original_network_keep_working():
+    """Copies of a parametrized module share its class."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1).double()).eval()
+    parametrize.register_parametrization(model[0], "bias", _Twice())
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    before = model(x)
+    grown = online(model, "dbb", scale=1.0)
+    assert torch.equal(model(x), before)
+    torch.testing.assert_close(grown(x), before)
+    assert not parametrize.is_parametrized(model[0], "weight")
+
+
+def test_a_scale_that_would_change_the_function_is_refused():
+    conv = parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)).eval()
+    with pytest.raises(ValueError, match="a parametrization that cannot be inverted; use scale=0"):
+        online(nn.Sequential(conv), "repvgg", scale=1.0)
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="the weight of 0 is shared with other modules"):
+        online(model, "repvgg", scale=1.0)
+    x = torch.randn(2, 4, 9, 9)
+    for options in ({"where": "1", "scale": 1.0}, {"scale": 0.0}):
+        torch.testing.assert_close(online(model, "repvgg", **options)(x), model(x))
+
+
 def test_a_weight_computed_by_a_hook_is_refused():
     model = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 3, 3)))
     with pytest.raises(ValueError, match="a computed weight"):

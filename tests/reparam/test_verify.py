@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinydet.reparam.verify import compare_outputs, difference
+from tinydet.reparam.verify import OutputDifference, compare_outputs, difference
 
 
 @dataclass
@@ -38,6 +38,11 @@ def test_difference__not_finite_is_infinite(bad):
     assert difference(torch.tensor([bad]), torch.tensor([bad])).max_rel == math.inf
 
 
+def test_difference__complex_numbers():
+    a, b = torch.tensor([3 + 4j]), torch.tensor([3 + 5j])
+    assert difference(a, b) == OutputDifference(max_abs=1.0, max_rel=0.25)
+
+
 def test_difference__other_shapes():
     with pytest.raises(ValueError, match="differ in shape"):
         difference(torch.zeros(1, 2), torch.zeros(2))
@@ -54,6 +59,11 @@ def test_compare__inputs_survive_inplace_models():
     assert compare_outputs(nn.ReLU(inplace=True), nn.ReLU(), [x, (x,)]).max_abs == 0.0
     assert x.tolist() == [-1.0, 2.0]
     assert compare_outputs(nn.ReLU(), nn.Identity(), [x]).max_abs == 1.0
+
+
+def test_compare__no_inputs():
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare_outputs(nn.Identity(), nn.Identity(), [])
 
 
 def test_compare__nothing_to_compare():

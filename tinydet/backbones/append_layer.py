@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from tinydet.reparam.module_class import generated_class
+
 _APPENDED = "_appended_layers"
 
 
@@ -24,11 +26,12 @@ def append_layer(module: nn.Module, layer: nn.Module, name: str) -> None:
         name: name of the child; a number is added if it is taken.
 
     Raises:
-        ValueError: the module is a `torch.fx.GraphModule`, such as one made by `fold`.
+        ValueError: the module is a `torch.fx.GraphModule`, or its `forward` was replaced.
     """
-    if isinstance(module, fx.GraphModule):
+    if isinstance(module, fx.GraphModule) or "forward" in vars(module):
         raise ValueError(
-            f"{type(module).__name__} is a torch.fx graph, perhaps from fold; add layers before"
+            f"{type(module).__name__} does not run the code of its class, as a torch.fx graph; add "
+            "layers to the network that it was made from"
         )
     taken = {key for key in dir(module) if key.startswith(name)}
     child = next(n for n in (name, *(f"{name}_{i}" for i in range(2, 99))) if n not in taken)
@@ -65,14 +68,5 @@ def _subclass(base: Any) -> Any:
             y = self.get_submodule(name)(y)
         return y
 
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        # Pickle stores the original class, since the generated one is not importable.
-        return (_new_instance, (base,), *base.__reduce_ex__(self, protocol)[2:])
-
-    members = {"forward": forward, "__reduce_ex__": reduce, "original_class": base}
-    return type(f"Appended{base.__name__}", (base,), members)
-
-
-def _new_instance(base: Any) -> nn.Module:
-    kind = _subclass(base)
-    return kind.__new__(kind)
+    members = {"forward": forward, "original_class": base, "generated_by": (_subclass, (base,))}
+    return generated_class(f"Appended{base.__name__}", (base,), members)

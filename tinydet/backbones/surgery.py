@@ -6,7 +6,6 @@ values and names. To load a checkpoint, apply the same changes in the same order
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import warnings
@@ -25,6 +24,7 @@ from tinydet.backbones.blocks import Place, channel_gates, residual_blocks, stag
 from tinydet.backbones.module_trace import ModuleCall, channel_axis, eval_mode, trace_modules
 from tinydet.layers import AconA, AconB, AconC, CoordinateAttention, MetaAcon
 from tinydet.reparam.dataflow import DataFlow
+from tinydet.reparam.deep_copy import deep_copy
 from tinydet.reparam.module_swap import give_hooks, replace_modules
 from tinydet.reparam.verify import difference, tensors_in
 
@@ -86,7 +86,7 @@ def replace_activation(
     if isinstance(kind, str):
         _check_choice("kind", kind, ACTIVATIONS, " or a callable")
     arguments = example if isinstance(example, tuple) else (example,)
-    changed = copy.deepcopy(model)
+    changed = deep_copy(model)
     flow, calls = trace_modules(changed, arguments)
     found = {m: made for m, made in calls.items() if isinstance(m, _ACTIVATION_CLASSES)}
     names = {made[0].name for made in found.values()}
@@ -161,7 +161,7 @@ def add_attention(
         _check_choice("kind", kind, tuple(ATTENTIONS), " or a callable")
     _check_choice("place", place, PLACES)
     arguments = example if isinstance(example, tuple) else (example,)
-    changed = copy.deepcopy(model)
+    changed = deep_copy(model)
     flow, calls = trace_modules(changed, arguments)
     places = PLACES[place](flow, calls)
     if not places:

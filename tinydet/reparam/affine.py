@@ -23,8 +23,8 @@ _JOINT = {
     f"aten.{name}"
     for name in (
         "add", "add_", "sub", "sub_", "rsub", "neg", "cat", "stack", "clone", "copy_", "copy",
-        "constant_pad_nd", "avg_pool2d", "avg_pool3d", "fill_", "zero_", "_to_copy",
-        "slice_scatter", "select_scatter", "index_select",
+        "constant_pad_nd", "avg_pool2d", "avg_pool3d", "fill_", "zero_", "slice_scatter",
+        "select_scatter", "index_select",
     )
 }  # fmt: skip
 # Linear in each tensor while the others are constant.
@@ -55,11 +55,19 @@ def is_layer(op: Op, data: Set[Value]) -> bool:
 
 
 def is_affine(op: Op, data: Set[Value]) -> bool:
-    """Return whether an operation's result is an affine function of the values in `data`."""
+    """Return whether an operation's result is an affine function of the values in `data`.
+
+    No casts are, nor anything in a `torch.autocast` of the network's own code: what runs behind
+    them would get another dtype.
+    """
     if op.is_view:
         return op.name in _VIEWS
+    if op.in_autocast:
+        return False
     if op.name in _JOINT or op.name in SIZE_ONLY:
         return True
+    if op.name == "aten._to_copy":
+        return op.kwargs.get("dtype") in (None, op.args[0].dtype)
     varying = [view.value in data for view in op.inputs]
     if op.name in _EACH:
         return sum(varying) <= 1

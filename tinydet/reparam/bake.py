@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import (
     parametrize,
@@ -65,7 +66,8 @@ def bake(network: Network) -> tuple[list[Step], list[Step]]:
 
     def find(model: nn.Module, flow: DataFlow, refused: Mapping[str, str]) -> list[Change]:
         left.clear()
-        stored = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
+        tensors = (*model.parameters(), *model.buffers())
+        stored = {storage_of(t) for t in tensors if t.layout is torch.strided}
         targets = list(_targets(model, flow))
         for op in targets:
             if is_product(op) and storage_of(right_operand(op)) not in stored:
@@ -97,8 +99,8 @@ def _targets(model: nn.Module, flow: DataFlow) -> Iterator[Op]:
     rooted = {op.scope for op in flow.ops if op.name in _ROOTS and not op.varying(data)}
     for op in flow.ops:
         module = op.call.module if op.call else None
-        if isinstance(module, nn.RNNBase):
-            continue  # The same weights in each step.
+        if isinstance(module, nn.RNNBase) or op.in_autocast:
+            continue  # The same weights in each step; casts that would be lost.
         if _is_product_of_constants(op, flow, data):
             if not _is_own(op, model.get_submodule(op.scope)):
                 yield op

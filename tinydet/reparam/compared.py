@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 
 from tinydet.reparam.affine import multiply_adds_of
 from tinydet.reparam.dataflow import DataFlow, Op, observe
+from tinydet.reparam.deep_copy import deep_copy
 from tinydet.reparam.dispatch import DispatchMode
 from tinydet.reparam.exact import exact_arithmetic, exact_copy
 from tinydet.reparam.examples import Example
 from tinydet.reparam.norms import is_norm
-from tinydet.reparam.verify import difference, tensors_in
+from tinydet.reparam.verify import difference, tensors_in, tensors_returned
 
 # Kernels of one operation have names of their own on each device.
 _KERNELS = ("batch_norm", "scaled_dot_product", "convolution", "layer_norm")
@@ -77,6 +80,32 @@ def run_in_own_dtype(model: nn.Module, example: Example, mode: Operations) -> An
     return None
 
 
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what running a network changes in its buffers, such as a counter of its calls."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            if name in before and _differs(buffer, before[name]):
+                buffer.copy_(before[name])
+
+
+def changed_buffers(copy: nn.Module, original: nn.Module) -> list[str]:
+    """Return the names of the buffers that have changed in a copy since it was made."""
+    before = dict(original.named_buffers())
+    return [
+        name
+        for name, buffer in copy.named_buffers()
+        if name in before and _differs(buffer, before[name].to(buffer))
+    ]
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    return a.layout is torch.strided and not torch.equal(a, b)
+
+
 def choose_examples(
     original: nn.Module, given: Sequence[Example], names: Sequence[str]
 ) -> tuple[list[Example], list[Any], DataFlow]:
@@ -110,6 +139,9 @@ def choose_examples(
             raise ValueError(
                 f"{type(original).__name__} does not run in float64 on the CPU ({what})"
             ) from error
+    if not base.positive and any(t.isnan().any() for t in tensors_returned(flow.returned)):
+        # The network takes no negative numbers, as one that starts with a root.
+        return choose_examples(original, [replace(x, positive=True) for x in given], names)
     examples, outputs = [base], [flow.returned]
     for sizes in base.of_other_sizes():
         tried = ((other, _output(original, other)) for other in sizes)
@@ -120,7 +152,7 @@ def choose_examples(
     more += [form for example in given[1:] for form in (example.random(), example.in_float64())]
     examples += more
     outputs += [example.run(original) for example in more]
-    if not any(t.numel() for output in outputs for t in tensors_in(output)):
+    if not any(t.numel() for output in outputs for t in tensors_returned(output)):
         raise ValueError(
             f"{type(original).__name__} returns no numbers for the example input, so there is "
             "nothing to compare; give an example for which it does"
@@ -158,9 +190,9 @@ def why_imprecise(
         expected: the original's output for it in its own dtype; None if it does not run.
         mode: notes the operations of the folded network.
     """
+    masks = {name for name, tensor in floating_tensors(model) if not _has_finite_sum(tensor)}
     for name, tensor in floating_tensors(folded):
-        # The sum is finite only if all numbers are, and takes a tenth of the time of `isfinite`.
-        if not tensor.cpu().sum(dtype=torch.float64).isfinite():
+        if name not in masks and not _has_finite_sum(tensor):
             return f"{name} does not fit {tensor.dtype}"
     if expected is None:
         return ""
@@ -169,17 +201,29 @@ def why_imprecise(
         return "it does not run in its own dtype"
     if _is_finite(expected) and not _is_finite(found):
         return "its output is not finite in its own dtype"
-    kinds = [t.dtype for t in tensors_in(expected) if t.is_floating_point()]
-    allowed = max((math.sqrt(torch.finfo(kind).eps) for kind in kinds), default=0.0)
+    kinds, found_kinds = ([t.dtype for t in tensors_returned(form)] for form in (expected, found))
+    if kinds != found_kinds:
+        other = next((a, b) for a, b in zip(kinds, found_kinds, strict=False) if a != b)
+        return f"an output is in {other[1]}, not in {other[0]}"
+    floats = [kind for kind in kinds if kind.is_floating_point]
+    weights = {t.dtype for _, t in floating_tensors(model)}  # They may be coarser than the output.
+    allowed = max((math.sqrt(torch.finfo(kind).eps) for kind in {*floats, *weights}), default=0.0)
     if _apart(expected, found) <= allowed:
         return ""
+    if _apart(expected, run_in_own_dtype(deep_copy(model), example, Operations())) > allowed:
+        return "a copy of the original network computes another function than the network itself"
     # The network may amplify rounding, or decide by it as NMS does: compare without it.
     with exact_arithmetic():
         exact = [example.in_float64().run(exact_copy(form)) for form in (model, folded)]
     apart = _apart(*exact)
     if apart <= allowed:
         return ""
-    return f"its output in {kinds[0] if kinds else 'its own dtype'} changes by {apart:.1e}"
+    return f"its output in {floats[0] if floats else 'its own dtype'} changes by {apart:.1e}"
+
+
+def _has_finite_sum(tensor: Tensor) -> bool:
+    # Finite only if all numbers are, in a tenth of the time that `isfinite` takes.
+    return bool(tensor.detach().cpu().sum(dtype=torch.float64).isfinite())
 
 
 def _apart(expected: Any, found: Any) -> float:
@@ -190,7 +234,7 @@ def _apart(expected: Any, found: Any) -> float:
 
 
 def _is_finite(output: Any) -> bool:
-    return all(bool(t.isfinite().all()) for t in tensors_in(output))
+    return all(bool(t.isfinite().all()) for t in tensors_returned(output))
 
 
 def floating_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tinydet.reparam.dispatch import DispatchMode
 from tinydet.reparam.examples import Example, seeded
-from tinydet.reparam.verify import copied, tensors_in
+from tinydet.reparam.verify import copied, tensors_in, tensors_returned
 
 # These read only their input's size.
 SIZE_ONLY = {
@@ -64,6 +64,7 @@ class Call:
         name: the module's qualified name.
         module: the module.
         inputs: its tensor arguments.
+        arguments: the number of its arguments, others than tensors included.
         outputs: the tensors it returned.
         ops: the operations run inside it.
     """
@@ -71,6 +72,7 @@ class Call:
     name: str
     module: nn.Module
     inputs: tuple[View, ...]
+    arguments: int
     outputs: tuple[View, ...] = ()
     ops: list[Op] = field(default_factory=list)
 
@@ -90,6 +92,7 @@ class Op:
         mutates: it writes to one of its arguments.
         call: the call of a leaf module it ran in, None in the code of a container.
         scope: qualified name of the innermost module it ran in.
+        in_autocast: it ran in a `torch.autocast` of the network's own code.
         label: the value of `Recorder.label` when it ran.
     """
 
@@ -103,6 +106,7 @@ class Op:
     mutates: bool
     call: Call | None
     scope: str
+    in_autocast: bool = False
     label: Any = None
 
     def varying(self, data: Set[Value]) -> list[View]:
@@ -151,6 +155,8 @@ class DataFlow:
     def depends_on_input(self, or_created: bool = False) -> set[Value]:
         """Return the values that are computed from the network's inputs, inputs included.
 
+        Random numbers count as inputs, since no pass repeats those of another.
+
         Args:
             or_created: also those computed from tensors that the network creates, such as zeros.
         """
@@ -167,7 +173,8 @@ class DataFlow:
     def _computed_values(self, or_created: bool) -> set[Value]:
         found = {view.value for view in self.inputs}
         for op in self.ops:
-            if or_created and (not op.inputs or op.name in SIZE_ONLY):
+            created = or_created and (not op.inputs or op.name in SIZE_ONLY)
+            if created or torch.Tag.nondeterministic_seeded in op.func.tags:
                 found.update(view.value for view in op.outputs)
             if op.name not in SIZE_ONLY and any(view.value in found for view in op.inputs):
                 found.update(view.value for view in op.outputs)
@@ -211,6 +218,15 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def autocast_depth() -> int:
+    """Return how many `torch.autocast` contexts of this thread are open, disabling ones included.
+
+    torch only has a function that counts up, and one that counts down again.
+    """
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
 class Recorder(DispatchMode):
     """Records every operation in a `DataFlow`, with the module that it runs in.
 
@@ -225,6 +241,7 @@ class Recorder(DispatchMode):
         self.label: Any = None
         self._scopes: list[str] = [""]
         self._call: Call | None = None
+        self._autocast_depth = autocast_depth()
         self._writes: dict[int, int] = {}
         # Freed memory would be reused at the same address: keep all of it alive until the end.
         self._alive: dict[int, torch.UntypedStorage] = {}
@@ -267,6 +284,7 @@ class Recorder(DispatchMode):
             mutates=mutates,
             call=self._call,
             scope=self._scopes[-1],
+            in_autocast=autocast_depth() > self._autocast_depth,
             label=self.label,
         )
         self.flow.ops.append(op)
@@ -279,7 +297,8 @@ class Recorder(DispatchMode):
         self._scopes.append(name)
         # A module inside a leaf (the activation of a norm-and-activation layer) is part of it.
         if leaf and self._call is None:
-            self._call = Call(name, module, self.views(arguments))
+            args, kwargs = arguments
+            self._call = Call(name, module, self.views(arguments), len(args) + len(kwargs))
             self.flow.calls.append(self._call)
 
     def leave(self, module: nn.Module, output: Any) -> None:
@@ -320,7 +339,7 @@ def observe(
     with torch.no_grad(), seeded(), calls_noted(model, recorder, is_leaf), recorder:
         recorder.flow.inputs = recorder.views((args, kwargs))
         recorder.flow.returned = model(*args, **kwargs)
-        recorder.flow.outputs = recorder.views(recorder.flow.returned)
+        recorder.flow.outputs = recorder.views(tensors_returned(recorder.flow.returned))
     return recorder.flow
 
 
@@ -351,7 +370,7 @@ def calls_noted(
 
     def before_any(module: nn.Module, args: Any) -> None:
         if module in scripted:
-            recorder.enter(scripted[module], module, True, args)
+            recorder.enter(scripted[module], module, True, (args, {}))
 
     def after_any(module: nn.Module, args: Any, output: Any) -> None:
         del args

@@ -281,8 +281,9 @@ def _check(module: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         try:
             expected = module(x.clone())
-        except RuntimeError:
-            continue  # The module does not take inputs this small.
+        except Exception:
+            # The module does not take inputs this small; its code may raise anything.
+            continue
         compared += 1
         try:
             found = difference(expected, layer(x))

@@ -32,10 +32,12 @@ class Example:
     Attributes:
         args: positional arguments; tensors may be nested in lists, tuples and dicts.
         kwargs: keyword arguments.
+        positive: whether its variations have no negative floats.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    positive: bool = False
 
     def run(self, model: nn.Module, mode: AbstractContextManager[Any] | None = None) -> Any:
         """Run a network on a copy of the arguments, with the same random numbers each time.
@@ -50,7 +52,8 @@ class Example:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Example:
         """Return the example with each tensor changed."""
-        return Example(*map_tensors((self.args, self.kwargs), change))
+        args, kwargs = map_tensors((self.args, self.kwargs), change)
+        return Example(args, kwargs, self.positive)
 
     def random(self) -> Example:
         """Return random values of the same shapes, in float64 where the example has floats.
@@ -61,7 +64,8 @@ class Example:
 
         def random(x: Tensor) -> Tensor:
             if x.is_floating_point():
-                return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                numbers = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                return numbers.abs_() if self.positive else numbers
             if x.dtype == torch.uint8:
                 return torch.randint(0, 256, x.shape, generator=generator, dtype=torch.uint8)
             return x.detach().cpu().clone()
@@ -89,8 +93,10 @@ class Example:
         def other(x: Any, nested: bool) -> Any:
             if isinstance(x, (list, tuple, dict)):
                 items = x.items() if isinstance(x, dict) else enumerate(x)
-                new = [(key, other(item, True)) for key, item in items]
-                return dict(new) if isinstance(x, dict) else type(x)(item for _, item in new)
+                new = {key: other(item, True) for key, item in items}
+                if isinstance(x, dict):
+                    return new
+                return type(x)(*new.values()) if hasattr(x, "_fields") else type(x)(new.values())
             if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
                 return x
             first = 1 if nested and x.ndim == 3 else 2
@@ -101,7 +107,8 @@ class Example:
             return x.new_empty(*batch, *x.shape[first - 1 : first], *spatial)
 
         args = tuple(other(x, False) for x in self.args)
-        return Example(args, {key: other(x, False) for key, x in self.kwargs.items()}).random()
+        kwargs = {key: other(x, False) for key, x in self.kwargs.items()}
+        return Example(args, kwargs, self.positive).random()
 
     def smaller(self) -> Iterator[Example]:
         """Yield random inputs of fewer positions, the smallest first."""
@@ -130,9 +137,12 @@ class Example:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Draw the same random numbers each time, and leave the caller's generator as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    """Draw the same random numbers each time, and leave the caller's generators as they are."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` resets those of all GPUs.
+        if devices:
+            torch.cuda.manual_seed(0)
         yield
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, cast
@@ -114,7 +116,8 @@ def expand(
     Raises:
         ValueError: there is no such block, no conv is selected, none of the selected can have this
             block, a branch's output has another shape than the conv's, or with `online` it is no
-            kernel on the conv's taps.
+            kernel on the conv's taps. With `online` and a `scale`, other modules share the weight,
+            or it is parametrized in a way that cannot be inverted, as by spectral norm.
     """
     grow, kind = _find_block(block)
     expanded = deep_copy(model)
@@ -125,6 +128,8 @@ def expand(
     }
     if not selected:
         raise ValueError(_nothing_selected(expanded, convs, where, online))
+    if online and scale:
+        _refuse_shared_weights(expanded, selected)
     grown = False
     for conv, names in selected.items():
         grown |= _grow(
@@ -137,6 +142,16 @@ def expand(
             f", e.g. {name or 'the model'} ({_describe(conv)})"
         )
     return expanded
+
+
+def _refuse_shared_weights(model: nn.Module, convs: dict[nn.Conv2d, list[str]]) -> None:
+    users = Counter(p for module in model.modules() for p in module._parameters.values())
+    for conv, names in convs.items():
+        if any(users[p] > 1 for name, p in conv.named_parameters() if "weight" in name):
+            raise ValueError(
+                f"scale: the weight of {names[0] or 'the model'} is shared with other modules, "
+                "which would change; use scale=0, or leave it out with where"
+            )
 
 
 def expanded_names(model: nn.Module) -> list[str]:
@@ -261,6 +276,7 @@ def _grow(conv: nn.Conv2d, grow: Block, online: bool, scale: float, where: str) 
     """Add branches to a conv in place, and return whether there are any for it."""
     parametrized = parametrize.is_parametrized(conv)
     if parametrized:
+        set_class(conv, class_of(conv))  # Copies share a generated class: it gets its own.
         cast(nn.Module, conv.parametrizations).eval()  # Spectral norm takes a step in training.
     # The branches see the padded input: of `ExpandedConv2dSame.pad`, or any in the weight.
     padded = SamePad2d.needed_by(conv) or conv.padding_mode != "zeros"
@@ -271,12 +287,23 @@ def _grow(conv: nn.Conv2d, grow: Block, online: bool, scale: float, where: str) 
         parametrize.register_parametrization(conv, "weight", BranchKernels(like, branches))
         if parametrized and scale:
             conv.weight = weight  # torch does so for the first parametrization alone.
+        if scale and not weight.is_meta:
+            _check_unchanged(conv.weight, weight, where)
         parametrized = True
     elif branches:
         _attach(conv, branches)
     if parametrized:
         cast(nn.Module, conv.parametrizations).train(conv.training)
     return bool(branches)
+
+
+def _check_unchanged(found: Tensor, expected: Tensor, where: str) -> None:
+    apart = (found.detach() - expected).abs().max()
+    if apart > math.sqrt(torch.finfo(expected.dtype).eps) * expected.abs().max():
+        raise ValueError(
+            f"{where}: its scale would change the conv, whose weight is computed by a "
+            "parametrization that cannot be inverted; use scale=0"
+        )
 
 
 def _unpadded(conv: nn.Conv2d) -> nn.Conv2d:

@@ -23,9 +23,10 @@ from tinydet.reparam.rewrite import rewrite
 
 def only_scales(call: Call, data: set[Value]) -> bool:
     """Return whether a call only multiplies by constants and adds constants."""
-    if len(call.inputs) != 1 or len(call.outputs) != 1 or has_hooks(call.module):
+    if call.arguments != 1 or len(call.outputs) != 1 or has_hooks(call.module):
         return False
-    if call.inputs[0].shape != call.outputs[0].shape or call.inputs[0].value not in data:
+    shapes = [view.shape for view in (*call.inputs, *call.outputs)]
+    if len(shapes) != 2 or shapes[0] != shapes[1] or call.inputs[0].value not in data:
         return False
     work = [op for op in call.ops if not op.is_view and op.varying(data)]
     elementwise = all(

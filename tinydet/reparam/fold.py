@@ -21,6 +21,8 @@ from tinydet.reparam.apply_changes import Network
 from tinydet.reparam.bake import bake
 from tinydet.reparam.compared import (
     Operations,
+    buffers_restored,
+    changed_buffers,
     choose_examples,
     run_in_own_dtype,
     why_imprecise,
@@ -39,6 +41,11 @@ from tinydet.reparam.verify import tensors_in
 from tinydet.reparam.weight_ranges import weight_ranges
 
 Where = Callable[[str, nn.Module], bool]
+
+_DIFFERENT_IN_TRAINING = (
+    *(nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase, nn.MultiheadAttention),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+)
 
 # Arithmetic in float64 changes settings of the whole process: one fold at a time.
 _LOCK = threading.RLock()
@@ -82,15 +89,18 @@ def fold(
             the outputs hold no numbers to compare, or the folded network computes another function,
             also in its own dtype.
     """
-    _check_eval_mode(model)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    _check(model)
     selects = _selection(model, where)
     given = as_examples(example_input)
     with _LOCK, torch.inference_mode(False), torch.no_grad(), one_thread():
         ran, runs = [Operations() for _ in given], [Operations() for _ in given]
-        own = [run_in_own_dtype(model, x, mode) for x, mode in zip(given, ran, strict=True)]
+        with buffers_restored(model):
+            own = [run_in_own_dtype(model, x, mode) for x, mode in zip(given, ran, strict=True)]
         with exact_arithmetic():
             original = exact_copy(model)
             examples, expected, flow = choose_examples(original, given, ran[0].names)
+            counters = changed_buffers(original, model)
             # First compare on one input after each change, which is fast, and on all in the end.
             # If that fails, start over and compare on all inputs after each change.
             for again, compared in enumerate((1, len(examples))):
@@ -117,9 +127,10 @@ def fold(
                 if not problem:
                     break
         folded, max_rel = network.model, network.max_rel
-        like_original(folded, model)
+        like_original(folded, model, counters)
         for output, example, mode in zip(own, given, runs, strict=True):
-            problem = problem or why_imprecise(model, folded, example, output, mode)
+            with buffers_restored(folded):
+                problem = problem or why_imprecise(model, folded, example, output, mode)
     if problem:
         raise ValueError(f"{type(model).__name__}: folded, {problem}; not folded")
     report = FoldReport(
@@ -164,18 +175,38 @@ def _unregistered(network: Network) -> str:
 
 
 def _selection(model: nn.Module, where: str | Where) -> Where | None:
-    if not isinstance(where, str) or not where:
-        return where or None
+    if not isinstance(where, str):
+        if not any(where(name, module) for name, module in model.named_modules()):
+            raise ValueError("where: selects no module of the network")
+        return where
     patterns = where.split()
+    if not patterns:
+        return None
     for pattern in patterns:
         if not any(matches(name, pattern) for name, _ in model.named_modules()):
             raise ValueError(f"where={where!r}: no module of the network is named {pattern!r}")
     return lambda name, _: any(matches(name, pattern) for pattern in patterns)
 
 
-def _check_eval_mode(model: nn.Module) -> None:
+def _check(model: nn.Module) -> None:
+    """Raise ValueError for a network that is in training mode, or that cannot be copied and run."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{type(model).__name__} is TorchScript; fold the network it was made from"
+        )
     for name, module in model.named_modules():
-        acts = is_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd)
+        where = f"its layer {name}" if name else type(model).__name__
+        # Of torch's own layers only these differ in training, of others any may.
+        acts = is_norm(module) or isinstance(module, _DIFFERENT_IN_TRAINING)
+        acts = acts or not type(module).__module__.startswith("torch.nn.modules.")
         if module.training and (module is model or acts):
-            where = f"its layer {name}" if name else type(model).__name__
             raise ValueError(f"{where} is in training mode; call model.eval() before fold(model)")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            raise ValueError(
+                f"{where} has no weights before it has run once: run the network first"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values; load the weights first"
+            )

@@ -41,6 +41,8 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     """
     if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
         raise NotTraceableError("its code is TorchScript, or not that of its class")
+    if isinstance(module, fx.GraphModule):
+        raise NotTraceableError("it is a torch.fx graph; fold the network before it is traced")
     problem: Exception | None = None
     # Lists that cannot be traced as one argument are taken apart.
     for unpack in (False, True):

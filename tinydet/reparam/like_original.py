@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from tinydet.reparam.exact import plain_tensors
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def like_original(folded: nn.Module, original: nn.Module) -> None:
+def like_original(folded: nn.Module, original: nn.Module, counters: Sequence[str] = ()) -> None:
     """Give each tensor of a folded network, in place, the form of its source in the original.
 
     A tensor's source is the original's tensor of the same name. Where there is none, it is the
@@ -27,6 +27,7 @@ def like_original(folded: nn.Module, original: nn.Module) -> None:
     Args:
         folded: parameters and buffers in any dtype, on any device; shared ones stay shared.
         original: the network it was made from.
+        counters: names of buffers that change in each pass, and get the original's values.
     """
     like = dict(_tensors(original))
     for name, tensor in _tensors(folded):
@@ -38,6 +39,10 @@ def like_original(folded: nn.Module, original: nn.Module) -> None:
             tensor.data = tensor.data.to(dtype).to(
                 first.device, memory_format=memory_format_of(*kernels)
             )
+    buffers = dict(folded.named_buffers())
+    for name in counters:
+        if name in buffers and buffers[name].shape == like[name].shape:
+            buffers[name].copy_(like[name])
     originals = dict(original.named_modules())
     for name, module in folded.named_modules():
         known = plain_tensors(originals[name]) if name in originals else {}

@@ -313,7 +313,10 @@ def _one_layer(
             reach, stride = _extent(ops, source)
             most = before / positions
             geometry = find_geometry(module, linear.channels, axes, groups, reach, stride, most)
-    except (RuntimeError, IndexError, TypeError) as error:
+    except NotAConvolutionError:
+        raise
+    except Exception as error:
+        # The code of any network may raise anything.
         raise NotAConvolutionError(f"it does not run alone ({type(error).__name__})") from error
     after = geometry.multiply_adds(positions)
     weights = sum(parameter.numel() for parameter in module.parameters())

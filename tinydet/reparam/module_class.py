@@ -6,7 +6,9 @@ computes the weight.
 
 from __future__ import annotations
 
+import copyreg
 from functools import cache
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -24,6 +26,26 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
         members = {n: v for n, v in vars(own).items() if n not in ("__dict__", "__weakref__")}
         kind = type(own.__name__, (kind,), members)
     module.__class__ = kind
+
+
+def generated_class(name: str, bases: tuple[type, ...], members: dict[str, Any]) -> type[nn.Module]:
+    """Return a new class whose instances can be pickled, although it cannot be imported.
+
+    Args:
+        name: of the class.
+        bases: of the class.
+        members: of the class; `generated_by` is a function that can be imported, and its arguments,
+            which returns such a class.
+    """
+    return cast(type[nn.Module], _metaclass(type(bases[-1]))(name, bases, members))
+
+
+@cache
+def _metaclass(base: type) -> Any:
+    """Return a metaclass whose classes are pickled as the call that generates them."""
+    made = type(base.__name__, (base,), {})
+    copyreg.pickle(made, lambda kind: kind.generated_by)
+    return made
 
 
 @cache

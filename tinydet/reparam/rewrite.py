@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import linecache
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tinydet.reparam.fx_graph import targets
+from tinydet.reparam.module_class import generated_class
 from tinydet.reparam.module_swap import give_hooks, has_hooks, with_replaced
 from tinydet.reparam.same_padding import SamePad2d
 
@@ -91,10 +91,12 @@ class _Code:
         if inference or not gradients:
             forward = (torch.inference_mode() if inference else torch.no_grad())(forward)
         members = {name: _refusing(self.origin, name) for name in self.changed}
-        members.update(forward=forward, rewritten_code=self, __module__=self.origin.__module__)
-        members.update(__qualname__=self.origin.__qualname__, __doc__=self.origin.__doc__)
-        return types.new_class(
-            self.origin.__name__, (Rewritten, self.origin), {}, lambda space: space.update(members)
+        members.update(forward=forward, rewritten_code=self, generated_by=(_Code.build, (self,)))
+        members.update(__module__=self.origin.__module__, __doc__=self.origin.__doc__)
+        members.update(__qualname__=self.origin.__qualname__)
+        return cast(
+            type[Rewritten],
+            generated_class(self.origin.__name__, (Rewritten, self.origin), members),
         )
 
 
@@ -103,19 +105,10 @@ class Rewritten(nn.Module):
 
     rewritten_code: ClassVar[_Code]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        made = super().__reduce_ex__(protocol)
-        return (_new, (self.rewritten_code,), *made[2:])
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.rewritten_code.merged:
             raise MergedError(f"{name} was merged by fold: what is assigned would not be used")
         super().__setattr__(name, value)
-
-
-def _new(code: _Code) -> Rewritten:
-    kind = code.build()
-    return cast(Rewritten, kind.__new__(kind))
 
 
 def _refusing(origin: type[nn.Module], name: str) -> Any:

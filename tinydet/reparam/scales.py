@@ -116,7 +116,12 @@ def _norm_fusions(flow: DataFlow, norm: nn.Module) -> list[Fusion]:
             raise NotFusableError("its weights are also used elsewhere")
     maps = []
     for call in calls:
-        around = [1] * (len(call.inputs[0].shape) - 2)
+        axes = len(call.inputs[0].shape)
+        if isinstance(norm, nn.modules.instancenorm._InstanceNorm) and (
+            axes == norm._get_no_batch_dim()
+        ):
+            raise NotFusableError("its input has no batch axis")
+        around = [1] * (axes - 2)
         scale, shift = (values.view(1, -1, *around) for values in scale_and_shift(norm))
         maps.append((call, ChannelAffine.of(scale, shift)))
     ends = isinstance(without_norm(norm), nn.Identity) and not has_hooks(norm)
@@ -158,8 +163,9 @@ def _affine_of_call(call: Call) -> ChannelAffine:
     for axis in range(len(shape)):
         try:
             longer = _scale_and_shift_at(call, [n + (a == axis) for a, n in enumerate(shape)])
-        except RuntimeError:
-            continue  # The axis of its weights, whose length is fixed.
+        except Exception:
+            # The axis of its weights, whose length is fixed; its code may raise anything.
+            continue
         for values, more in zip(maps, longer, strict=True):
             if not torch.equal(values.narrow(axis, 0, 1).expand_as(more), more):
                 raise NotFusableError("its factor depends on the place or the size of its input")

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from tinydet.reparam.dataflow import autocast_depth
 from tinydet.reparam.verify import copied
 
 
@@ -74,6 +75,7 @@ class Tracer(fx.Tracer):
         self.inputs: list[Any] = []
         self.modes: set[tuple[bool, bool]] = set()
         self._args, self._kwargs, self._unpack = args, kwargs, unpack
+        self._autocast_depth = autocast_depth()
         self._values: dict[fx.Node, Any] = {}
         self._runs = False
 
@@ -163,6 +165,8 @@ class Tracer(fx.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node that knows the methods of the module that it comes from."""
         node = super().create_node(kind, *args, **kwargs)
+        if autocast_depth() > self._autocast_depth:
+            raise fx.proxy.TraceError("its code opens an autocast, which a graph does not record")
         if kind.startswith("call"):
             self.modes.add((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
         methods: set[str] = set()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,11 +49,41 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
+def tensors_returned(value: Any, within: tuple[int, ...] = ()) -> list[Tensor]:
+    """Return the tensors in a network's output: as `tensors_in`, also in NumPy arrays and objects.
+
+    Args:
+        value: the output.
+        within: the ids of the objects around it, which may refer to each other.
+
+    Raises:
+        ValueError: there is an iterator, which cannot be read without using it up.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, np.ndarray):
+        return (
+            [torch.from_numpy(np.ascontiguousarray(value))] if value.dtype.kind in "biufc" else []
+        )
+    if isinstance(value, Iterator):
+        raise ValueError(f"it returns a {type(value).__name__}, whose items cannot be compared")
+    if value is None or isinstance(value, (int, float, str, bytes, nn.Module, type)):
+        return []
+    if id(value) in within:
+        return []
+    parts: Iterable[Any] = getattr(value, "__dict__", {}).values()
+    if isinstance(value, (Sequence, Mapping)):
+        parts = value.values() if isinstance(value, Mapping) else value
+    elif dataclasses.is_dataclass(value):  # May have slots.
+        parts = [getattr(value, f.name) for f in dataclasses.fields(value)]
+    return [t for part in parts for t in tensors_returned(part, (*within, id(value)))]
+
+
 def difference(a: Any, b: Any) -> OutputDifference:
     """Compare two outputs tensor by tensor.
 
     Args:
-        a: the reference: a tensor, or nested tuples, lists, dicts or dataclasses of tensors.
+        a: the reference: a tensor, or nested tuples, lists, dicts or objects with tensors.
         b: the output to compare with it.
 
     Returns:
@@ -62,7 +93,7 @@ def difference(a: Any, b: Any) -> OutputDifference:
     Raises:
         ValueError: the two differ in number of tensors or in a shape.
     """
-    tensors_a, tensors_b = tensors_in(a), tensors_in(b)
+    tensors_a, tensors_b = tensors_returned(a), tensors_returned(b)
     shapes_a = [tuple(t.shape) for t in tensors_a]
     shapes_b = [tuple(t.shape) for t in tensors_b]
     if shapes_a != shapes_b:
@@ -71,7 +102,7 @@ def difference(a: Any, b: Any) -> OutputDifference:
     for x, y in zip(tensors_a, tensors_b, strict=True):
         if x.numel() == 0:
             continue
-        x, y = (t.detach().cpu().double() for t in (x, y))  # Some devices have no float64.
+        x, y = (_in_float64(t.detach().cpu()) for t in (x, y))  # Some devices have no float64.
         masked = (x == -math.inf) & (x == y)  # As where attention is masked.
         x, y = x.masked_fill(masked, 0.0), y.masked_fill(masked, 0.0)
         max_abs = (x - y).abs().max().item()
@@ -81,6 +112,10 @@ def difference(a: Any, b: Any) -> OutputDifference:
         max_rel = 0.0 if max_abs == 0.0 else max_abs / scale if scale > 0.0 else math.inf
         largest = largest.merge(OutputDifference(max_abs, max_rel))
     return largest
+
+
+def _in_float64(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.to(torch.complex128)) if x.is_complex() else x.double()
 
 
 def compare_outputs(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> OutputDifference:
@@ -95,14 +130,16 @@ def compare_outputs(a: nn.Module, b: nn.Module, inputs: Sequence[Any]) -> Output
         The largest differences over all inputs.
 
     Raises:
-        ValueError: the outputs differ in number or shape, or hold no tensor at all.
+        ValueError: there is no input, or the outputs differ in number or shape, or hold no tensor.
     """
+    if not inputs:
+        raise ValueError("inputs: the list is empty: nothing to compare")
     largest = OutputDifference()
     with torch.no_grad():
         for item in inputs:
             arguments = item if isinstance(item, tuple) else (item,)
             output_a, output_b = (model(*copied(arguments)) for model in (a, b))
-            if not tensors_in(output_a):
+            if not tensors_returned(output_a):
                 raise ValueError(f"{type(a).__name__} returns no tensor: nothing to compare")
             largest = largest.merge(difference(output_a, output_b))
     return largest
@@ -113,7 +150,9 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return type(value)((key, map_tensors(item, change)) for key, item in value.items())
+        changed = copy.copy(value)  # A defaultdict takes other arguments than a dict.
+        changed.update((key, map_tensors(item, change)) for key, item in value.items())
+        return changed
     if type(value) in (tuple, list):
         return type(value)(map_tensors(item, change) for item in value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
