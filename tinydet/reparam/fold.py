@@ -72,8 +72,8 @@ def fold(
     the process are of float64 by default.
 
     Args:
-        model: the network, in eval mode; it is not modified. Its forward pass must work in float64
-            and on the CPU, where the folding is done.
+        model: the network, in eval mode; it is not modified, but its hooks run. Its forward pass
+            must work in float64 and on the CPU, where the folding is done.
         example_input: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
             or a list of several such examples.
         where: what to fold: name patterns separated by spaces, where a module's name covers
