@@ -1,4 +1,6 @@
 import functools
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ from tinydet.training import loop
 from tinydet.training.checkpoint import read_checkpoint
 from tinydet.training.loop import train
 from tinydet.training.nonfinite import DivergedError, NonFiniteGuard
+from tinydet.training.signals import Interrupted
 from tinydet.yolof.detector import Detector
 
 
@@ -143,3 +146,31 @@ def test_bad_steps_far_apart_do_not_end_the_run(tiny_experiment, tmp_path, monke
     _spoil(monkeypatch, {0, 2, 4})
     settings = replace(tiny_experiment.train, max_bad_steps=2)
     train(replace(tiny_experiment, train=settings), tmp_path / "run")
+
+
+def test_a_run_whose_last_step_is_bad_ends_with_its_last_weights(
+    tiny_experiment, tmp_path, monkeypatch
+):
+    before = _spoil(monkeypatch, {5})  # of six
+    train(tiny_experiment, tmp_path / "run")
+    content = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (content["epoch"], content["step"], content["steps_done"]) == (2, 0, 6)
+    assert _same(content["raw_model"], before[5])
+
+
+def test_ctrl_c_in_a_bad_step_saves_what_was_trained(tiny_experiment, tmp_path, monkeypatch):
+    before = _spoil(monkeypatch, {4})  # the second of the second epoch
+    accepts = NonFiniteGuard.accepts
+
+    def signalled(self, *args):
+        accepted = accepts(self, *args)
+        if not accepted:
+            os.kill(os.getpid(), signal.SIGINT)
+        return accepted
+
+    monkeypatch.setattr(NonFiniteGuard, "accepts", signalled)
+    with pytest.raises(Interrupted):
+        train(tiny_experiment, tmp_path / "run")
+    content = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (content["epoch"], content["step"]) == (1, 2)
+    assert _same(content["raw_model"], before[4])

@@ -208,7 +208,7 @@ def _train_epochs(
         while state.epoch < settings.epochs:
             with signals.deferred():  # A signal raises at its end, before the epoch is counted.
                 train_epoch(state, loader, device, log, guard, saver, signals)
-                saver.try_save_last()
+                saver.try_save_last(ends=signals.received is not None)
                 # All ranks wait for last.pt, and stop together.
                 if any_rank_wants([signals.received is not None], device)[0]:
                     signals.received = signals.received or signal.SIGTERM
@@ -270,6 +270,7 @@ def train_epoch(
         wanted = (signals.received is not None, saver.is_due)
         stop, save = any_rank_wants(wanted, device, state.step, settings.accumulate)
         if stop:
+            signals.received = signals.received or signal.SIGTERM  # sent to another rank
             break
         if save:
             guard.settle()  # Verdicts of a GPU come a step late.

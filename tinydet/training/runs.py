@@ -138,16 +138,21 @@ class Saver:
             raise
         self._is_saved = True
 
-    def try_save_last(self) -> None:
-        """Write last.pt, or warn; not after skipped steps, which the weights may have caused."""
-        if self._state.bad_in_a_row:
+    def try_save_last(self, ends: bool = False) -> None:
+        """Write last.pt, or warn; not after skipped steps, which the weights may have caused.
+
+        Args:
+            ends: the run ends here: also after skipped steps.
+        """
+        if self._state.bad_in_a_row and not ends:
+            self._is_saved = False
             logger.warning("%s: not written after a step with a non-finite loss", self._last)
             return
         with warn_on_oserror(self._last):
             self.save_last()
 
     def finish(self) -> None:
-        """Write last.pt again if the last attempt failed.
+        """Write last.pt if the last attempt failed, or was left out after a skipped step.
 
         Raises:
             OSError: it still cannot be written.
