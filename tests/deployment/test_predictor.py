@@ -105,6 +105,8 @@ def test_mistakes_are_one_line(files, tmp_path):
         (lambda: Predictor(file, score_threshold=0.01), r"exported with 0\.05"),
         (lambda: Predictor(file, device="meta"), "device meta: this ONNX Runtime only has"),
         (lambda: Predictor(file)([image[:1]]), r"must be uint8 \(3, H, W\)"),
+        (lambda: Predictor(file)(image[:, :0]), "not empty"),
+        (lambda: Predictor(file)([image], batch_size=0), "batch_size is 0; it must be at least 1"),
         (lambda: Predictor(file)(3), "an image is a path, .* not of type int"),
         (lambda: Predictor(file)([None]), "an image is a path, .* not of type NoneType"),
         (lambda: Predictor(file)([image.float()]), r"must be uint8 \(3, H, W\)"),
@@ -194,6 +196,23 @@ def test_one_gives_one_a_list_a_list_and_a_generator_reads_as_it_goes(files, pho
     next(stream)
     assert read == [0, 1]
     assert len(list(stream)) == 4
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_an_image_in_a_list_is_found_what_it_is_found_alone(files, batch_size):
+    # Lying, upright and square ones, in turns: each would be padded to the others' shape.
+    sizes = [(70, 128), (128, 70), (70, 128), (128, 128), (128, 70)]
+    images = [random_images(1, size, seed=i)[0] for i, size in enumerate(sizes)]
+    for path in files[:2]:
+        predictor = Predictor(path)
+        for alone, found, image in zip(
+            map(predictor, images), predictor(images, batch_size), images, strict=True
+        ):
+            assert len(alone) > 3
+            assert torch.equal(found.image, image)
+            assert torch.equal(found.labels, alone.labels)
+            torch.testing.assert_close(found.scores, alone.scores, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found.boxes, alone.boxes, rtol=1e-4, atol=0.01)
 
 
 def test_grey_arrays_are_pictures_and_others_are_refused(files, tmp_path):

@@ -21,11 +21,13 @@ from tinydet.config import Data, Experiment
 from tinydet.data.image import find_images, is_deep, read_image
 from tinydet.data.loader import collate
 from tinydet.data.sample import Sample
-from tinydet.data.transforms import test_transform
+from tinydet.data.sampler import TestBatches
+from tinydet.data.transforms import padded_size, test_transform
 from tinydet.deployment.fold_checkpoint import fold_detector
 from tinydet.deployment.onnx_detector import OnnxDetector
 from tinydet.deployment.prediction import Prediction
 from tinydet.training.checkpoint import load_checkpoint
+from tinydet.yolof.decode import Detections
 from tinydet.yolof.detection_model import DetectionModel
 from tinydet.yolof.detector import Detector
 
@@ -127,7 +129,8 @@ class Predictor:
                 file, an (H, W, 3) or (H, W) uint8 array in RGB (OpenCV's are BGR: turn them with
                 `array[..., ::-1]`), a PIL image or a (3, H, W) uint8 RGB tensor. Files and PIL
                 images are turned by their EXIF orientation.
-            batch_size: images that go through the network together.
+            batch_size: most images that go through the network together: those of a batch that
+                have the same padded shape.
 
         Returns:
             What was found, in pixels of the image and on the CPU: for one image a `Prediction`; for
@@ -135,8 +138,11 @@ class Predictor:
             path of a folder and a pattern ("photos/*.jpg") stand for the list of their images.
 
         Raises:
-            ValueError: an image cannot be read, or has another shape or dtype.
+            ValueError: an image cannot be read, or has another shape or dtype; or batch_size is not
+                positive.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if isinstance(images, Iterator):
             return self._stream(images, batch_size)
         if isinstance(images, (str, Path)) and not Path(images).is_file():
@@ -151,9 +157,17 @@ class Predictor:
         iterator = iter(images)
         while batch := list(islice(iterator, batch_size)):
             pixels = [_pixels(image) for image in batch]
-            inputs = collate([resize(_sample(image)) for image in pixels], keep_difficult=True)
-            found = self.model.detect(inputs.images.to(self.device), inputs.sizes, inputs.scales)
-            for image, rgb, detections in zip(batch, pixels, found, strict=True):
+            samples = [resize(_sample(image)) for image in pixels]
+            shapes = [padded_size(sample.image.shape[-2:]) for sample in samples]
+            found: dict[int, Detections] = {}
+            # As in evaluation: more padding than an image has alone would change what is found.
+            for group in TestBatches(shapes, batch_size):
+                inputs = collate([samples[i] for i in group], keep_difficult=True)
+                images_in = inputs.images.to(self.device)
+                results = self.model.detect(images_in, inputs.sizes, inputs.scales)
+                found.update(zip(group, results, strict=True))
+            for i, (image, rgb) in enumerate(zip(batch, pixels, strict=True)):
+                detections = found[i]
                 kept = detections.scores > self.score_threshold
                 yield Prediction(
                     detections.boxes[kept].cpu(),
@@ -198,9 +212,10 @@ def _pixels(image: ImageLike) -> Tensor:
             "an image is a path, an array, a PIL image or a tensor, not of type "
             f"{type(image).__name__}"
         )
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise ValueError(
-            f"an image must be uint8 (3, H, W), not {image.dtype} {tuple(image.shape)}"
+            f"an image must be uint8 (3, H, W) and not empty, not {image.dtype} "
+            f"{tuple(image.shape)}"
         )
     return image.cpu()
 
