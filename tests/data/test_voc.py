@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinydet.data.dataset import DetectionDataset
-from tinydet.data.voc import read_index
+from tinydet.data.voc import read_index, split_names
 
 
 def test_read_index__coordinates_are_one_based_and_inclusive(tree):
@@ -119,6 +119,23 @@ def test_read_index__split_lines(tree):
     assert index.image_files[1] == "JPEGImages/b.jpg"
     assert index.problems.counts == {"duplicate_id": 2}
     assert index.problems.examples["duplicate_id"] == ["a", "b"]
+
+
+def test_split_names__without_the_lists_of_one_class(tree):
+    # As VOC 2007 has them, in two of its twenty classes and with its blanks.
+    lists = {
+        "train": "000012\n000017\n",
+        "trainval": "000012\n000017\n000005\n",
+        "cat_train": "000012 -1\n000017  1\n",
+        "cat_trainval": "000012 -1\n000017  1\n000005  0\n",
+        "hard_train": "000012\n",  # names alone
+        "part_two": "000012 1\n",  # of no other split
+    }
+    for name, text in lists.items():
+        (tree.root / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+    assert split_names(tree.root) == ["hard_train", "part_two", "train", "trainval"]
+    with pytest.raises(FileNotFoundError, match="there are: hard_train, part_two, train, trainval"):
+        read_index(tree.root, "val")
 
 
 def test_read_index__names_cannot_lead_out_of_the_folder(tree, tmp_path):

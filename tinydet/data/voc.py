@@ -109,8 +109,22 @@ def _found(item: RawObject) -> FoundObject:
 
 
 def split_names(root: str | Path) -> list[str]:
-    """Return the names of the splits of a folder in VOC layout, sorted; empty if it has none."""
-    return sorted(path.stem for path in (Path(root) / "ImageSets" / "Main").glob("*.txt"))
+    """Return the names of the splits of a folder in VOC layout, sorted; empty if it has none.
+
+    VOC's lists of one class (cat_train beside train, with a flag behind each name) are no splits,
+    but are read as such by their names.
+    """
+    files = {path.stem: path for path in (Path(root) / "ImageSets" / "Main").glob("*.txt")}
+    return sorted(
+        name
+        for name, path in files.items()
+        if name.rpartition("_")[2] not in files.keys() - {name} or not _is_flagged(path)
+    )
+
+
+def _is_flagged(path: Path) -> bool:
+    lines = path.read_text("latin-1").splitlines()  # of any encoding: names are not looked at
+    return all(_FLAG.search(line.rstrip()) for line in lines if line.strip())
 
 
 def _check_layout(root: Path, split: str) -> Path:
