@@ -134,6 +134,15 @@ def test_an_image_of_two_splits_is_copied_once(tree, tmp_path):
     assert set(objects_by_name(tmp_path / "yolo", "trainval")) == {"a"}
 
 
+def test_lists_of_one_class_are_no_splits(tree, tmp_path):
+    tree.add("a", [("cat", (1, 1, 9, 9))])
+    tree.split("a")
+    (tree.root / "ImageSets" / "Main" / "cat_train.txt").write_text("a  1\n")
+    lines = convert(tree.root, tmp_path / "coco", "coco")
+    assert lines[:-1] == ["train: 1 images, 1 objects"]
+    assert sorted(p.name for p in (tmp_path / "coco").iterdir()) == ["annotations", "train"]
+
+
 def corners():
     """A picture whose top left quarter is white, and the box of that."""
     pixels = np.zeros((40, 64, 3), dtype=np.uint8)

@@ -158,7 +158,7 @@ class Predictor:
         while batch := list(islice(iterator, batch_size)):
             pixels = [_pixels(image) for image in batch]
             samples = [resize(_sample(image)) for image in pixels]
-            shapes = [padded_size(sample.image.shape[-2:]) for sample in samples]
+            shapes = [padded_size((s.image.shape[-2], s.image.shape[-1])) for s in samples]
             found: dict[int, Detections] = {}
             # As in evaluation: more padding than an image has alone would change what is found.
             for group in TestBatches(shapes, batch_size):
