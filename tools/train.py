@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinydet.cli import add_overrides, run
+from tinydet.config import Experiment, Train
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,14 +30,15 @@ def _parser() -> argparse.ArgumentParser:
         help="resume from the last.pt of --work-dir, or of this experiment's newest run",
     )
     resume.add_argument(
-        "--budget",
-        help="train for as many epochs as fit into it: a time of training steps (90s, 20m, 2h), "
-        "epochs (12epochs), or multiply-adds (500Tmacs, 5Pmacs), as in tools/compare.py",
-    )
-    resume.add_argument(
         "--profile",
         action="store_true",
         help="show where the time of a training step goes; trains nothing",
+    )
+    parser.add_argument(
+        "--budget",
+        help="train for as many epochs as fit into it: a time of training steps (90s, 20m, 2h), "
+        "epochs (12epochs), or multiply-adds (500Tmacs, 5Pmacs), as in tools/compare.py; a resumed "
+        "run keeps the epochs that it began with",
     )
     parser.add_argument(
         "--download", action="store_true", help="download missing data without asking"
@@ -73,35 +75,50 @@ def main(args: argparse.Namespace) -> None:
             fetch(data)
 
     if args.profile:
-        if args.work_dir:
-            raise ValueError("--profile writes no run: leave out --work-dir")
+        if args.work_dir or args.budget:
+            raise ValueError("--profile trains nothing: leave out --work-dir and --budget")
         from tinydet.training.profile import profile_training
 
         print("\n".join(profile_training(experiment).lines()))
         return
-
-    if args.budget:
-        from tinydet.comparison.budget import parse_budget
-        from tinydet.comparison.plan import plan_run
-
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--budget: is for one process; give several --set train.epochs=N")
-        run = plan_run(experiment, parse_budget(args.budget))
-        print(f"--budget {args.budget}: {run.epochs} epochs in {run.dtype} ({run.reason})")
-        chosen = replace(
-            experiment.train,
-            epochs=run.epochs,
-            dtype=run.dtype,
-            memory_format=run.memory_format,
-        )
-        experiment = replace(experiment, train=chosen)
 
     resume_from = args.resume_from
     if args.resume and args.work_dir:
         resume_from = args.work_dir / "last.pt"
     elif args.resume:
         resume_from = newest_to_resume(experiment.name)
-    train(experiment, args.work_dir or (resume_from and resume_from.parent), resume_from)
+
+    arguments = [str(args.experiment), *(["--set", *overrides] if overrides else [])]
+    if args.budget:
+        experiment = replace(experiment, train=_within_budget(experiment, args.budget, resume_from))
+        arguments += ["--budget", args.budget]
+
+    run_dir = args.work_dir or (resume_from and resume_from.parent)
+    train(experiment, run_dir, resume_from, arguments)
+
+
+def _within_budget(experiment: Experiment, budget: str, resume_from: Path | None) -> Train:
+    """Return how to train within a budget: as planned now, or when the resumed run began."""
+    from tinydet.comparison.budget import parse_budget
+    from tinydet.comparison.plan import plan_run
+    from tinydet.experiment_file import experiment_from_dict
+    from tinydet.training.checkpoint import read_last
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--budget: is for one process; give several --set train.epochs=N")
+    amount = parse_budget(budget)
+    if resume_from:
+        planned = experiment_from_dict(read_last(resume_from)["experiment"]).train
+        print(f"--budget {budget}: {planned.epochs} epochs, as when the run began")
+    else:
+        planned = plan_run(experiment, amount)
+        print(f"--budget {budget}: {planned.epochs} epochs in {planned.dtype} ({planned.reason})")
+    return replace(
+        experiment.train,
+        epochs=planned.epochs,
+        dtype=planned.dtype,
+        memory_format=planned.memory_format,
+    )
 
 
 if __name__ == "__main__":

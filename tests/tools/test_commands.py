@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from tinydet.comparison import plan
 from tinydet.data.shapes import render_shapes
 from tinydet.report.video import VideoFile, open_video
+from tinydet.training import loop
 from tinydet.training.profile import StepTime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,6 +166,47 @@ def test_a_budget_of_time_becomes_epochs(run, folder, monkeypatch):
     told = run("tools/train.py", "tiny.py", "--budget", "10s", "--work-dir", "four", status=2)
     assert "give several --set train.epochs=N" in told
     assert not (folder / "four").exists()
+
+
+_OWN = """
+import timm
+from dataclasses import replace
+from timm.models import register_model
+from tiny import experiment as base
+
+@register_model
+def own_resnet(pretrained=False, **options):
+    return timm.create_model("test_resnet", pretrained=pretrained, **options)
+
+experiment = replace(base, model=replace(base.model, backbone="own_resnet"))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Overwriting own_resnet")
+def test_the_printed_command_resumes_what_only_its_file_can_build(run, folder, monkeypatch, caplog):
+    (folder / "own.py").write_text(_OWN)
+    times = iter([StepTime(1.5, 3, "float32", "contiguous")])  # a second timing would be an error
+    monkeypatch.setattr(plan, "time_steps", lambda *_: next(times))
+    caplog.set_level("INFO")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    given = ["own.py", "--budget", "10s", "--seed", 3, "--set", "data.image_size=64"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_detector", interrupted)
+        run("tools/train.py", *given, "--work-dir", "own run", status=130)
+    (line,) = (m for m in caplog.messages if m.startswith("resume with: "))
+    python, script, *arguments = shlex.split(line.removeprefix("resume with: "))
+    assert (python, script) == ("python", "tools/train.py")
+    said = run(script, *arguments)
+    assert "--budget 10s: 2 epochs, as when the run began" in said
+    written = json.loads((folder / "own run" / "experiment.json").read_text())
+    assert written["train"]["seed"] == 3
+    assert json.loads((folder / "own run" / "metrics.json").read_text())["epochs"] == 2
+    # "The same command with --resume", of a run that needs nothing more.
+    told = run("tools/train.py", *given, "--work-dir", "own run", "--resume", status=2)
+    assert "finished its 2 epochs" in told
 
 
 def test_zoo(run, folder):

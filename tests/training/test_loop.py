@@ -45,6 +45,13 @@ def test_a_run_leaves_what_the_design_names(trained, tiny_experiment):
     assert checkpoint["form"] == "training"
 
 
+def test_folders_and_checkpoints_may_be_named_as_text(trained, tiny_experiment, tmp_path):
+    longer = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=3))
+    folder = train(longer, str(tmp_path / "text"), str(trained[0] / "last.pt"))
+    assert folder == tmp_path / "text"
+    assert read_checkpoint(folder / "last.pt")["epoch"] == 3
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(
     trained, tiny_experiment, tmp_path
 ):

@@ -61,7 +61,10 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    experiment: Experiment, run_dir: Path | None = None, resume_from: Path | None = None
+    experiment: Experiment,
+    run_dir: str | Path | None = None,
+    resume_from: str | Path | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> Path:
     """Train, evaluate and save a detector; everything goes into one folder, which is returned.
 
@@ -72,6 +75,8 @@ def train(
         experiment: what is trained.
         run_dir: the run's folder; None creates the next one in `runs/`.
         resume_from: a training checkpoint to resume from, at exactly the step it was written.
+        arguments: of `tools/train.py` that give this experiment, for the command that resumes it
+            and is printed if it is interrupted; None is the run's experiment.json.
 
     Raises:
         ConfigError: a field of the experiment is wrong.
@@ -82,14 +87,18 @@ def train(
         OSError: the first or the last checkpoint cannot be written.
     """
     show_log()
+    folder = None if run_dir is None else Path(run_dir)
+    checkpoint = None if resume_from is None else Path(resume_from)
     with process_group(experiment.train.device) as device_name, ExitStack() as held:
-        return _train(experiment, run_dir, resume_from, pick_device(device_name), held)
+        device = pick_device(device_name)
+        return _train(experiment, folder, checkpoint, arguments, device, held)
 
 
 def _train(
     experiment: Experiment,
     run_dir: Path | None,
     resume_from: Path | None,
+    arguments: Sequence[str] | None,
     device: torch.device,
     held: ExitStack,
 ) -> Path:
@@ -136,7 +145,7 @@ def _train(
         with dead_workers_named():
             _train_epochs(state, loader, train_index, test_index, run_dir, device, saver)
     except (KeyboardInterrupt, WorkerDiedError, OSError):
-        logger.info(saver.resume_command())
+        logger.info(saver.resume_command(arguments))
         raise
     return run_dir
 

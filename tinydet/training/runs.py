@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 try:
@@ -184,13 +184,18 @@ class Saver:
             logger.warning("%s: the run's folder was deleted; created again", self._run_dir)
             write_experiment(self._run_dir, self._state.experiment)
 
-    def resume_command(self) -> str:
-        """Return one line with the command that resumes this run, or why there is none."""
+    def resume_command(self, arguments: Sequence[str] | None = None) -> str:
+        """Return one line with the command that resumes this run, or why there is none.
+
+        Args:
+            arguments: of `tools/train.py` that give the experiment, its file first: one that
+                registers a backbone of its own cannot be run from experiment.json, the default.
+        """
         if not (self._last.is_file() or previous_of(self._last).is_file()):
             return f"{self._last} does not exist, so this run cannot be resumed"
-        arguments = [str(self._run_dir / "experiment.json"), "--resume-from", str(self._last)]
-        words = ["python", "tools/train.py", *arguments]
+        experiment, *options = arguments or [str(self._run_dir / "experiment.json")]
+        options += ["--resume-from", str(self._last)]
+        words = ["python", "tools/train.py", experiment, *options]
         if world_size() > 1:
-            script = ["bash", "tools/dist_train.sh"]
-            words = [*script, arguments[0], str(world_size()), *arguments[1:]]
+            words = ["bash", "tools/dist_train.sh", experiment, str(world_size()), *options]
         return f"resume with: {shlex.join(words)}"
