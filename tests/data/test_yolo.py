@@ -1,12 +1,15 @@
 """The index of YOLO sets: by hand, and what the files may get wrong."""
 
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from tinydet.config import Data
+from tinydet.data.convert import convert
 from tinydet.data.dataset import DetectionDataset, load_split
 from tinydet.data.yolo import read_index, split_names
 
@@ -37,6 +40,20 @@ def test_read_index__by_hand(yolo_tree):
     assert not index.problems
     assert split_names(yolo_tree.root) == ["train", "val"]
     assert DetectionDataset(index)[1].labels.tolist() == [2, 0]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are Unicode")
+def test_a_file_name_that_is_not_utf8_is_left_out_and_told(yolo_tree, tmp_path):
+    yolo_tree.image("a", HALF)
+    folder = os.fsencode(yolo_tree.root / "images" / "train")
+    shutil.copy(os.path.join(folder, b"a.jpg"), os.path.join(folder, b"caf\xe9.jpg"))
+    index = read_index(yolo_tree.root, "train")
+    assert index.image_ids == ["images/train/a"]
+    yolo_tree.yaml("train: images/train\nnames: [cat, dog, bus]\n")
+    (line,) = index.problems.summary()
+    assert line.encode().startswith(b"1 image has a file name that is not UTF-8: left out (images/")
+    lines = convert(yolo_tree.root, tmp_path / "voc", "voc")
+    assert "train: 1 images, 1 objects" in lines
 
 
 @pytest.mark.parametrize(

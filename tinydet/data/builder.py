@@ -69,8 +69,13 @@ def check_image(
 
     Returns:
         The (height, width) that the boxes refer to, and whether the EXIF orientation has to be
-        applied; None if the image cannot be read.
+        applied; None if the image cannot be read, or its name is not Unicode text.
     """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        problems.add("bad_name", name)
+        return None
     try:
         info = probe_image(path)
     except (ValueError, OSError) as error:

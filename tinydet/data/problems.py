@@ -24,6 +24,10 @@ RULES = {
         "image cannot be read: left out",
         "images cannot be read: left out",
     ),
+    "bad_name": (
+        "image has a file name that is not UTF-8: left out",
+        "images have file names that are not UTF-8: left out",
+    ),
     "same_labels": (
         "image has the label file of another one: left out",
         "images have the label files of other ones: left out",
@@ -117,7 +121,9 @@ class Problems:
         self.counts[rule] = self.counts.get(rule, 0) + 1
         examples = self.examples.setdefault(rule, [])
         if len(examples) < _MAX_EXAMPLES:
-            examples.append(f"{name}: {what}" if what else name)
+            example = f"{name}: {what}" if what else name
+            # File names may be of any bytes, which no report could be written with.
+            examples.append(example.encode("utf-8", "backslashreplace").decode())
 
     def __bool__(self) -> bool:
         return bool(self.counts)
