@@ -11,6 +11,18 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _GROWTH = 64 * 2**20
 
 
+# What torch's allocators for the CPU and for Apple's GPUs say in a RuntimeError; CUDA's has a type.
+_EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the machine or of a GPU is full."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _EXHAUSTED)
+
+
 def machine_memory() -> int:
     """Return the machine's memory in bytes; `sys.maxsize` if the system does not report it."""
     if not hasattr(os, "sysconf"):  # Windows

@@ -114,6 +114,30 @@ def test_an_expanded_backbone_trains_its_branches_and_is_kept_with_them(
             assert online or weights[f"{name}0.1.bias"].abs().sum() > 0
 
 
+def test_a_run_that_runs_out_of_memory_says_how_it_goes_on(
+    tiny_experiment, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(loop, "train_epoch", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        train(tiny_experiment, tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    assert caplog.messages[-1].endswith(f"--resume-from {last}")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "images"), [(100, 1, 24), (8, 50, 24), (5, 2, 10), (100, 50, 24)]
+)
+def test_the_learning_rate_is_for_the_images_that_a_step_has(
+    tiny_experiment, batch_size, accumulate, images
+):
+    settings = replace(tiny_experiment.train, batch_size=batch_size, accumulate=accumulate)
+    experiment = replace(tiny_experiment, train=settings)  # of 24 images
+    state, *_ = prepare(experiment, torch.device("cpu"))
+    assert state.schedule.total_batch == images
+    assert state.schedule.lr == pytest.approx(experiment.optim.lr * images / 16)
+
+
 def test_accumulation_steps_once_for_several_batches(tiny_experiment, tmp_path):
     # 24 images in batches of 8 make 3 batches; of two, the last is a step of its own.
     settings = replace(tiny_experiment.train, accumulate=2)

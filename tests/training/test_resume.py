@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tinydet.training import loop
 from tinydet.training.checkpoint import CheckpointError, read_checkpoint, read_last
 from tinydet.training.loop import train
 from tinydet.training.runs import Saver, newest_to_resume
@@ -223,6 +225,101 @@ def test_checkpoints_to_keep_are_kept(stopped, tmp_path):
     assert sorted(p.name for p in folder.glob("epoch_*.pt")) == ["epoch_0002.pt", "epoch_0004.pt"]
     kept = read_checkpoint(folder / "epoch_0002.pt")
     assert (kept["epoch"], kept["step"]) == (2, 0)
+
+
+def test_a_run_killed_after_an_evaluation_keeps_its_checkpoint_of_the_epoch(
+    tiny_experiment, tmp_path, monkeypatch
+):
+    settings = replace(tiny_experiment.train, keep_every=1)
+    experiment = replace(tiny_experiment, train=settings)
+    folder, written = tmp_path / "run", Saver.save_last
+
+    def save_last(saver):  # The process dies as soon as a run would go on in the second epoch.
+        written(saver)
+        if (saver._state.epoch, saver._state.step) == (1, 0):
+            raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "save_last", save_last)
+        with pytest.raises(_Killed):
+            train(experiment, folder)
+    train(experiment, folder, folder / "last.pt")
+    assert sorted(p.name for p in folder.glob("epoch_*.pt")) == ["epoch_0001.pt", "epoch_0002.pt"]
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """A list of the AP50 that the next evaluations find."""
+    evaluate, given = loop.evaluate_detector, []
+
+    def found(*args):
+        metrics = evaluate(*args)
+        voc = replace(metrics.voc, ap_area=np.full_like(metrics.voc.ap_area, given.pop(0)))
+        return replace(metrics, voc=voc)
+
+    monkeypatch.setattr(loop, "evaluate_detector", found)
+    return given
+
+
+def _best(folder):
+    """Return the epoch of a folder's best.pt and its AP50, each also by metrics.json."""
+    content = read_checkpoint(folder / "best.pt")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    scores = (round(value, 6) for value in (content["best_ap50"], metrics["AP50"]))
+    return content["epoch"], metrics["best_epoch"], *scores
+
+
+def test_best_pt_is_the_best_of_its_folder(tiny_experiment, tmp_path, scores):
+    settings = replace(tiny_experiment.train, keep_every=1)
+    experiment = replace(tiny_experiment, train=settings)
+    folder = tmp_path / "run"
+    scores += [0.3, 0.6]
+    train(experiment, folder)
+    assert _best(folder) == (2, 2, 0.6, 0.6)
+    # From an older checkpoint of the folder: another second epoch, which is worse.
+    scores += [0.35]
+    train(experiment, folder, folder / "epoch_0001.pt")
+    assert _best(folder) == (2, 2, 0.6, 0.6)
+    # In another folder, which has no best.pt, and whose epoch is worse than the checkpoint's.
+    scores += [0.2]
+    train(experiment, tmp_path / "other", folder / "epoch_0001.pt")
+    assert _best(tmp_path / "other") == (2, 2, 0.2, 0.2)
+
+
+def test_an_evaluation_killed_half_way_is_repeated_whole(
+    tiny_experiment, tmp_path, scores, monkeypatch
+):
+    def killed(*_):
+        raise _Killed
+
+    scores += [0.3, 0.6]
+    with monkeypatch.context() as patch:  # Dies between best.pt and metrics.json.
+        results = iter([loop.write_results, killed])
+        patch.setattr(loop, "write_results", lambda *args: next(results)(*args))
+        with pytest.raises(_Killed):
+            train(tiny_experiment, tmp_path / "run")
+    assert _best(tmp_path / "run") == (2, 1, 0.6, 0.3)
+    scores += [0.6]
+    train(tiny_experiment, tmp_path / "run", tmp_path / "run" / "last.pt")
+    assert _best(tmp_path / "run") == (2, 2, 0.6, 0.6)
+
+
+def test_damaged_files_of_a_run_do_not_end_it(tiny_experiment, tmp_path, scores, caplog):
+    scores += [0.6, 0.3]
+    train(tiny_experiment, tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text("{half")
+    longer = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=3))
+    scores += [0.2]
+    train(longer, tmp_path / "run", tmp_path / "run" / "last.pt")
+    assert "metrics.json: cannot be read" in caplog.text
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["last_AP50"] == pytest.approx(0.2)
+    (tmp_path / "run" / "best.pt").write_bytes(b"half")
+    longer = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=4))
+    scores += [0.1]
+    train(longer, tmp_path / "run", tmp_path / "run" / "last.pt")
+    assert "best.pt: taken for no best checkpoint" in caplog.text
+    assert _best(tmp_path / "run") == (4, 4, 0.1, 0.1)
 
 
 def test_where_a_run_continues_is_said(stopped, tmp_path, caplog):

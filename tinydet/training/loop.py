@@ -29,6 +29,7 @@ from tinydet.data.loader import (
 from tinydet.data.sample import Batch
 from tinydet.data.seeding import seed_globally
 from tinydet.evaluation.saved_detections import save_detections
+from tinydet.memory import is_out_of_memory
 from tinydet.reparam.unfold import calibrate_norms
 from tinydet.training.checkpoint import build_unloaded, previous_of, read_last
 from tinydet.training.device import pick_device
@@ -141,11 +142,16 @@ def _train(
     saver = Saver(run_dir, state)
     if checkpoint is None:
         saver.save_last()  # A folder that cannot be written to shows now and not in an hour.
+    else:
+        # Of the folder, not of the checkpoint: that may be of another one, or older than best.pt.
+        state.best_ap50 = broadcast_from_rank0(saver.best_ap50)
     try:
         with dead_workers_named():
             _train_epochs(state, loader, train_index, test_index, run_dir, device, saver)
-    except (KeyboardInterrupt, WorkerDiedError, OSError):
-        logger.info(saver.resume_command(arguments))
+    except BaseException as error:
+        resumable = isinstance(error, (KeyboardInterrupt, WorkerDiedError, OSError))
+        if resumable or is_out_of_memory(error):
+            logger.info(saver.resume_command(arguments))
         raise
     return run_dir
 
@@ -222,11 +228,13 @@ def _train_epochs(
                 if any_rank_wants([signals.received is not None], device)[0]:
                     signals.received = signals.received or signal.SIGTERM
             state.epoch, state.step = state.epoch + 1, 0
-            if state.epoch % settings.eval_every == 0 or state.epoch == settings.epochs:
+            evaluates = state.epoch % settings.eval_every == 0 or state.epoch == settings.epochs
+            if evaluates:
                 # Ctrl-C stops an evaluation at once: resuming repeats it.
                 _evaluate(state, train_index, test_index, run_dir, device, log, saver)
+            saver.save_epoch()  # Before last.pt, from where a killed run would go on without it.
+            if evaluates:
                 saver.try_save_last()
-            saver.save_epoch()
     saver.finish()
 
 
@@ -335,8 +343,9 @@ def _evaluate(
     images = draw_samples(metrics, test_index) if rank() == 0 else {}
     log.evaluation(state.epoch, state.steps_done, metrics.as_dict(), images)
     best_before = state.best_ap50
-    # Where AP50 is undefined (NaN: nothing to find), the newest weights are the best.
-    is_best = metrics.ap50 > best_before or best_before < 0
+    # Where AP50 is undefined (NaN: nothing to find), the newest weights are the best. Equal AP50 is
+    # that of this evaluation repeated, if the run was killed after best.pt was written.
+    is_best = metrics.ap50 >= best_before or best_before < 0
     state.best_ap50 = max(best_before, metrics.ap50)  # NaN leaves it
     if is_best and not saver.save_best():
         is_best, state.best_ap50 = False, best_before

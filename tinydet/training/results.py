@@ -62,8 +62,11 @@ def write_results(
     """
     path = run_dir / "metrics.json"
     best = {**metrics.as_dict(), "best_epoch": state.epoch}
-    if not is_best and path.is_file():
-        best = json.loads(path.read_text())
+    if not is_best:
+        try:
+            best = dict(read_json(path) or best)
+        except (ValueError, TypeError) as error:
+            logger.warning("%s: the figures of best.pt are lost, these are of last.pt", error)
     results = {
         **best,
         "last_AP50": metrics.as_dict()["AP50"],

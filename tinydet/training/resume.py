@@ -110,7 +110,7 @@ def without_side_settings(experiment: Experiment) -> Experiment:
 
 
 def restore(state: TrainingState, content: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint that `check_resumable` has accepted into a run.
+    """Put a checkpoint that `check_resumable` has accepted into a run, all but `best_ap50`.
 
     Raises:
         CheckpointError: its classes or weights are not those of this run.
@@ -152,7 +152,6 @@ def restore(state: TrainingState, content: dict[str, Any], path: Path) -> None:
     # Checkpoints of version 0.1 could not change it on the way.
     counted = content["epoch"] * content["batches_an_epoch"] + content["step"]
     state.steps_done = content.get("steps_done", counted)
-    state.best_ap50 = content["best_ap50"]
     state.train_seconds = content["train_seconds"]
     state.images_seen = content["images_seen"]
     state.set_learning_rate()

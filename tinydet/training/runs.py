@@ -15,7 +15,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from tinydet.atomic import warn_on_oserror
-from tinydet.training.checkpoint import CheckpointError, previous_of, save_checkpoint, save_last
+from tinydet.training.checkpoint import (
+    CheckpointError,
+    previous_of,
+    read_checkpoint,
+    save_checkpoint,
+    save_last,
+)
 from tinydet.training.distributed import rank, world_size
 from tinydet.training.results import write_experiment
 from tinydet.training.state import TrainingState
@@ -159,6 +165,17 @@ class Saver:
         """
         if not self._is_saved:
             self.save_last()
+
+    def best_ap50(self) -> float:
+        """Return the AP50 of the folder's best.pt, -1 if there is none or it cannot be read."""
+        path = self._run_dir / "best.pt"
+        if not path.is_file():
+            return -1.0
+        try:
+            return float(read_checkpoint(path)["best_ap50"])
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s: taken for no best checkpoint (%s)", path, error)
+            return -1.0
 
     def save_best(self) -> bool:
         """Write best.pt, or warn; return whether it was written."""

@@ -46,7 +46,7 @@ class TrainingState:
         epoch: epochs trained and evaluated.
         step: batches done of the next epoch; all of them if only its evaluation is left.
         steps_done: batches trained on since the run began.
-        best_ap50: highest so far, -1 before the first.
+        best_ap50: that of the run's best.pt, -1 before the first.
         train_seconds: spent in training steps, without evaluation.
         images_seen: images trained on, over all processes.
         bad_in_a_row: optimizer steps skipped since the last one that was made.
@@ -139,7 +139,7 @@ def start_training(
         experiment: what is trained.
         detector: on its device.
         batches_an_epoch: length of the loader.
-        first_batch: a batch on the same device, to time steps with.
+        first_batch: a batch on the same device, of the size of all others, to time steps with.
         threads: adapted to the machine's load.
     """
     settings = experiment.train
@@ -147,9 +147,11 @@ def start_training(
     if device.type == "mps":
         logger.warning("TinyDet has not been tested on Apple's GPUs (mps); --device cpu avoids it")
     steps_an_epoch = -(-batches_an_epoch // settings.accumulate)
+    # What a step really has: a small training split has fewer images than were asked for.
+    batches_a_step = min(settings.accumulate, batches_an_epoch)
     schedule = make_schedule(
         experiment.optim,
-        settings.batch_size * settings.accumulate * world_size(),
+        len(first_batch) * batches_a_step * world_size(),
         steps_an_epoch * settings.epochs,
     )
     # Every rank times steps, since the loss synchronizes them; the choice of rank 0 is taken.
