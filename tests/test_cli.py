@@ -64,6 +64,68 @@ def test_run__help_and_mistakes_in_ascii():
     assert done.stderr.splitlines() == [rb"error: no \u732b \udcff"]
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.empty(2**60, dtype=torch.uint8)",
+        "numpy.empty(2**60, dtype=numpy.uint8)",
+        "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB')",
+    ],
+)
+def test_run__full_memory_is_one_line_of_advice(code):
+    tool = (
+        "import argparse, numpy, torch\n"
+        "from tinydet.cli import run\n"
+        f"def main(args):\n    {code}\n"
+        "run(main, argparse.ArgumentParser())"
+    )
+    done = subprocess.run([sys.executable, "-c", tool], cwd=_ROOT, capture_output=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("error: out of memory: use a smaller train.batch_size")
+
+
+@pytest.mark.parametrize("end", ["print('end' * 9999)", "logging.info('end')"])
+def test_run__a_reader_that_has_gone_is_no_error(end):
+    tool = (
+        "import argparse, logging, sys\n"
+        "from tinydet.cli import run\n"
+        "def main(args):\n"
+        "    print('first', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    logging.info('second')\n"
+        f"    {end}\n"
+        "    print('went on', file=sys.stderr)\n"
+        "run(main, argparse.ArgumentParser())"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", tool], cwd=_ROOT, **pipes)
+    assert process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.stderr.read() == b"went on\n"
+    assert process.wait() == 0
+
+
+def test_run__printing_to_a_reader_that_has_gone_ends_the_command():
+    tool = (
+        "import argparse, sys\n"
+        "from tinydet.cli import run\n"
+        "def main(args):\n"
+        "    sys.stdin.readline()\n"
+        "    print('second', flush=True)\n"
+        "run(main, argparse.ArgumentParser())"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", tool], cwd=_ROOT, **pipes)
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
 def test_run__news_of_torch_stay_off_the_screen():
     code = (
         "import argparse, logging\n"

@@ -12,11 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinydet.console import StdoutHandler, log_level
-from tinydet.memory import keep_freed_memory
+from tinydet.console import StdoutHandler, discard_output, log_level
+from tinydet.memory import is_out_of_memory, keep_freed_memory
 
 if TYPE_CHECKING:
     from tinydet.deployment.predictor import Predictor
+
+_FULL = (
+    "out of memory: use a smaller train.batch_size, with train.accumulate for the same steps, "
+    "train.eval_batch_size or data.image_size (--debug shows where)"
+)
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -36,11 +41,16 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         main(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(141)  # as of a command that SIGPIPE ended
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        is_full = is_out_of_memory(error)
+        if args.debug or not (is_full or isinstance(error, (ValueError, OSError))):
             raise
         _let_rank0_print_first(prints)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        message = _FULL if is_full else " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt as error:
         _let_rank0_print_first(prints)

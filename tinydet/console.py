@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -18,6 +19,19 @@ class StdoutHandler(logging.StreamHandler):
     def stream(self) -> TextIO:
         """The stream to write to."""
         return sys.stdout
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        """Write nothing more if the reader of a pipe has gone; the command goes on."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            discard_output()
+        else:
+            super().handleError(record)
+
+
+def discard_output() -> None:
+    """Let what is printed from now on go nowhere: as Python ends it would fail once more."""
+    with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def log_level() -> int:

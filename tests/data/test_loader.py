@@ -302,6 +302,15 @@ def test_make_train_loader__nothing_readable_is_an_error(dataset):
         next(iter(make_train_loader(dataset, DATA, batch_size=2)))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_make_train_loader__an_error_is_one_line_in_a_loader_process_too(dataset, workers):
+    for i in range(11):
+        dataset.index.image_path(i).unlink()
+    data = dataclasses.replace(DATA, workers=workers)
+    with pytest.raises(ValueError, match=r"^\S+: none of its images can be decoded$"):
+        next(iter(make_train_loader(dataset, data, batch_size=2)))
+
+
 def test_make_train_loader__own_transform(dataset):
     def transform(sample, _):
         return dataclasses.replace(sample, image=torch.zeros(3, 5, 5, dtype=torch.uint8))

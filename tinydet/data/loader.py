@@ -45,12 +45,26 @@ class DetectionLoader(DataLoader):
         cast(TrainBatches, self.batch_sampler).set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            for image_id in batch.unreadable:
-                if image_id not in self._reported:
-                    self._reported.add(image_id)
-                    logger.warning("image %s cannot be decoded: replaced", image_id)
-            yield batch
+        with _errors_without_traceback():
+            for batch in super().__iter__():
+                for image_id in batch.unreadable:
+                    if image_id not in self._reported:
+                        self._reported.add(image_id)
+                        logger.warning("image %s cannot be decoded: replaced", image_id)
+                yield batch
+
+
+@contextmanager
+def _errors_without_traceback() -> Iterator[None]:
+    """Give an error of a loader process, whose message torch makes its traceback, its own one."""
+    try:
+        yield
+    except Exception as error:
+        if not re.match(r"Caught \w+ in DataLoader worker process", str(error)):
+            raise
+        # The traceback's lines are indented, but for its first one and the error itself.
+        *_, message = re.split(r"\n(?=[\w.]+: )", str(error).rstrip())
+        raise type(error)(message.partition(": ")[2]) from error
 
 
 class WorkerDiedError(ValueError):
