@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinydet.config import Augment, ConfigError, Experiment, Model
+from tinydet.checked import ASCENDING
+from tinydet.config import Augment, ConfigError, Experiment
 from tinydet.experiment_file import (
     experiment_from_dict,
     experiment_to_dict,
@@ -38,6 +39,11 @@ from tinydet.experiment_file import (
         ("model.anchor_scales=1,2", (1.0, 2.0)),
         ("data.classes=cat,dog", ("cat", "dog")),
         ("data.classes=[cat, 'dog']", ("cat", "dog")),
+        ("data.classes=cat (big),dog (small)", ("cat (big)", "dog (small)")),
+        ("data.classes=(big) cat,dog (small)", ("(big) cat", "dog (small)")),
+        ("data.classes=[(big) cat, dog (small)]", ("(big) cat", "dog (small)")),
+        ("data.classes=cat [1],[2]", ("cat [1]", "[2]")),
+        ("data.classes=[]", ()),
         ("data.root=1", "1"),
         ("data.root=a=b", "a=b"),
         ("data.augment.scale=0.5,2", (0.5, 2.0)),
@@ -152,6 +158,12 @@ def test_hopeless_name_gets_the_list_and_no_guess():
         ("data.augment.mixup=-0.1", "from 0 to 1"),
         ("data.image_size=16", "must be a whole number, at least 32"),
         ("data.cache_mb=-1", "must be a whole number, at least 0"),
+        ("data.classes=cat,dog,cat", "each name must be another one, and none empty"),
+        ("data.classes=cat,,dog", "each name must be another one, and none empty"),
+        ("data.classes=a b,a  b", "each name must be another one, and none empty"),
+        ("name=/tmp/x", "name='/tmp/x': must be the name of a folder, without slashes"),
+        ("name=..", "must be the name of a folder"),
+        ("train.seed=1180591620717411303424", "must be a whole number, from 0 to 1e+09"),
         ("optim.optimizer=adam", "'adam': must be one of sgd, adamw; did you mean adamw?"),
         ("model.feature=P3", "must be one of C5, DC5, C4, P4"),
     ],
@@ -186,11 +198,12 @@ def values(hint, metadata=None):
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         fields = {f.name: values(hints[f.name], f.metadata) for f in dataclasses.fields(hint)}
-        if hint is Model:
-            fields["anchor_scales"] = fields["anchor_scales"].filter(bool)
-        if hint is Augment:
-            for name in ("scale", "multiscale", "zoom"):
-                fields[name] = fields[name].map(sorted).map(tuple)
+        for field in dataclasses.fields(hint):
+            rule = field.metadata.get("rule")
+            if rule is ASCENDING:
+                fields[field.name] = fields[field.name].map(sorted).map(tuple)
+            elif rule:
+                fields[field.name] = fields[field.name].filter(rule.holds)
         return st.builds(hint, **fields)
     if origin is typing.Literal:
         return st.sampled_from(args)
@@ -272,6 +285,11 @@ def test_file_is_loaded_named_and_overridden(tmp_path):
     assert load_experiment(file).name == "mine"
     assert load_experiment(str(file)).train.epochs == 7
     assert load_experiment(file, ["train.epochs=2", "name=other"]).name == "other"
+
+
+def test_an_empty_name_is_the_file_s(tmp_path):
+    (tmp_path / "tiny.py").write_text(BASE)
+    assert load_experiment(tmp_path / "tiny.py", ["name="]).name == "tiny"
 
 
 def test_variant_imports_the_file_beside_it(tmp_path):

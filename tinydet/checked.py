@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import typing
-from collections.abc import Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 _ONE = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
@@ -17,6 +17,33 @@ class ConfigError(ValueError):
     """A field, value or experiment file is wrong; the message says which and what to do."""
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a value of the right type has to satisfy.
+
+    Attributes:
+        holds: whether it does.
+        words: what to do otherwise.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _are_distinct(names: tuple[str, ...]) -> bool:
+    plain = [" ".join(name.split()) for name in names]
+    return all(plain) and len(set(plain)) == len(plain)
+
+
+NOT_EMPTY = Rule(bool, "must have at least one item")
+ASCENDING = Rule(lambda pair: pair[0] <= pair[1], "the smaller factor comes first")
+DISTINCT = Rule(_are_distinct, "each name must be another one, and none empty")
+FOLDER_NAME = Rule(
+    lambda name: name not in (".", "..") and not set("/\\") & set(name),
+    "must be the name of a folder, without slashes",
+)
+
+
 def option(
     default: Any,
     description: str,
@@ -24,6 +51,7 @@ def option(
     at_least: float = -math.inf,
     at_most: float = math.inf,
     above: float = -math.inf,
+    rule: Rule | None = None,
 ) -> Any:
     """Return a dataclass field of a `Checked` class.
 
@@ -33,9 +61,10 @@ def option(
         at_least: smallest value of a number, or of each item of a tuple.
         at_most: largest value.
         above: the value has to be larger than this.
+        rule: what else the value has to satisfy.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above}
-    return field(default=default, metadata={"description": description, **bounds})
+    return field(default=default, metadata={"description": description, **bounds, "rule": rule})
 
 
 class Checked:
@@ -65,6 +94,9 @@ class Checked:
                 near = _nearest(value, types[name])
                 self.refuse(name, f"must be {_in_words(types[name], metadata)}{near}")
             object.__setattr__(self, name, value)
+            rule = metadata.get("rule")
+            if rule is not None and not rule.holds(value):
+                self.refuse(name, rule.words)
 
     def refuse(self, name: str, rule: str) -> typing.NoReturn:
         """Raise the ConfigError that says what the value of a field must be."""

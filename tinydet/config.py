@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tinydet import checked
 from tinydet.checked import Checked, ConfigError, option
 
 __all__ = ["VOC_CLASSES", "Augment", "ConfigError", "Data", "Experiment", "Model", "Optim", "Train"]
@@ -101,7 +102,10 @@ class Model(Checked, path="model"):
     cls_convs: int = option(2, "convs in the head's classification tower", at_least=0)
     reg_convs: int = option(4, "convs in the head's regression tower", at_least=0)
     anchor_scales: tuple[float, ...] = option(
-        (1.0, 2.0, 4.0, 8.0, 16.0), "square anchors have sides of scale * stride pixels", above=0
+        (1.0, 2.0, 4.0, 8.0, 16.0),
+        "square anchors have sides of scale * stride pixels",
+        above=0,
+        rule=checked.NOT_EMPTY,
     )
     match_topk: int = option(
         4, "nearest predictions and nearest anchors taken as positives for each box", at_least=1
@@ -135,11 +139,6 @@ class Model(Checked, path="model"):
     )
     max_detections: int = option(100, "detections kept in an image", at_least=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.anchor_scales:
-            self.refuse("anchor_scales", "must have at least one item")
-
 
 @dataclass(frozen=True)
 class Augment(Checked, path="data.augment"):
@@ -165,6 +164,7 @@ class Augment(Checked, path="data.augment"):
         "range of the factor, drawn in log space, by which an image is resized before it is "
         "cropped or padded; 1,1 is off",
         above=0,
+        rule=checked.ASCENDING,
     )
     hflip: float = option(0.5, "probability of a left-right flip", at_least=0, at_most=1)
     vflip: float = option(0.0, "probability of an upside-down flip", at_least=0, at_most=1)
@@ -175,6 +175,7 @@ class Augment(Checked, path="data.augment"):
         "range of the factor that is drawn for each batch's image size, which is rounded to a "
         "multiple of 32; 1,1 is off",
         above=0,
+        rule=checked.ASCENDING,
     )
     hsv: tuple[float, float, float] = option(
         (0.0, 0.0, 0.0),
@@ -210,6 +211,7 @@ class Augment(Checked, path="data.augment"):
         "range of the factor, drawn in log space, by which the finished picture is scaled about "
         "its centre; 1,1 is off",
         above=0,
+        rule=checked.ASCENDING,
     )
     plain_epochs: int = option(
         0,
@@ -217,13 +219,6 @@ class Augment(Checked, path="data.augment"):
         "training ends on pictures like those evaluated",
         at_least=0,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("scale", "multiscale", "zoom"):
-            low, high = getattr(self, name)
-            if low > high:
-                self.refuse(name, "the smaller factor comes first")
 
 
 @dataclass(frozen=True)
@@ -248,7 +243,8 @@ class Data(Checked, path="data"):
     classes: tuple[str, ...] = option(
         VOC_CLASSES,
         "class names in label order; empty takes those of the annotations, sorted (COCO: in the "
-        "order of the category ids)",
+        "order of the category ids, YOLO: in that of data.yaml)",
+        rule=checked.DISTINCT,
     )
     image_size: int = option(512, "longer side of the network's input in pixels", at_least=32)
     keep_ratio: bool = option(
@@ -377,7 +373,9 @@ class Train(Checked, path="train"):
         at_least=1,
     )
     eval_batch_size: int = option(16, "images per step of evaluation", at_least=1)
-    seed: int = option(0, "seed of initial weights, image order and augmentation")
+    seed: int = option(
+        0, "seed of initial weights, image order and augmentation", at_least=0, at_most=10**9
+    )
     device: str = option(
         "auto", '"cpu", "cuda", "cuda:N", "mps" (Apple), or "auto": the first GPU, else the CPU'
     )
@@ -387,7 +385,9 @@ class Train(Checked, path="train"):
 class Experiment(Checked):
     """Everything that decides the outcome of a run."""
 
-    name: str = option("", "name of the folder runs/<name>/; empty takes the file's name")
+    name: str = option(
+        "", "name of the folder runs/<name>/; empty takes the file's name", rule=checked.FOLDER_NAME
+    )
     model: Model = field(default_factory=Model, metadata={"description": "the detector"})
     data: Data = field(
         default_factory=Data, metadata={"description": "the data set and its augmentation"}

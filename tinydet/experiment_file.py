@@ -56,9 +56,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         experiment = experiment_from_dict(values)
     else:
         experiment = _run_file(path)
+    experiment = override(experiment, overrides)
     if not experiment.name:
         experiment = dataclasses.replace(experiment, name=path.stem)
-    experiment = override(experiment, overrides)
 
     # Imported late, as it takes seconds: the errors above appear at once.
     from tinydet.backbones.factory import check_backbone
@@ -187,10 +187,9 @@ def _parse_text(text: str, hint: Any) -> Any:
             text.lower(), text
         )
     if typing.get_origin(hint) is tuple:
-        if not text.strip("()[] "):
-            return ()
+        items = _without_brackets(text).strip(", ")
         item = typing.get_args(hint)[0]
-        return tuple(_parse_text(t.strip(" '\""), item) for t in text.strip("()[], ").split(","))
+        return tuple(_parse_text(t.strip(" '\""), item) for t in items.split(",")) if items else ()
     fraction = re.fullmatch(r"(\d+\.?\d*)/(\d+\.?\d*)", text)
     if fraction and hint is float and float(fraction[2]):
         return float(fraction[1]) / float(fraction[2])
@@ -198,6 +197,17 @@ def _parse_text(text: str, hint: Any) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _without_brackets(text: str) -> str:
+    """Return a list's items without the brackets around all of them; a name may have its own."""
+    for opening, closing in ("()", "[]"):
+        inner = text[1:-1]
+        is_pair = text.startswith(opening) and text.endswith(closing)
+        # "(a) b, (c)": the last one is not the counterpart of the first.
+        if is_pair and not inner.find(closing) < inner.find(opening):
+            return inner
+    return text
 
 
 def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:

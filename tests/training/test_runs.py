@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from tinydet.config import ConfigError
 from tinydet.training import checkpoint, loop
-from tinydet.training.checkpoint import read_checkpoint
+from tinydet.training.checkpoint import CheckpointError, read_checkpoint
 from tinydet.training.log import RunLog
 from tinydet.training.loop import train
+from tinydet.training.runs import new_run_dir, newest_checkpoint, newest_to_resume
 
 
 @pytest.fixture
@@ -99,3 +101,17 @@ def test_lines_that_cannot_be_written_are_said_once(tmp_path, caplog):
     assert sum("log.jsonl: log lines are lost" in line for line in _warnings(caplog)) == 1
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert ['"epoch": 1' in lines[0], '"epoch": 4' in lines[1]] == [True, True]
+
+
+def test_runs_are_found_by_their_name_as_it_is_written(tmp_path):
+    for name in ("exp[1]", "exp1"):
+        last = new_run_dir(name, tmp_path) / "last.pt"
+        last.touch()
+        os.utime(last, (0, len(name)))  # the second is older
+    assert newest_to_resume("exp[1]", tmp_path) == tmp_path / "exp[1]" / "1" / "last.pt"
+    assert newest_to_resume("exp1", tmp_path) == tmp_path / "exp1" / "1" / "last.pt"
+    assert newest_checkpoint(tmp_path, "last.pt") == tmp_path / "exp[1]" / "1" / "last.pt"
+    with pytest.raises(CheckpointError, match="no run has one yet"):
+        newest_to_resume("exp?", tmp_path)
+    with pytest.raises(ConfigError, match="name: is empty"):
+        new_run_dir("", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import shlex
 import time
@@ -15,6 +16,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from tinydet.atomic import warn_on_oserror
+from tinydet.config import ConfigError
 from tinydet.training.checkpoint import (
     CheckpointError,
     previous_of,
@@ -32,7 +34,13 @@ RUNS = Path("runs")
 
 
 def new_run_dir(name: str, root: Path = RUNS) -> Path:
-    """Create and return the next free `root/<name>/<n>/`."""
+    """Create and return the next free `root/<name>/<n>/`.
+
+    Raises:
+        ConfigError: the experiment has no name.
+    """
+    if not name:
+        raise ConfigError("name: is empty; name the experiment, or the run's folder")
     parent = root / name
     parent.mkdir(parents=True, exist_ok=True)
     number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
@@ -86,12 +94,13 @@ def newest_checkpoint(root: Path = RUNS, file_name: str = "best.pt", name: str =
     Args:
         root: the folder of runs.
         file_name: "best.pt" and "last.pt" are written by training, "deploy.pt" by folding.
-        name: only runs of this experiment.
+        name: only runs of this experiment; "*" is any.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = list(root.glob(f"{name}/*/{file_name}"))
+    folder = name if name == "*" else glob.escape(name)
+    found = list(root.glob(f"{folder}/*/{file_name}"))
     if not found:
         makes = "deploy/reparam.py" if file_name == "deploy.pt" else "tools/train.py EXPERIMENT"
         raise CheckpointError(
