@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tinydet.data.image import find_images, probe_image, read_image
+from tinydet.data.image import files_below, find_images, probe_image, read_image
 
 
 def gradient(height=40, width=60):
@@ -187,3 +187,15 @@ def test_read_image__too_large_for_the_memory_is_told(tmp_path, monkeypatch):
             read(path)
     monkeypatch.setattr("tinydet.data.image.machine_memory", lambda: 40 * 60 * 16)
     assert probe_image(path).size == (40, 60)
+
+
+def test_files_below__links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    folder, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    for path in (folder / "b" / "2.jpg", folder / "1.jpg", elsewhere / "3.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "a").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "b" / "circle").symlink_to(folder)
+    (elsewhere / "back").symlink_to(folder)
+    assert files_below(folder) == ["1.jpg", "a/3.jpg", "again/3.jpg", "b/2.jpg"]

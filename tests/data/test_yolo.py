@@ -157,6 +157,7 @@ def test_boxes_are_of_the_image_as_viewers_show_it(yolo_tree, orientation):
         ("names: {0: cat, 2: bus, 1: dog}", ("cat", "dog", "bus")),
         ("names:\n  0: cat\n  1: 7\n", ("cat", "7")),
         ("names: [cat, cat]", ("cat",)),
+        ("names: [yes, no, 007, 1.50, 2024-01-01]", ("yes", "no", "007", "1.50", "2024-01-01")),
         ("nc: 2", ("class 0", "class 1")),
         ("nc: 1\nnames: ['猫']", ("猫",)),
     ],

@@ -24,6 +24,7 @@ from pycocotools.coco import COCO
 
 from tinydet.data.annotation import class_name, parse_flag
 from tinydet.data.builder import check_image, check_names
+from tinydet.data.image import files_below
 from tinydet.data.index import CocoTruth, Index, cached_index, no_such_split
 from tinydet.data.problems import Problems
 from tinydet.progress import Progress
@@ -64,7 +65,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
     """
     root, classes = Path(root), tuple(classes)
     annotation_file = _check_layout(root, split)
-    files = _files_below(root / split)
+    files = files_below(root / split)
 
     def build() -> Index:
         logger.info("reading %s", annotation_file)
@@ -96,15 +97,6 @@ def _check_layout(root: Path, split: str) -> Path:
             f"{root / split}: no such folder; it holds the images of {file.name}; {WHAT_TO_FETCH}"
         )
     return file
-
-
-def _files_below(folder: Path) -> list[str]:
-    """Return the paths of all files below a folder, relative to it and with slashes, sorted."""
-    found = []
-    for parent, _, names in os.walk(folder):
-        prefix = Path(parent).relative_to(folder).as_posix()
-        found += names if prefix == "." else [f"{prefix}/{name}" for name in names]
-    return sorted(found)
 
 
 def _read_json(file: Path) -> COCO:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,6 +135,23 @@ def find_images(names: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{name}: {problem}")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the paths of all files below a folder, relative to it and with slashes, sorted.
+
+    Links to folders are followed, but for those to a folder that the link itself is in.
+    """
+    found: list[str] = []
+    # By folder: where it and those above it really are.
+    above = {str(folder): {os.path.realpath(folder)}}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        paths = {name: os.path.join(parent, name) for name in folders}
+        real = {name: os.path.realpath(path) for name, path in paths.items()}
+        folders[:] = [name for name in folders if real[name] not in above[parent]]
+        above |= {paths[name]: {*above[parent], real[name]} for name in folders}
+        found += [os.path.join(parent, name) for name in names]
+    return sorted(Path(path).relative_to(folder).as_posix() for path in found)
 
 
 def _is_picture(file: Path) -> bool:

@@ -9,8 +9,7 @@ as viewers show it, turned by its EXIF orientation.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 
 from tinydet.data.annotation import class_name
 from tinydet.data.builder import Box, FoundObject, IndexBuilder, check_image, check_names
-from tinydet.data.image import IMAGE_SUFFIXES
+from tinydet.data.image import IMAGE_SUFFIXES, files_below
 from tinydet.data.index import Index, cached_index, no_such_split
 from tinydet.progress import Progress
 from tinydet.text import read_text
@@ -30,6 +29,15 @@ _NO_SPLITS = ("path", "names", "download")  # other fields that are text or list
 _SMALLEST = 0.001  # side in pixels below which a box may be empty in float32
 # Fractions are rounded to six or fewer digits: this far outside 0 to 1 they are clipped.
 _ROUNDING = 0.01
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Reads words as they are written: a class may be called yes, 1.50 or 2024-01-01."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012, pyyaml's name
+        first: [(tag, form) for tag, form in found if tag.endswith((":null", ":merge"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Index:
@@ -148,7 +156,7 @@ def _read_yaml(root: Path) -> tuple[Path, dict[str, Any]]:
         hint = f"; did you mean {below[0]}?" if below else f"; {_LAYOUT}"
         raise FileNotFoundError(f"{root}: has no data.yaml{hint}")
     try:
-        content = yaml.safe_load(read_text(files[0]))
+        content = yaml.load(read_text(files[0]), Loader=_TextLoader)
     except (yaml.YAMLError, RecursionError) as error:
         first_line = " ".join(str(error).split())[:200]
         raise ValueError(f"{files[0]}: not YAML ({first_line})") from None
@@ -159,16 +167,16 @@ def _read_yaml(root: Path) -> tuple[Path, dict[str, Any]]:
 
 def _class_names(file: Path, content: dict[str, Any]) -> dict[int, str]:
     """Return the class names by number, ascending; without names, as many numbers as `nc` says."""
-    names, number = content.get("names"), content.get("nc")
+    names, number = content.get("names"), _number(str(content.get("nc")))
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if names is None and isinstance(number, int) and 0 < number < 100_000:
+    if names is None and 0 < number < 100_000:
         names = {i: f"class {i}" for i in range(number)}
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{file}: has no names, a list or a map from numbers to class names")
     found = {}
     for key, name in names.items():
-        text = class_name(str(name)) if isinstance(name, (str, int, float)) else ""
+        text = class_name(name) if isinstance(name, str) else ""
         if not str(key).isdecimal() or not text:
             raise ValueError(f"{file}: names has {key!r}: {name!r}; give a number and a name")
         found[int(key)] = text
@@ -186,7 +194,8 @@ def _images(
         if path is None:
             raise FileNotFoundError(f"{file}: {split} is {place}, which is not below {root}")
         if path.is_dir():
-            images += sorted(_files_below(path))
+            files = [path / file for file in files_below(path)]
+            images += [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         else:
             lists.append(path)
             lines = (line.strip() for line in read_text(path).splitlines())
@@ -212,13 +221,6 @@ def _listed(root: Path, file: Path, line: str) -> Path:
     line = line.replace("\\", "/")
     candidates = [file.parent / line, root / line]
     return next((path for path in candidates if path.is_file()), candidates[0])
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield Path(parent) / name
 
 
 def _label_file(image: Path) -> Path:
