@@ -28,6 +28,23 @@ def test_load_split__missing_voc07_names_the_command(tmp_path):
         load_split(data, "test")
 
 
+def test_load_split__own_splits_under_the_default_source_name_the_setting(tree):
+    tree.add("a")
+    tree.split("a", name="train")
+    tree.split("a", name="valid")
+    with pytest.raises(FileNotFoundError, match=r"splits: train, valid; .* data\.source=folder"):
+        load_split(Data(root=str(tree.root)), "trainval")
+
+
+def test_load_split__the_home_folder_may_be_a_tilde(tree, monkeypatch):
+    tree.add("a", [("dog", (1, 1, 9, 9))])
+    tree.split("a", name="train")
+    monkeypatch.setenv("HOME", str(tree.root.parent))
+    data = Data(root=f"~/{tree.root.name}", source="folder", classes=(), train_split="train")
+    index = load_split(data, "train")
+    assert index.image_path(0) == tree.root / "JPEGImages" / "a.jpg"
+
+
 def test_load_split__missing_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("nowhere", "empty"):

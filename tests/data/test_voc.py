@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +28,28 @@ def test_read_index__classes_give_the_labels(tree):
     assert index.labels.tolist() == [2, 0]
     assert index.classes == ("dog", "bird", "cat")
     assert index.problems.unknown_classes == {"Cat": 1}
-    (line,) = index.problems.summary()
+    absent, line = index.problems.summary()
+    assert absent.startswith("1 class of the list of classes has no object")
+    assert absent.endswith(" (bird)")
     assert line.startswith("1 object has a class")
     assert "Cat (1)" in line
+
+
+def test_read_index__a_misspelt_class_is_told(tree):
+    tree.add("a", [("bottle", (1, 1, 9, 9)), ("cat", (1, 1, 8, 8))])
+    index = read_index(tree.split("a"), "train", ("botle", "cat"))
+    assert index.labels.tolist() == [1]
+    assert index.problems.examples["class_without_object"] == ["botle: did you mean bottle?"]
+
+
+def test_read_index__without_a_home_nothing_is_cached(tree, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TINYDET_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    tree.add("a")
+    assert read_index(tree.split("a"), "train").image_ids == ["a"]
 
 
 def test_read_index__box_rules(tree):

@@ -23,8 +23,8 @@ from tinydet.training.runs import Saver
 from tinydet.yolof.build import build_detector
 
 
-def _mark_difficult(root):
-    for name in (root / "ImageSets" / "Main" / "test.txt").read_text().split():
+def _mark_difficult(root, split="test"):
+    for name in (root / "ImageSets" / "Main" / f"{split}.txt").read_text().split():
         path = root / "Annotations" / f"{name}.xml"
         path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
 
@@ -43,6 +43,15 @@ def test_a_split_to_judge_detectors_on(tiny_experiment, hopeless):
     require_objects(load_split(hopeless.data, "trainval"))
     with pytest.raises(ConfigError, match=r"set \(test\): its 8 images have no object to find"):
         require_objects(load_split(hopeless.data, "test"))
+
+
+def test_a_split_to_train_on_has_objects_to_learn(tiny_experiment, tmp_path):
+    shutil.copytree(tiny_experiment.data.root, tmp_path / "set")
+    _mark_difficult(tmp_path / "set", "trainval")
+    data = replace(tiny_experiment.data, root=str(tmp_path / "set"))
+    with pytest.raises(ConfigError, match=r"set \(trainval\): all of its objects are difficult"):
+        train(replace(tiny_experiment, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_says_it_and_keeps_the_newest_weights(hopeless, tmp_path, caplog):

@@ -198,6 +198,15 @@ class IndexBuilder:
             self.problems.add("clipped", name, f"{what} in {width}x{height}")
         return clipped
 
+    def check_classes(self) -> None:
+        """Count classes that were asked for and have no object, where no list of classes tells."""
+        found = {name for image in self.images for name in image.names}
+        for name in self.classes:
+            if class_name(name) not in found:
+                near = difflib.get_close_matches(name, self.problems.unknown_classes, 1)
+                hint = f"did you mean {near[0]}?" if near else ""
+                self.problems.add("class_without_object", name, hint)
+
     def index(self, root: Path, split: str) -> Index:
         """Return the index of everything added."""
         names = [name for image in self.images for name in image.names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class DetectionDataset(Dataset[Sample]):
 
 def is_missing(data: Data) -> bool:
     """Whether the data's folder is missing, empty, or has only half of VOC 2007."""
-    root = Path(data.root)
+    root = _root(data)
     if not root.is_dir() or not any(root.iterdir()):
         return True
     if data.source != "voc07":
@@ -94,7 +95,7 @@ def fetch(data: Data) -> None:
         DownloadError: the download failed; the message says what to do.
         ValueError: `data.root` is not a folder that the download unpacks to.
     """
-    root = Path(data.root)
+    root = _root(data)
     if data.source == "shapes":
         from tinydet.data.shapes import render_shapes
 
@@ -148,22 +149,26 @@ def load_split(data: Data, split: str) -> Index:
     return index
 
 
+def _root(data: Data) -> Path:
+    return Path(os.path.expanduser(data.root))
+
+
 def _read_index(data: Data, split: str) -> Index:
     read_index = LAYOUTS[_LAYOUT[data.source]].read_index
     classes = data.classes
     if not classes and split != data.train_split:
-        classes = read_index(data.root, data.train_split).classes
-    index: Index = read_index(data.root, split, classes)
+        classes = read_index(_root(data), data.train_split).classes
+    index: Index = read_index(_root(data), split, classes)
     return index
 
 
 def _other_layout(data: Data) -> str:
     """Return words on the layout of the data's folder if it is not that of `data.source`."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        layout = layout_of(Path(data.root))
+        layout = layout_of(_root(data))
         if layout != _LAYOUT[data.source]:
             source = "folder" if layout == "voc" else layout
-            splits = ", ".join(sorted(LAYOUTS[layout].split_names(data.root)))
+            splits = ", ".join(sorted(LAYOUTS[layout].split_names(_root(data))))
             return (
                 f"; it is a folder in {layout.upper()} layout (splits: {splits}): set "
                 f"data.source={source}, data.train_split and data.test_split"
@@ -173,8 +178,13 @@ def _other_layout(data: Data) -> str:
 
 def _missing(data: Data) -> str:
     if data.source == "voc07":
+        splits = voc.split_names(_root(data))
+        own = (
+            f" (splits: {', '.join(splits)}; for data of your own set data.source=folder, "
+            "data.train_split and data.test_split)"
+        )
         return (
-            f"{data.root}: PASCAL VOC 2007 is missing or incomplete; run: "
+            f"{data.root}: PASCAL VOC 2007 is missing or incomplete{own if splits else ''}; run: "
             "bash tools/download_voc07.sh"
         )
     if data.source == "coco":

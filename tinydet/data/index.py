@@ -120,7 +120,11 @@ class Index:
 
 
 def cache_folder() -> Path:
-    """Return the folder of cached indexes: `$TINYDET_CACHE`, else `~/.cache/tinydet`."""
+    """Return the folder of cached indexes: `$TINYDET_CACHE`, else `~/.cache/tinydet`.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
     return Path(os.environ.get("TINYDET_CACHE") or Path.home() / ".cache" / "tinydet")
 
 
@@ -208,11 +212,17 @@ def cached_index(
     Raises:
         ValueError: no image is left, or none of the class names occurs.
     """
-    cached, mark = cache_file(root, split, classes), fingerprint(files)
-    index = load_index(cached, mark, root, split)
+    mark = fingerprint(files)
+    try:
+        cached = cache_file(root, split, classes)
+    except RuntimeError as error:  # There is no home folder.
+        logger.info("the index is not cached: %s", error)
+        cached = None
+    index = load_index(cached, mark, root, split) if cached else None
     if index is None:
         index = build()
-        save_index(index, cached, mark)
+        if cached:
+            save_index(index, cached, mark)
     _check_content(index, files[0])
     return index
 

@@ -60,6 +60,10 @@ RULES = {
         "class is not in the annotation file's list of categories: it has no object",
         "classes are not in the annotation file's list of categories: they have no object",
     ),
+    "class_without_object": (
+        "class of the list of classes has no object in this split",
+        "classes of the list of classes have no object in this split",
+    ),
     "unknown_class": (
         "object has a class that is not in the list of classes: dropped",
         "objects have a class that is not in the list of classes: dropped",

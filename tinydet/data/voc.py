@@ -77,6 +77,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
                 else:
                     _add_image(builder, name, annotation_file, image_file)
                 progress.advance()
+        builder.check_classes()
         return builder.index(root, split)
 
     return cached_index(root, split, classes, [split_file, *found], build)

@@ -178,6 +178,11 @@ def prepare(
     train_index, test_index = broadcast_from_rank0(
         lambda: (load_split(data, data.train_split), load_split(data, data.test_split))
     )
+    if train_index.difficult.all():
+        raise ConfigError(
+            f"{train_index.root} ({train_index.split}): all of its objects are difficult, and so "
+            "left out of training; name another data.train_split, or mark them otherwise"
+        )
     loader = make_train_loader(
         DetectionDataset(train_index),
         data,
