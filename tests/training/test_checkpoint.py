@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinydet.config import ConfigError
 from tinydet.experiment_file import experiment_to_dict
 from tinydet.reparam.expand import expanded_names
 from tinydet.reparam.fold import fold
@@ -21,6 +22,7 @@ from tinydet.training.checkpoint import (
     save_last,
     write_tensors,
 )
+from tinydet.training.loop import train
 from tinydet.yolof.build import build_detector
 
 IMAGES = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
@@ -246,3 +248,34 @@ def test_weights_of_another_model_are_refused(tmp_path, tiny_experiment, detecto
     save_checkpoint(tmp_path / "x.pt", content)
     with pytest.raises(CheckpointError, match="not those of experiment 'tiny'"):
         load_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"classes": 3},
+        {"classes": [1, 2]},
+        {"experiment": "tiny"},
+        {"form": "other"},
+        {"form": ["training"]},
+        {"model": 3},
+        {"model": {"backbone.conv.weight": "one"}},
+    ],
+)
+def test_malformed_content_is_one_line(tmp_path, tiny_experiment, detector, wrong):
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, _content(tiny_experiment, detector) | wrong)
+    (name,) = wrong
+    with pytest.raises(CheckpointError, match=f"not a TinyDet checkpoint, its '{name}' is malfo"):
+        load_checkpoint(path)
+    # As weights to start from it is one line too.
+    model = replace(tiny_experiment.model, weights=str(path))
+    with suppress(ConfigError):
+        build_detector(model, ["a", "b"])
+
+
+def test_a_checkpoint_without_a_run_s_state_cannot_be_resumed(tmp_path, tiny_experiment, detector):
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, _content(tiny_experiment, detector))
+    with pytest.raises(CheckpointError, match=r"cannot be resumed, it has no 'epoch'; take"):
+        train(tiny_experiment, tmp_path / "run", path)

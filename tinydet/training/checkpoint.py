@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,16 @@ from tinydet.yolof.official import convert_official
 
 logger = logging.getLogger(__name__)
 
+
+# What every checkpoint holds, and whether a value is of its kind.
+_CONTENT: dict[str, Callable[[Any], bool]] = {
+    "classes": lambda names: isinstance(names, list) and all(isinstance(n, str) for n in names),
+    "experiment": lambda values: isinstance(values, dict),
+    "form": lambda form: form in ("training", "deploy"),
+    "model": lambda tensors: (
+        isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))
+    ),
+}
 
 # Decide the network, but not always the names and shapes of its tensors.
 _NOT_IN_TENSORS = ("backbone", "feature", "activation", "dilations", "anchor_scales")
@@ -143,11 +153,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = convert_official(content) or content
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    missing = {"form", "experiment", "classes", "model"} - set(
-        content if isinstance(content, dict) else ()
-    )
-    if missing:
-        raise CheckpointError(f"{path}: not a TinyDet checkpoint, it has no {sorted(missing)[0]!r}")
+    for name, is_right in _CONTENT.items():
+        if not isinstance(content, dict) or name not in content:
+            raise CheckpointError(f"{path}: not a TinyDet checkpoint, it has no {name!r}")
+        if not is_right(content[name]):
+            raise CheckpointError(f"{path}: not a TinyDet checkpoint, its {name!r} is malformed")
     return content
 
 

@@ -40,6 +40,11 @@ FIXED_FIELDS = (
     "train.seed",
 )
 
+_NEEDED = (
+    *("epoch", "step", "batches_an_epoch", "raw_model", "optimizer", "scaler"),
+    *("train_seconds", "images_seen"),
+)
+
 
 def check_resumable(experiment: Experiment, content: dict[str, Any], path: Path) -> None:
     """Refuse a checkpoint that the experiment cannot be resumed from.
@@ -50,10 +55,14 @@ def check_resumable(experiment: Experiment, content: dict[str, Any], path: Path)
         path: where it was read from.
 
     Raises:
-        CheckpointError: it is folded, finished, or of an experiment with other `FIXED_FIELDS`.
+        CheckpointError: it is folded, incomplete, finished, or of an experiment with other
+            `FIXED_FIELDS`.
     """
     if content["form"] != "training":
         raise CheckpointError(f"{path}: a folded network cannot be trained on; take last.pt")
+    missing = [name for name in _NEEDED if name not in content]
+    if missing:
+        raise CheckpointError(f"{path}: cannot be resumed, it has no {missing[0]!r}; take last.pt")
     if content["epoch"] >= experiment.train.epochs:
         raise CheckpointError(
             f"{path}: that run has finished its {content['epoch']} epochs; "

@@ -101,9 +101,15 @@ def read_trained(config: Model, build: Build) -> TrainedDetector | None:
                 tensors = _fold(model, classes, tensors, build)
             plain = build(replace(model, weights="random", **_NO_BRANCHES), classes).eval()
             same, (tensors, norms) = False, unfold(plain, tensors, _example())
+        if not all(isinstance(name, str) for name in classes):
+            raise TypeError("its classes are no names")
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("its weights are no tensors")
     except (ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         raise ConfigError(f"model.weights={config.weights}: {first_line}") from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"model.weights={config.weights}: malformed ({error})") from error
     return TrainedDetector(config.weights, tensors, tuple(classes), model.backbone, same, norms)
 
 
