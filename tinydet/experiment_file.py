@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -25,6 +26,15 @@ from typing import Any, Literal
 from tinydet.checked import field_types
 from tinydet.config import ConfigError, Experiment
 from tinydet.text import read_text
+
+# Fields that have no effect while another field has a value.
+_USELESS_BESIDE: dict[str, tuple[str, Any]] = {
+    "model.attention_place": ("model.attention", "none"),
+    "data.short_side": ("data.keep_ratio", False),
+    "data.augment.max_shift": ("data.augment.shift", 0.0),
+    "optim.milestones": ("optim.schedule", "cosine"),
+    "optim.gamma": ("optim.schedule", "cosine"),
+}
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -124,14 +134,24 @@ def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
     `model.dilations=2,4,6,8`, `data.classes=cat,dog`.
 
     Raises:
-        ConfigError: an unknown name (the message suggests the nearest one), or a value that is not
-            allowed.
+        ConfigError: an unknown name (the message suggests the nearest one), a value that is not
+            allowed, or one that has no effect beside another field. What a file inherits may have
+            none: it may matter to the files that derive from it.
     """
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"--set {assignment}: write it as name=value, e.g. train.epochs=3")
         experiment = _replace_path(experiment, name.strip().split("."), text.strip(), name.strip())
+    for assignment in assignments:
+        name = assignment.partition("=")[0].strip()
+        other, useless = _USELESS_BESIDE.get(name, ("", None))
+        if (
+            useless is not None
+            and functools.reduce(getattr, other.split("."), experiment) == useless
+        ):
+            shown = str(useless).lower() if isinstance(useless, bool) else useless
+            raise ConfigError(f"--set {assignment}: has no effect beside {other}={shown}")
     return experiment
 
 
