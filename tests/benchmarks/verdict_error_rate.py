@@ -49,7 +49,7 @@ def _without_effect(comparisons: int, world: World) -> None:
         looks: set[str] = set()
         for (ideas, n), count in counts.items():
             base, *others = (s.first(n) for s in scores[: ideas + 1])
-            found = [difference(base, other) for other in others]
+            found = [difference(base, other, world.images) for other in others]
             kinds = [decide(one, _CONFIDENCE, ideas)[0] for one in found]
             intervals = found[0].interval(_CONFIDENCE), _plain_bootstrap(base, others[0])
             looks |= set(kinds) if ideas == 1 else set()
@@ -77,7 +77,7 @@ def _with_effect(comparisons: int, world: World) -> None:
         base, *ideas = draw_comparison(world, _EFFECTS, max(_MORE_SEEDS), number)
         for i, (effect, idea) in enumerate(zip(_EFFECTS, ideas, strict=True)):
             for j, n in enumerate(_MORE_SEEDS):
-                one = difference(base.first(n), idea.first(n))
+                one = difference(base.first(n), idea.first(n), world.images)
                 found[effect, n].append(one)
                 better[i, j] += decide(one, _CONFIDENCE, 1)[0] == "better"
     print(f"\n'better' where there is an effect, {comparisons} comparisons:\n")

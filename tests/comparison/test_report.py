@@ -22,8 +22,8 @@ def _outcome(name, ap50, points=None, ms=9.5):
     found = {}
     if points is not None:
         found = {
-            "AP50": Difference(points / 100, 1e-5, (1e-4, 2e-4), 3),
-            "AP": Difference(points / 200, 1e-5, (1e-5, 2e-5), 3),
+            "AP50": Difference(points / 100, 1e-5, (1e-4, 2e-4), 3, 72),
+            "AP": Difference(points / 200, 1e-5, (1e-5, 2e-5), 3, 72),
         }
     return Outcome(
         name=name,

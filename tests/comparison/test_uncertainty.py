@@ -34,6 +34,42 @@ def test_the_sum_of_a_normal_and_a_student_variable():
     assert error.below(error.quantile(0.9)) == pytest.approx(0.9, abs=1e-5)
 
 
+def test_the_sum_of_two_student_variables():
+    rng = np.random.default_rng(0)
+    error = Error(0.5, 2.0, 3.3, 2)
+    of_images, of_seeds = (rng.standard_t(dof, 400_000) for dof in (2, 3.3))
+    drawn = math.sqrt(0.5) * of_images + math.sqrt(2.0) * of_seeds
+    for value in (-6.0, -1.0, 0.5, 3.0):
+        assert error.below(value) == pytest.approx((drawn < value).mean(), abs=0.003)
+    # Each part alone is the same distribution.
+    assert Error(2, 0, 1, 7).below(3) == pytest.approx(Error(0, 2, 7).below(3), abs=1e-12)
+
+
+def _wrong_verdicts(images, seeds=3, comparisons=1000):
+    """Share of comparisons without an effect whose interval of 95 % leaves out 0.
+
+    Scores are means over images of what differs between images, networks, runs and seeds.
+    """
+    rng, wrong = np.random.default_rng(1), 0
+    for _ in range(comparisons):
+        draws = rng.multinomial(images, np.full(images, 1 / images), size=200) / images
+        of_images, scores = rng.normal(0, 0.3, images), []
+        for _ in range(2):
+            taste = rng.normal(0, 0.15, images)
+            luck = rng.normal(0, 0.05, (seeds, images)) + rng.normal(0, 0.01, (seeds, 1))
+            values = of_images + taste + luck
+            scores.append(Scores(values.mean(axis=1), values @ draws.T))
+        found = difference(*scores, images)
+        wrong += found.error().below(abs(found.estimate)) > 0.975
+    return wrong / comparisons
+
+
+@pytest.mark.parametrize("images", [3, 8, 60])
+def test_few_images_do_not_make_more_verdicts_wrong(images):
+    # Binomial(1000, 0.05) is above 67 with probability 0.007.
+    assert 0.01 < _wrong_verdicts(images) <= 0.067
+
+
 def test_no_variance_at_all():
     certain = Error(0, 0, 2)
     assert [certain.below(value) for value in (-1e-9, 0, 1e-9)] == [0, 0.5, 1]
@@ -52,7 +88,7 @@ def test_image_variance_leaves_out_what_all_runs_share_and_what_each_has_alone()
     shared, effect = 5 * rng.normal(size=2000), 1.5 * rng.normal(size=2000)
     base, weights = _drawn(rng, 4, shared, 1.0, 0.0, draws=2000, images=2000)
     idea, _ = _drawn(rng, 4, shared + effect, 1.0, 0.0, draws=1, images=2000)
-    found = difference(*(Scores(v.mean(axis=1), v @ weights.T) for v in (base, idea)))
+    found = difference(*(Scores(v.mean(axis=1), v @ weights.T) for v in (base, idea)), 2000)
     # What is left is the effect's own spread over images.
     assert found.image_variance == pytest.approx(1.5**2 / 2000, rel=0.15)
     assert found.estimate == pytest.approx(idea.mean() - base.mean())
@@ -61,7 +97,7 @@ def test_image_variance_leaves_out_what_all_runs_share_and_what_each_has_alone()
 def test_welchs_numbers():
     base = Scores(np.array([1.0, 2.0, 3.0]), np.zeros((3, 2)) + np.array([[1.0], [2], [3]]))
     idea = Scores(np.array([4.0, 8.0, 12.0]), np.zeros((3, 2)) + np.array([[4.0], [8], [12]]))
-    found = difference(base, idea)
+    found = difference(base, idea, 60)
     assert (found.estimate, found.image_variance) == (6.0, 0.0)
     assert found.seed_variances == (1.0, 16.0)
     error = found.error()
@@ -75,7 +111,7 @@ def test_welchs_numbers():
 def test_a_bootstrap_over_three_seeds_would_be_too_narrow():
     rng = np.random.default_rng(3)
     base, idea = (Scores(rng.normal(size=3), np.zeros((3, 2))) for _ in range(2))
-    low, high = Difference(0.0, 0.0, (base.seed_variance, idea.seed_variance), 3).interval(0.95)
+    low, high = Difference(0.0, 0.0, (base.seed_variance, idea.seed_variance), 3, 60).interval(0.95)
     drawn = [
         rng.choice(idea.observed, 3).mean() - rng.choice(base.observed, 3).mean()
         for _ in range(4000)
@@ -85,10 +121,10 @@ def test_a_bootstrap_over_three_seeds_would_be_too_narrow():
 
 
 def test_the_chance_to_help_belongs_to_the_interval():
-    found = Difference(1.0, 0.2, (0.3, 0.4), 3)
+    found = Difference(1.0, 0.2, (0.3, 0.4), 3, 60)
     confidence = 2 * found.helps - 1  # two-sided
     assert found.interval(confidence)[0] == pytest.approx(0, abs=1e-4)
-    assert Difference(-1.0, 0.2, (0.3, 0.4), 3).helps == pytest.approx(1 - found.helps)
+    assert Difference(-1.0, 0.2, (0.3, 0.4), 3, 60).helps == pytest.approx(1 - found.helps)
 
 
 @pytest.mark.filterwarnings("error")
@@ -97,14 +133,14 @@ def test_a_metric_without_a_value_is_refused():
     unknown = Scores(np.full(2, np.nan), np.full((2, 100), np.nan))
     for pair in ((known, unknown), (unknown, known), (unknown, unknown)):
         with pytest.raises(ValueError, match="a metric is NaN"):
-            difference(*pair)
+            difference(*pair, 60)
 
 
 @pytest.mark.filterwarnings("error")
 def test_draws_without_objects_are_left_out():
     rng = np.random.default_rng(0)
     base, idea = (Scores(rng.random(3), rng.random((3, 200))) for _ in range(2))
-    expected = difference(base, idea)
+    expected = difference(base, idea, 60)
     gap = np.full((3, 5), np.nan)
     holed = [Scores(s.observed, np.concatenate([gap, s.resampled], axis=1)) for s in (base, idea)]
-    assert difference(*holed) == expected
+    assert difference(*holed, 60) == expected

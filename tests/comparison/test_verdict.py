@@ -15,8 +15,8 @@ from .simulated import (
 )
 
 
-def _difference(points, image=0.0, seed=0.005, seeds=3):
-    return Difference(points / 100, image**2, (seed**2, seed**2), seeds)
+def _difference(points, image=0.0, seed=0.005, seeds=3, images=60):
+    return Difference(points / 100, image**2, (seed**2, seed**2), seeds, images)
 
 
 def test_better_and_worse_are_said_where_the_interval_leaves_out_0():
@@ -53,7 +53,7 @@ def test_as_many_more_seeds_as_are_said_have_the_power_that_is_said():
         for _ in range(400):
             runs = rng.normal(0, 0.008, (2, n))
             estimate = 0.01 + rng.normal(0, 0.001) + runs[1].mean() - runs[0].mean()
-            again = Difference(estimate, 0.001**2, tuple(runs.var(axis=1, ddof=1)), n)
+            again = Difference(estimate, 0.001**2, tuple(runs.var(axis=1, ddof=1)), n, 60)
             told[n] += again.interval(0.95)[0] > 0
     assert 0.7 < told[seeds] / 400 < 0.9
     assert told[seeds // 2] / 400 < 0.6
@@ -72,7 +72,7 @@ def test_a_difference_may_be_too_small_for_any_number_of_seeds():
 
 
 def test_no_difference_and_no_variance():
-    verdict = make_verdict(Difference(0.0, 0.0, (0.0, 0.0), 3), 0.95, 2, "AP50")
+    verdict = make_verdict(Difference(0.0, 0.0, (0.0, 0.0), 3, 60), 0.95, 2, "AP50")
     assert verdict.kind == "can't tell yet"
     assert (verdict.low, verdict.high) == (0, 0)
 
@@ -92,7 +92,7 @@ def test_what_helps_is_rarely_dropped_and_what_harms_much_is_dropped():
             for n in (2, 4):
                 own = effect + runs[1, :n].mean() - runs[0, :n].mean()
                 variances = tuple(runs[:, :n].var(axis=1, ddof=1))
-                looks.append(should_prune(Difference(own, 0.0, variances, n), 0.95, 2))
+                looks.append(should_prune(Difference(own, 0.0, variances, n, 60), 0.95, 2))
             count += any(looks)
         return count / 1000
 
@@ -125,7 +125,7 @@ def test_no_effect_is_rarely_called_one(comparisons):
     kinds = {2: [], 3: []}
     for base, idea, _ in comparisons:
         for seeds, of_seeds in kinds.items():
-            found = difference(base.first(seeds), idea.first(seeds))
+            found = difference(base.first(seeds), idea.first(seeds), 40)
             of_seeds.append(make_verdict(found, 0.95, 1, "AP50").kind)
     for of_seeds in kinds.values():
         # Binomial(150, 0.05) is above 15 with probability 0.003, Binomial(150, 0.025) above 9
@@ -135,7 +135,7 @@ def test_no_effect_is_rarely_called_one(comparisons):
 
 
 def test_an_interval_covers_the_true_difference(comparisons):
-    found = [difference(base, idea) for base, _, idea in comparisons]
+    found = [difference(base, idea, 40) for base, _, idea in comparisons]
     true = np.mean([one.estimate for one in found])
     assert true > 0.03
     covered = sum(low <= true <= high for low, high in (one.interval(0.8) for one in found))

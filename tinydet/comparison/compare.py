@@ -16,7 +16,7 @@ from tinydet.comparison.error_analysis import image_change_lines
 from tinydet.comparison.plan import Plan, load_experiments, make_plan
 from tinydet.comparison.report import Outcome, Report, report_lines, write_report
 from tinydet.comparison.runs import finished_run, run_detections, train_run, training_speed
-from tinydet.comparison.uncertainty import Difference, Scores, difference
+from tinydet.comparison.uncertainty import FEWEST_IMAGES, Difference, Scores, difference
 from tinydet.comparison.verdict import Verdict, interim_looks, make_verdict, should_prune
 from tinydet.config import ConfigError, Experiment
 from tinydet.data.dataset import load_split
@@ -134,6 +134,8 @@ def compare(
     index = load_split(experiments[0].data, experiments[0].data.test_split)
     require_objects(index)
     plan = make_plan(files, experiments, parsed_budget, folder)
+    if problem := _too_few(index):
+        logger.warning("there will be no verdict: %s", problem)
     yield f"comparison  {plan.folder}"
     for experiment, reason in zip(plan.experiments, plan.reasons, strict=True):
         epochs, dtype = experiment.train.epochs, experiment.train.dtype
@@ -151,8 +153,8 @@ def compare(
                 yield from _run(entry, seed, title, count, is_base=entry is entries[0])
             if not entry.ended and not shard:
                 _score(entry, index, truth, weights)
-        if seed + 1 in looks:
-            yield from _prune(entries, seed + 1, metric, confidence, len(looks))
+        if seed + 1 in looks and not problem:
+            yield from _prune(entries, len(index), metric, confidence, len(looks))
     if shard:
         trained = sum(len(entry.runs) for entry in entries)
         yield f"shard {shard.number}/{shard.of}: its {trained} runs are finished; the command "
@@ -223,15 +225,25 @@ def _score(entry: _Entry, index: Index, truth: Sequence[GroundTruth], weights: n
     entry.values["AP"].append(weighted_coco_ap(matches, weights))
 
 
+def _too_few(index: Index) -> str:
+    """Return why the test split's images are too few for a verdict, or ""."""
+    if len(index) >= FEWEST_IMAGES:
+        return ""
+    return (
+        f"{index.root} ({index.split}) has {len(index)} image{'s'[: len(index) > 1]}, too few to "
+        f"tell how much images vary; give at least {FEWEST_IMAGES}, better 60"
+    )
+
+
 def _prune(
-    entries: Sequence[_Entry], seeds: int, metric: str, confidence: float, looks: int
+    entries: Sequence[_Entry], images: int, metric: str, confidence: float, looks: int
 ) -> Iterator[str]:
     for entry in entries[1:]:
         if entry.ended:
             continue
-        found = _difference(entries[0], entry, metric)
+        found = _difference(entries[0], entry, metric, images)
         if should_prune(found, confidence, looks):
-            entry.ended, entry.dropped = f"dropped after {seeds} seeds", True
+            entry.ended, entry.dropped = f"dropped after {len(entry.runs)} seeds", True
             yield f"{entry.experiment.name}: {entry.ended}: {_no_better(found)}"
 
 
@@ -239,9 +251,9 @@ def _no_better(found: Difference) -> str:
     return f"not better than the base with {100 * (1 - found.helps):.4g} % confidence"
 
 
-def _difference(base: _Entry, idea: _Entry, metric: str) -> Difference:
+def _difference(base: _Entry, idea: _Entry, metric: str, images: int) -> Difference:
     of_idea = idea.scores(metric)
-    return difference(base.scores(metric).first(len(of_idea.observed)), of_idea)
+    return difference(base.scores(metric).first(len(of_idea.observed)), of_idea, images)
 
 
 def _report(
@@ -256,8 +268,8 @@ def _report(
     )
     outcomes = []
     for entry in entries:
-        has_difference = entry in complete and entry is not base
-        found = {m: _difference(base, entry, m) for m in METRICS} if has_difference else {}
+        has_difference = entry in complete and entry is not base and not _too_few(index)
+        found = {m: _difference(base, entry, m, len(index)) for m in METRICS if has_difference}
         outcomes.append(
             Outcome(
                 name=entry.experiment.name,
@@ -268,7 +280,9 @@ def _report(
                 differences=found,
                 verdict=None
                 if entry is base
-                else _verdict(base, entry, found.get(metric), metric, confidence, len(ideas)),
+                else _verdict(
+                    base, entry, found.get(metric), metric, confidence, len(ideas), _too_few(index)
+                ),
                 lost=entry.mean_lost,
                 training_speed=_speed_ratio(base, entry),
                 cost=costs.get(entry.experiment.name),
@@ -306,9 +320,11 @@ def _verdict(
     metric: str,
     confidence: float,
     ideas: int,
+    too_few: str,
 ) -> Verdict:
     if found is None:
-        return Verdict("can't tell yet", float("nan"), float("nan"), idea.ended)
+        reason = idea.ended or too_few
+        return Verdict("can't tell yet", float("nan"), float("nan"), reason)
     pairs = list(zip(base.detections, idea.detections, strict=False))
     if not any(len(image.scores) for pair in pairs for saved in pair for image in saved.detections):
         reason = "no run detects anything yet; give a larger --budget"

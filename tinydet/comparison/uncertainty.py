@@ -8,7 +8,10 @@ difference of the two means over seeds has two sources of error, which are estim
   each draw (Efron & Tibshirani, An Introduction to the Bootstrap, 1993). Part of its variance comes
   from chance differences between runs on the same image. The variance between seeds already
   contains that part, so it is subtracted here: Owen (The pigeonhole bootstrap, 2007) shows that
-  resampling both rows and columns of a crossed design counts it three times.
+  resampling both rows and columns of a crossed design counts it three times. A bootstrap's variance
+  over I images is (I - 1) / I of the unbiased one, which matters with few images, as does that I
+  images tell their variance with I - 1 degrees of freedom only: this part has Student's t
+  distribution too.
 - The seeds are a sample, and a tiny one. A bootstrap over three seeds would be overconfident: its
   variance is 2/3 of the true one, and its quantiles ignore how uncertain the variance itself is
   (Hesterberg, What teachers should know about the bootstrap, 2015, section 4.3). So the variance
@@ -17,9 +20,9 @@ difference of the two means over seeds has two sources of error, which are estim
   the two experiments to have different variances. Runs of two experiments with the same seed are
   not treated as pairs: they share only the order of images, which does not correlate their scores.
 
-The error is the sum of a normal and a Student variable, independent of each other. A single t
-distribution for the sum, with degrees of freedom by Welch and Satterthwaite again, would be
-simpler; with two seeds and parts of similar size, its error rate is twice the nominal one.
+The error is the sum of two Student variables, independent of each other. A single t distribution
+for the sum, with degrees of freedom by Welch and Satterthwaite again, would be simpler; with two
+seeds and parts of similar size, its error rate is twice the nominal one.
 """
 
 from __future__ import annotations
@@ -31,42 +34,36 @@ import numpy as np
 import torch
 from torch.special import ndtr
 
-_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(200)
+FEWEST_IMAGES = 3  # with two, verdicts are wrong twice as often as they may be
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(100)
 
 
 @dataclass(frozen=True)
 class Error:
-    """The distribution of an estimate's error, symmetric about 0.
+    """The distribution of an estimate's error, symmetric about 0: a sum of two Student variables.
 
     Attributes:
-        image_variance: variance of the normal part.
-        seed_variance: squared scale of the Student part.
-        dof: degrees of freedom of the Student part, at least 1.
+        image_variance: squared scale of the part due to the choice of images.
+        seed_variance: squared scale of the part due to the seeds.
+        dof: degrees of freedom of the seeds' part, at least 1.
+        image_dof: degrees of freedom of the images' part, at least 1; infinite: it is normal.
     """
 
     image_variance: float
     seed_variance: float
     dof: float
+    image_dof: float = math.inf
 
     def below(self, value: float) -> float:
         """Return the probability that the error is below `value`; 1/2 at 0."""
         if not self.image_variance + self.seed_variance:
             return 0.5 + 0.5 * np.sign(value)
-        # Student's t is a normal variable whose variance is uncertain: dof / chi2. For each
-        # chi the sum is normal; chi's density is integrated over by Gauss-Legendre quadrature.
-        middle = math.sqrt(self.dof)
-        low, high = max(0.0, middle - 9), middle + 9
-        chi = low + (high - low) * (_NODES + 1) / 2
-        log_density = (
-            (self.dof - 1) * np.log(chi)
-            - chi**2 / 2
-            - (self.dof / 2 - 1) * math.log(2)
-            - math.lgamma(self.dof / 2)
-        )
-        weights = np.exp(log_density) * _NODE_WEIGHTS * (high - low) / 2
-        deviation = np.sqrt(self.image_variance + self.seed_variance * self.dof / chi**2)
+        # Given both uncertain variances, the sum is normal.
+        of_images, image_weights = _student_variances(self.image_variance, self.image_dof)
+        of_seeds, seed_weights = _student_variances(self.seed_variance, self.dof)
+        deviation = np.sqrt(of_images[:, None] + of_seeds)
         tails = ndtr(torch.from_numpy(-abs(value) / deviation)).numpy()
-        tail = float(weights @ tails / weights.sum())
+        tail = float(image_weights @ tails @ seed_weights)
         return tail if value < 0 else 1 - tail
 
     def quantile(self, probability: float) -> float:
@@ -80,6 +77,22 @@ class Error:
             middle = (low + high) / 2
             low, high = (middle, high) if self.below(middle) < probability else (low, middle)
         return high
+
+
+def _student_variances(variance: float, dof: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the variances of the normal variables that a Student variable mixes, and their shares.
+
+    Student's t is a normal variable whose variance is uncertain: dof / chi2. The density of chi is
+    integrated over by Gauss-Legendre quadrature.
+    """
+    if not variance or math.isinf(dof):
+        return np.array([variance]), np.ones(1)
+    middle = math.sqrt(dof)
+    low, high = max(0.0, middle - 9), middle + 9
+    chi = low + (high - low) * (_NODES + 1) / 2
+    log_density = (dof - 1) * np.log(chi) - chi**2 / 2
+    weights = np.exp(log_density - log_density.max()) * _NODE_WEIGHTS
+    return variance * dof / chi**2, weights / weights.sum()
 
 
 @dataclass(frozen=True)
@@ -119,12 +132,14 @@ class Difference:
         image_variance: variance of the estimate that is due to the choice of images.
         seed_variances: variance between seeds of a single run: of the base and of the idea.
         seeds: number of seeds of each.
+        images: number of test images.
     """
 
     estimate: float
     image_variance: float
     seed_variances: tuple[float, float]
     seeds: int
+    images: int
 
     def error(self, seeds: int | None = None) -> Error:
         """Return the error of the estimate, or the one expected with another number of seeds."""
@@ -132,7 +147,7 @@ class Difference:
         parts = [variance / n for variance in self.seed_variances]
         squares = sum(part**2 / (n - 1) for part in parts)
         dof = sum(parts) ** 2 / squares if squares else 2.0 * (n - 1)
-        return Error(self.image_variance, sum(parts), dof)
+        return Error(self.image_variance, sum(parts), dof, self.images - 1)
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """Return the confidence interval of the true difference."""
@@ -148,12 +163,13 @@ class Difference:
         return self.error().below(self.estimate)
 
 
-def difference(base: Scores, idea: Scores) -> Difference:
+def difference(base: Scores, idea: Scores, images: int) -> Difference:
     """Return an idea's difference from the base.
 
     Args:
         base: scores of at least two seeds.
         idea: scores of as many seeds, on the same draws of images.
+        images: number of test images, at least `FEWEST_IMAGES`.
 
     Raises:
         ValueError: a metric is NaN, because the images have no object to find.
@@ -161,13 +177,15 @@ def difference(base: Scores, idea: Scores) -> Difference:
     if np.isnan([base.mean, idea.mean]).any():
         raise ValueError("a metric is NaN: the test images have no object to find")
     seeds = len(base.observed)
+    unbiased = images / (images - 1)
     draws = idea.resampled.mean(axis=0) - base.resampled.mean(axis=0)  # (R,)
     within = sum(within_run_variance(scores) for scores in (base, idea)) / seeds
     return Difference(
         estimate=idea.mean - base.mean,
-        image_variance=max(0.0, float(np.nanvar(draws, ddof=1)) - within),
+        image_variance=unbiased * max(0.0, float(np.nanvar(draws, ddof=1)) - within),
         seed_variances=(base.seed_variance, idea.seed_variance),
         seeds=seeds,
+        images=images,
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from tinydet.comparison.uncertainty import Difference, Error
+from tinydet.comparison.uncertainty import Difference
 
 MOST_SEEDS = 100  # more are not worth suggesting
 _POWER = 0.8  # probability of a verdict after the suggested number of seeds
@@ -68,7 +68,7 @@ def make_verdict(found: Difference, confidence: float, ideas: int, metric: str) 
         return Verdict(kind, low, high, f"{metric} {_points(low)} to {_points(high)} points")
     single = _single(confidence, ideas)
     more = _more_seeds(found, single)
-    limit = Error(found.image_variance, 0.0, 1.0).quantile((1 + single) / 2)
+    limit = replace(found.error(), seed_variance=0.0).quantile((1 + single) / 2)
     if more is not None:
         reason = (
             f"about {more} more seed{'s'[: more > 1]} needed if the true difference is the "
