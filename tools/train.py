@@ -59,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
     experiment = load_experiment(args.experiment, overrides)
 
     from tinydet.data.dataset import fetch, is_missing
+    from tinydet.experiment_code import experiment_code
     from tinydet.training.loop import train
     from tinydet.training.runs import newest_to_resume
 
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         arguments += ["--budget", args.budget]
 
     run_dir = args.work_dir or (resume_from and resume_from.parent)
-    train(experiment, run_dir, resume_from, arguments)
+    train(experiment, run_dir, resume_from, arguments, experiment_code(args.experiment))
 
 
 def _within_budget(experiment: Experiment, budget: str, resume_from: Path | None) -> Train:

@@ -21,6 +21,7 @@ from tinydet.config import ConfigError
 from tinydet.evaluation import ImageDetections, evaluate
 from tinydet.evaluation.saved_detections import load_detections
 from tinydet.evaluation.tide import KINDS
+from tinydet.experiment_code import experiment_code
 from tinydet.experiment_file import load_experiment
 from tinydet.training.nonfinite import DivergedError
 
@@ -151,7 +152,8 @@ def test_started_again_nothing_is_trained_and_all_is_the_same(compared, finished
 def test_another_comparison_uses_the_runs_of_the_first(finished, monkeypatch, every_step_said):
     trained = []
 
-    def train_run(experiment):
+    def train_run(experiment, code):
+        assert not code
         trained.append((experiment.name, experiment.train.seed))
         raise DivergedError("no number")
 
@@ -165,8 +167,53 @@ def test_another_comparison_uses_the_runs_of_the_first(finished, monkeypatch, ev
     assert any(line.startswith("idea: ") for line in told)
 
 
+def test_a_run_of_other_code_is_not_reused_and_one_line_says_so(finished, monkeypatch):
+    def train_run(experiment, code):
+        raise DivergedError(f"{experiment.name} has code: {bool(code)}")
+
+    monkeypatch.setattr(compare_module, "train_run", train_run)
+    with Path("idea.py").open("a") as file:
+        file.write("# a comment is no code\n")
+    assert any("idea, seed 1 of 2: finished in" in line for line in compare(_FILES, **_OPTIONS))
+    with Path("idea.py").open("a") as file:
+        file.write("class Layer: pass\n")
+    told = list(compare(_FILES, **_OPTIONS))
+    assert "idea, seed 1 of 2: runs/idea/1 is of other code and not reused" in told
+    assert "idea: can't tell yet: seed 1 failed: idea has code: True" in told
+    assert len(list(finished.glob("runs/compare/*/plan.json"))) == 2
+
+
+def test_code_is_recorded_from_the_start_of_a_run_and_its_own_runs_are_reused(folder):
+    with Path("idea.py").open("a") as file:
+        file.write("class Layer: pass\n")
+    files = [Path("base.py"), Path("idea.py")]
+    list(compare(files, **_OPTIONS))
+    told = list(compare(files, **_OPTIONS))
+    assert sum("finished in runs/" in line for line in told) == 4
+    (session,) = json.loads((folder / "runs" / "idea" / "1" / "sessions.json").read_text())
+    assert session["code"] == experiment_code(Path("idea.py"))
+
+
+def test_too_few_test_images_give_no_verdict(finished, monkeypatch, caplog):
+    for name in ("base", "copy", "idea"):  # Saved detections are of the images that went.
+        for run in (finished / "runs" / name).iterdir():
+            (run / "detections.npz").unlink()
+    root = Path("set").resolve()
+    Path("set").unlink()
+    shutil.copytree(root, "set")
+    names = Path("set/ImageSets/Main/test.txt")
+    names.write_text("\n".join(names.read_text().split()[:2]) + "\n")
+    monkeypatch.setattr(compare_module, "train_run", _no_training)
+    options = _OPTIONS | {"halving": True}
+    told = list(compare([Path("base.py"), Path("idea.py")], **options))
+    reason = "set (test) has 2 images, too few to tell how much images vary; give at least 3"
+    assert any(line.startswith(f"idea: can't tell yet: {reason}") for line in told)
+    assert f"there will be no verdict: {reason}" in caplog.text
+
+
 def test_a_base_that_fails_ends_the_comparison(finished, monkeypatch):
-    def train_run(experiment):
+    def train_run(experiment, code):
+        assert not code
         raise DivergedError(f"{experiment.name} is lost")
 
     monkeypatch.setattr(compare_module, "train_run", train_run)
@@ -179,7 +226,8 @@ def test_halving_drops_what_is_hopeless_and_trains_it_no_more(finished, monkeypa
     """After two seeds the idea finds nothing, the base a lot; the third is the base's alone."""
     trained = []
 
-    def train_run(experiment):
+    def train_run(experiment, code):
+        assert not code
         trained.append((experiment.name, experiment.train.seed))
         return Path("runs") / experiment.name / "1"
 

@@ -30,6 +30,7 @@ def test_find_past_runs__takes_the_newest_finished_run_of_this_network(write_run
     found = find_past_runs(own)
     # Run 1 has the same seed and is older.
     assert (found.folder, found.ap50, found.experiment) == (chosen, (0.2,), own)
+    assert find_past_runs(own, "code") is None
 
 
 def test_train_command__can_be_read_again(tmp_path):

@@ -15,7 +15,13 @@ from tinydet.comparison.cost import measure_costs
 from tinydet.comparison.error_analysis import image_change_lines
 from tinydet.comparison.plan import Plan, load_experiments, make_plan
 from tinydet.comparison.report import Outcome, Report, report_lines, write_report
-from tinydet.comparison.runs import finished_run, run_detections, train_run, training_speed
+from tinydet.comparison.runs import (
+    finished_run,
+    outdated_runs,
+    run_detections,
+    train_run,
+    training_speed,
+)
 from tinydet.comparison.uncertainty import FEWEST_IMAGES, Difference, Scores, difference
 from tinydet.comparison.verdict import Verdict, interim_looks, make_verdict, should_prune
 from tinydet.config import ConfigError, Experiment
@@ -74,6 +80,7 @@ class _Entry:
     """The state of one experiment of the comparison."""
 
     experiment: Experiment
+    code: str
     runs: list[Path] = field(default_factory=list)
     detections: list[SavedDetections] = field(default_factory=list)
     lost: list[dict[str, float]] = field(default_factory=list)  # AP50 lost to errors, by seed
@@ -140,7 +147,7 @@ def compare(
     for experiment, reason in zip(plan.experiments, plan.reasons, strict=True):
         epochs, dtype = experiment.train.epochs, experiment.train.dtype
         yield f"{experiment.name}: {epochs} epoch{'s'[: epochs > 1]} in {dtype} ({reason})"
-    entries = [_Entry(experiment) for experiment in plan.experiments]
+    entries = [_Entry(*pair) for pair in zip(plan.experiments, plan.codes, strict=True)]
     truth, weights = ground_truth(index), _draws(len(index), resamples)
     looks = interim_looks(seeds) if halving else []
     for seed in range(seeds):
@@ -197,13 +204,15 @@ def _draws(images: int, number: int) -> np.ndarray:
 
 def _run(entry: _Entry, seed: int, title: str, count: str, is_base: bool) -> Iterator[str]:
     experiment = replace(entry.experiment, train=replace(entry.experiment.train, seed=seed))
-    run = finished_run(experiment)
+    run = finished_run(experiment, entry.code)
     if run is not None:
         yield f"{title}: finished in {run}"
     else:
+        for outdated in outdated_runs(experiment, entry.code):
+            yield f"{title}: {outdated} is of other code and not reused"
         yield f"{title}: training, {count}"
         try:
-            run = train_run(experiment)
+            run = train_run(experiment, entry.code)
         except (DivergedError, RuntimeError) as error:
             # Out of memory is a RuntimeError. If an idea fails, the others continue.
             if is_base:

@@ -21,6 +21,7 @@ from tinydet.config import ConfigError, Experiment
 from tinydet.data.dataset import load_split
 from tinydet.deployment.flops import count
 from tinydet.deployment.images import largest_input, random_images
+from tinydet.experiment_code import experiment_code
 from tinydet.experiment_file import experiment_to_dict, load_experiment
 from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import build_unloaded
@@ -40,7 +41,7 @@ class PlannedRun:
     """How one experiment is trained within the budget.
 
     Attributes:
-        key: hash of the experiment without its name, of the budget and of the machine.
+        key: hash of the experiment without its name, of its code, the budget and the machine.
         epochs: number of epochs.
         dtype: "auto" resolved.
         memory_format: "auto" resolved.
@@ -64,6 +65,7 @@ class Plan:
         files: experiment files, the base first.
         experiments: experiments as they are trained, except for the seed.
         reasons: how each number of epochs was found.
+        codes: hash of each experiment's code, "" for those that have none.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Plan:
     files: tuple[Path, ...]
     experiments: tuple[Experiment, ...]
     reasons: tuple[str, ...]
+    codes: tuple[str, ...]
 
 
 def load_experiments(files: Sequence[Path], overrides: Sequence[str]) -> list[Experiment]:
@@ -127,9 +130,11 @@ def make_plan(
             or the folder holds another comparison.
     """
     where = describe_device(pick_device(experiments[0].train.device))
-    keys = [_key(experiment, budget, where) for experiment in experiments]
+    codes = tuple(experiment_code(file) for file in files)
+    coded = list(zip(experiments, codes, strict=True))
+    keys = [_key(experiment, code, budget, where) for experiment, code in coded]
     names = [experiment.name for experiment in experiments]
-    mark = _hash([names, [_key(experiment, budget) for experiment in experiments]])
+    mark = _hash([names, [_key(experiment, code, budget) for experiment, code in coded]])
     folder = folder or COMPARISONS / f"{names[0]}-{mark}"
     if read_json(folder / _FILE) is None:
         earlier = _earlier_plans()
@@ -148,12 +153,12 @@ def make_plan(
     known = read_json(folder / _FILE)
     if not isinstance(known, dict) or known.get("mark") != mark:
         raise ValueError(
-            f"--out {folder}: holds another comparison, of other experiments or another "
-            "budget; give another folder"
+            f"--out {folder}: holds another comparison, of other experiments, other code or "
+            "another budget; give another folder"
         )
     runs = [PlannedRun(**values) for values in known["schedules"].values()]
     planned = tuple(_as_planned(*pair) for pair in zip(experiments, runs, strict=True))
-    return Plan(folder, budget, tuple(files), planned, tuple(run.reason for run in runs))
+    return Plan(folder, budget, tuple(files), planned, tuple(run.reason for run in runs), codes)
 
 
 def plan_run(experiment: Experiment, budget: Budget, key: str = "") -> PlannedRun:
@@ -206,9 +211,11 @@ def _earlier_plans() -> dict[str, PlannedRun]:
     return found
 
 
-def _key(experiment: Experiment, budget: Budget, where: str = "") -> str:
+def _key(experiment: Experiment, code: str, budget: Budget, where: str = "") -> str:
     unnamed = replace(experiment, name="", train=replace(experiment.train, seed=0, epochs=1))
-    return _hash([experiment_to_dict(unnamed), budget.unit, budget.amount, where])
+    return _hash(
+        [experiment_to_dict(unnamed), budget.unit, budget.amount, where, *([code] if code else [])]
+    )
 
 
 def _hash(content: Any) -> str:

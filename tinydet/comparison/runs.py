@@ -1,7 +1,7 @@
 """The runs of a comparison: reused, resumed or trained.
 
-They are ordinary runs in `runs/<experiment>/<n>/`, recognized by the resolved experiment in their
-folder, so that comparisons share the runs of their base.
+They are ordinary runs in `runs/<experiment>/<n>/`, recognized by the resolved experiment and the
+hash of its code in their folder, so that comparisons share the runs of their base.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from tinydet.config import Experiment
 from tinydet.data.index import Index
 from tinydet.evaluation.saved_detections import SavedDetections, load_detections, save_detections
+from tinydet.experiment_code import is_run_of
 from tinydet.experiment_file import experiment_from_dict
 from tinydet.report.run_folder import read_json
 from tinydet.training.checkpoint import CheckpointError, load_checkpoint, previous_of
@@ -19,33 +20,50 @@ from tinydet.training.device import pick_device
 from tinydet.training.evaluate import detect_split
 from tinydet.training.loop import train
 from tinydet.training.resume import without_side_settings
-from tinydet.training.runs import RUNS
+from tinydet.training.runs import RUNS, ClaimedError
 
 logger = logging.getLogger(__name__)
 
 
-def finished_run(experiment: Experiment) -> Path | None:
-    """Return the folder of a finished run of exactly this experiment and seed, or None."""
-    finished = [run for run in _runs_of(experiment) if _is_finished(run, experiment)]
-    return finished[0] if finished else None
+def finished_run(experiment: Experiment, code: str = "") -> Path | None:
+    """Return the folder of a finished run of exactly this experiment and seed, or None.
+
+    Args:
+        experiment: with its seed.
+        code: `tinydet.experiment_code.experiment_code` of its file.
+    """
+    runs = (run for run in _runs_of(experiment) if is_run_of(run, code))
+    return next((run for run in runs if _is_finished(run, experiment)), None)
 
 
-def train_run(experiment: Experiment) -> Path:
+def outdated_runs(experiment: Experiment, code: str) -> list[Path]:
+    """Return the folders of runs whose fields are this experiment's, but not their code."""
+    return [run for run in _runs_of(experiment) if not is_run_of(run, code)]
+
+
+def train_run(experiment: Experiment, code: str = "") -> Path:
     """Train an experiment, or resume an interrupted run of it, and return the run's folder.
 
+    Args:
+        experiment: with its seed.
+        code: `tinydet.experiment_code.experiment_code` of its file.
+
     Raises:
+        ClaimedError: another process is training the run.
         Exception: whatever `tinydet.training.loop.train` raises.
     """
-    started = [run for run in _runs_of(experiment) if _can_resume(run)]
+    started = [run for run in _runs_of(experiment) if is_run_of(run, code) and _can_resume(run)]
     if started:
         try:
-            train(experiment, started[-1], started[-1] / "last.pt")
+            train(experiment, started[-1], started[-1] / "last.pt", code)
+        except ClaimedError:
+            raise
         except CheckpointError as error:
             logger.warning("%s; starting a new run", error)
-            train(experiment)
+            train(experiment, code=code)
     else:
-        train(experiment)
-    run = finished_run(experiment)
+        train(experiment, code=code)
+    run = finished_run(experiment, code)
     if run is None:
         raise ValueError(
             f"{RUNS / experiment.name}: the run has finished but its metrics.json could not be "

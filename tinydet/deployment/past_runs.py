@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +12,9 @@ from typing import Any
 
 from tinydet.config import Experiment
 from tinydet.deployment.fold_checkpoint import assumed_classes
+from tinydet.experiment_code import is_run_of
 from tinydet.experiment_file import experiment_from_dict
+from tinydet.report.run_folder import read_json
 from tinydet.training.runs import RUNS
 
 
@@ -32,14 +33,15 @@ class PastRuns:
     experiment: Experiment
 
 
-def find_past_runs(experiment: Experiment, runs: Path = RUNS) -> PastRuns | None:
+def find_past_runs(experiment: Experiment, code: str = "", runs: Path = RUNS) -> PastRuns | None:
     """Return the newest finished run of this network and its repetitions with other seeds, or None.
 
-    Unfinished runs and runs of a modified model (other than its initial weights) are ignored. Of
-    two runs with the same seed the newer one counts.
+    Unfinished runs and runs of a modified model (other than its initial weights) or of other code
+    are ignored. Of two runs with the same seed the newer one counts.
 
     Args:
         experiment: runs are looked up by its name.
+        code: `tinydet.experiment_code.experiment_code` of its file.
         runs: the folder of runs.
     """
     ap50s: dict[int, float] = {}
@@ -47,10 +49,12 @@ def find_past_runs(experiment: Experiment, runs: Path = RUNS) -> PastRuns | None
     pattern = f"{glob.escape(experiment.name)}/*/metrics.json"
     for path in sorted(runs.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            metrics = json.loads(path.read_text())
-            ran = experiment_from_dict(json.loads((path.parent / "experiment.json").read_text()))
+            metrics = read_json(path)
+            ran = experiment_from_dict(read_json(path.parent / "experiment.json"))
             ap50, epochs = metrics["AP50"], metrics["epochs"]
-        except (OSError, ValueError, KeyError, TypeError):
+            if not is_run_of(path.parent, code):
+                continue
+        except (ValueError, KeyError, TypeError):
             continue  # An incomplete run, or one of another version.
         if ap50 is None or epochs < ran.train.epochs or _network(ran) != _network(experiment):
             continue

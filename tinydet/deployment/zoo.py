@@ -26,6 +26,7 @@ from tinydet.deployment.images import largest_input, random_images
 from tinydet.deployment.past_runs import find_past_runs, train_command
 from tinydet.deployment.timer import measure
 from tinydet.deployment.zoo_table import ExperimentRow, number, percent, write_zoo
+from tinydet.experiment_code import experiment_code
 from tinydet.experiment_file import load_experiment
 from tinydet.progress import Progress
 from tinydet.training.device import describe_device, pick_device
@@ -148,7 +149,8 @@ def _begin(
     plain = load_experiment(file)
     experiment = load_experiment(file, overrides)
     size = size or largest_input(experiment.data)
-    past = find_past_runs(experiment)
+    code = experiment_code(file)
+    past = find_past_runs(experiment, code)
     ran = past.experiment if past else experiment
     if past and len(past.ap50) > 1:
         ran = replace(ran, train=replace(ran.train, seed=plain.train.seed))
@@ -160,7 +162,7 @@ def _begin(
     model = asdict(replace(experiment.model, weights="random"))
     classes = len(assumed_classes(experiment))
     versions = [tinydet.__version__, torch.__version__]
-    settings = json.dumps([experiment.name, model, classes, size, where, versions])
+    settings = json.dumps([experiment.name, model, code, classes, size, where, versions])
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return _Entry(file, row, size, experiment, key)
 

@@ -66,6 +66,7 @@ def train(
     run_dir: str | Path | None = None,
     resume_from: str | Path | None = None,
     arguments: Sequence[str] | None = None,
+    code: str = "",
 ) -> Path:
     """Train, evaluate and save a detector; everything goes into one folder, which is returned.
 
@@ -78,6 +79,7 @@ def train(
         resume_from: a training checkpoint to resume from, at exactly the step it was written.
         arguments: of `tools/train.py` that give this experiment, for the command that resumes it
             and is printed if it is interrupted; None is the run's experiment.json.
+        code: `tinydet.experiment_code.experiment_code` of the experiment's file, to be recorded.
 
     Raises:
         ConfigError: a field of the experiment is wrong.
@@ -92,7 +94,7 @@ def train(
     checkpoint = None if resume_from is None else Path(resume_from)
     with process_group(experiment.train.device) as device_name, ExitStack() as held:
         device = pick_device(device_name)
-        return _train(experiment, folder, checkpoint, arguments, device, held)
+        return _train(experiment, folder, checkpoint, arguments, code, device, held)
 
 
 def _train(
@@ -100,6 +102,7 @@ def _train(
     run_dir: Path | None,
     resume_from: Path | None,
     arguments: Sequence[str] | None,
+    code: str,
     device: torch.device,
     held: ExitStack,
 ) -> Path:
@@ -127,7 +130,7 @@ def _train(
     if run_dir is None or not goes_on:
         run_dir = broadcast_from_rank0(lambda: _claim(run_dir, experiment.name, held))
     if rank() == 0:
-        write_experiment(run_dir, experiment, changed)
+        write_experiment(run_dir, experiment, changed, code)
     if changed:
         logger.warning("resumed with other settings: %s", ", ".join(changed))
     try:

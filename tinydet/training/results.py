@@ -30,13 +30,16 @@ from tinydet.training.state import TrainingState
 logger = logging.getLogger(__name__)
 
 
-def write_experiment(run_dir: Path, experiment: Experiment, changed: Sequence[str] = ()) -> None:
+def write_experiment(
+    run_dir: Path, experiment: Experiment, changed: Sequence[str] = (), code: str = ""
+) -> None:
     """Write `experiment.json`, which can be run again, and add this process to `sessions.json`.
 
     Args:
         run_dir: the run's folder, created if missing.
         experiment: the resolved experiment.
         changed: settings that differ from before the run was resumed.
+        code: hash of the experiment's code; "" if it has none.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "experiment.json", experiment_to_dict(experiment))
@@ -44,6 +47,8 @@ def write_experiment(run_dir: Path, experiment: Experiment, changed: Sequence[st
     session = this_session(pick_device(experiment.train.device))
     if changed:
         session["changed"] = ", ".join(changed)
+    if code:
+        session["code"] = code
     write_json(path, [*(read_json(path) or []), session])
 
 

@@ -53,6 +53,10 @@ def new_run_dir(name: str, root: Path = RUNS) -> Path:
         return parent / str(number)
 
 
+class ClaimedError(CheckpointError):
+    """Another process trains in a run's folder."""
+
+
 @contextlib.contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in a run's folder, on this machine or on a shared disk.
@@ -61,7 +65,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
     network disks) there is no claim.
 
     Raises:
-        CheckpointError: another process trains there.
+        ClaimedError: another process trains there.
     """
     with contextlib.ExitStack() as held:
         if fcntl is not None:
@@ -70,7 +74,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise CheckpointError(
+                raise ClaimedError(
                     f"{run_dir}: another process is training there; wait for it, or stop it first"
                 ) from error
             except OSError as error:
