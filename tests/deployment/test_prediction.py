@@ -1,4 +1,5 @@
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -82,6 +83,20 @@ def test_voc_s_annotation_is_read_back(found, tmp_path):
     assert read.size == (40, 60)
     assert [item.name for item in read.objects] == ["bus", "cat"]
     assert [item.box for item in read.objects] == [(2.5, 3, 30.25, 20), (1, 1, 60, 40)]
+
+
+def test_voc_s_boxes_are_a_pixel_at_least_and_within_the_image(found):
+    thin = torch.tensor([[12.5, 12.5, 18.75, 12.75], [59.9, 0.0, 60.0, 40.0], [0, 39.5, 0.0, 40.0]])
+    labels, scores = torch.tensor([0, 1, 2]), torch.full((3,), 0.5)
+    text = Prediction(thin, scores, labels, found.classes, found.image).to_voc()
+    values = [[float(n.text) for n in box] for box in ElementTree.fromstring(text).iter("bndbox")]
+    assert len(values) == 3
+    for (x1, y1, x2, y2), box in zip(values, thin.tolist(), strict=True):
+        assert 1 <= x1 <= x2 <= 60
+        assert 1 <= y1 <= y2 <= 40
+        assert abs(x1 - 1 - box[0]) <= 1
+        assert abs(y2 - box[3]) <= 1
+    assert values[0][::2] == [13.5, 18.75]  # A side that is long enough stays as it is.
 
 
 def test_drawings_are_files_and_show_in_notebooks(found, tmp_path):

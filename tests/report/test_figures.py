@@ -231,3 +231,9 @@ def test_mistakes_are_named(change, says, tmp_path):
     given = {"legend": ["a"], "keys": ["loss"], "out": tmp_path / "a.png"} | change
     with pytest.raises(ValueError, match=says):
         plot_curves([_log()], **given)
+
+
+def test_draw_scatter__names_are_no_formulas(tmp_path):
+    points = [Point("a$x_", 1.0, 2.0, "$_{"), Point("_b$", 2.0, 3.0, "c")]
+    save_figure(draw_scatter(points, "x $_", "y\n$^"), tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()

@@ -34,6 +34,17 @@ def test_what_is_written_is_read_again(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.webm"])
+def test_an_odd_size_loses_no_row_and_no_column(tmp_path, name):
+    frame = torch.zeros(3, 49, 65, dtype=torch.uint8)
+    frame[0, -17:], frame[1, :, -17:] = 255, 255
+    with VideoFile(tmp_path / name, 10) as file:
+        file.write(frame)
+    (found,) = open_video(tmp_path / name)
+    assert found.shape == (3, 50, 66)
+    assert (found[:, :49, :65].float() - frame.float()).abs().mean() < 12
+
+
 def test_an_interrupted_video_keeps_what_was_written(tmp_path):
     def frames():
         yield _frames(1)[0]

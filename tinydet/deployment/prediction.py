@@ -94,7 +94,11 @@ class Prediction:
     def to_voc(self) -> str:
         """Return the objects as a VOC annotation, without scores: a start for labelling by hand."""
         height, width = self.image.shape[1:]
-        boxes = [(x1 + 1, y1 + 1, x2, y2) for x1, y1, x2, y2 in self.boxes.tolist()]
+        sides = [
+            (*_voc_side(x1, x2, width), *_voc_side(y1, y2, height))
+            for x1, y1, x2, y2 in self.boxes.tolist()
+        ]
+        boxes = [(left, top, right, bottom) for left, right, top, bottom in sides]
         objects = zip(self.names, boxes, [False] * len(self), strict=True)
         return annotation_xml(self.file, (height, width), objects).decode()
 
@@ -115,3 +119,11 @@ class Prediction:
 
     def _repr_jpeg_(self) -> bytes:
         return encode_jpeg(self.draw())
+
+
+def _voc_side(low: float, high: float, length: int) -> tuple[float, float]:
+    """Return the first and the last pixel of a side, from 1: at least one pixel of the image."""
+    if high - low < 1:
+        low = min(max((low + high - 1) / 2, 0.0), length - 1.0)
+        high = low + 1
+    return low + 1, high

@@ -192,9 +192,9 @@ def draw_scatter(
         raise ValueError("no points to plot: give at least one")
     import matplotlib as mpl
 
-    points = [replace(p, name=drawable(p.name), group=drawable(p.group)) for p in points]
+    points = [replace(p, name=_plain(p.name), group=_plain(p.group)) for p in points]
     labels = {
-        name: "\n".join(map(drawable, text.split("\n")))
+        name: "\n".join(map(_plain, text.split("\n")))
         for name, text in (("xlabel", x_label), ("ylabel", y_label), ("title", title))
     }
     texts = [text for p in points for text in (p.name, p.group)]

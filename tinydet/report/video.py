@@ -114,6 +114,8 @@ class VideoFile:
     def write(self, image: Tensor, times: int = 1) -> None:
         """Append a frame, (3, H, W) uint8 RGB, of the size of the first one.
 
+        Videos have an even width and height: the last row or column of others is repeated.
+
         Args:
             image: the frame.
             times: how often to repeat it.
@@ -122,11 +124,14 @@ class VideoFile:
             ValueError: OpenCV cannot write this format here, or the frame has another size.
         """
         frame = bgr(image)
+        height, width = frame.shape[:2]
         if self._writer is None:
-            self._writer, self._shape = self._open(frame.shape[1], frame.shape[0]), frame.shape
+            self._shape = frame.shape
+            self._writer = self._open(width + width % 2, height + height % 2)
         if frame.shape != self._shape:  # OpenCV would drop it silently.
             sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (self._shape, frame.shape))
             raise ValueError(f"{self.path}: frames of a video must have one size, not {sizes}")
+        frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         for _ in range(times):
             self._writer.write(frame)
         self.frames += times
