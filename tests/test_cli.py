@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tinydet.cli import given
+from tinydet import cli
+from tinydet.cli import add_predictor, check_out, given, load_predictor
 from tinydet.config import Experiment
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -185,3 +186,59 @@ def test_given__leaves_defaults_to_the_function():
     args = argparse.Namespace(size=[64, 96], images=None, fuse=False, turns=0, other=1)
     options = given(args, "size", "images", "fuse", "turns")
     assert options == {"size": (64, 96), "fuse": False, "turns": 0}
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [
+        ("image_demo", ["photo.jpg", "--score-threshold", "0.5", "best.pt"]),
+        ("video_demo", ["--out", "o.mp4", "clip.mp4", "--batch-size", "2", "best.pt"]),
+        ("speed", ["exp.py", "--batch-size", "4", "best.pt"]),
+        ("test", ["exp.py", "--device", "cpu", "best.pt"]),
+        ("compare", ["base.py", "--seeds", "2", "idea.py"]),
+    ],
+)
+def test_files_may_follow_options(monkeypatch, tool, words):
+    files = [word for word in words if "." in word and word[0] not in "0o"]
+    module = runpy.run_path(str(_ROOT / "tools" / f"{tool}.py"))
+    parsed = cli._parse  # argparse's own would exit with status 2
+    monkeypatch.setattr(sys, "argv", ["tool", *words])
+    args = vars(parsed(module["_parser"]()))
+    found = [args[name] for name in args if name not in ("out", "set")]
+    texts = [str(one) for value in found for one in (value if isinstance(value, list) else [value])]
+    assert [text for text in texts if text in files] == files
+
+
+def test_check_out__before_the_work(tmp_path):
+    source = tmp_path / "best.pt"
+    source.touch()
+    (tmp_path / "link.onnx").symlink_to(source)
+    check_out(None, [source])
+    check_out(tmp_path / "new.onnx", [source, tmp_path / "gone.pt"], [".onnx"])
+    for out, says in (
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "gone" / "a.onnx", "there is no folder"),
+        (tmp_path / "link.onnx", "is .*best.pt itself"),
+        (source, r"end the name in \.onnx"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_out(out, [source], [".onnx"])
+
+
+@pytest.mark.parametrize(("own", "expected"), [(0.05, 0.3), (0.5, 0.5)])
+def test_demos_draw_what_the_checkpoint_has_and_no_faint_scores(monkeypatch, own, expected):
+    from tinydet.deployment import predictor
+
+    class Stub:
+        def __init__(self, *options):
+            self.score_threshold = own if options[3] is None else options[3]
+
+        def folded(self):
+            return self
+
+    monkeypatch.setattr(predictor, "Predictor", Stub)
+    parser = argparse.ArgumentParser()
+    add_predictor(parser)
+    assert load_predictor(parser.parse_args(["a.onnx"]))[0].score_threshold == expected
+    args = parser.parse_args(["a.onnx", "--score-threshold", "0.9"])
+    assert load_predictor(args)[0].score_threshold == 0.9

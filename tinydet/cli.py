@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,14 @@ _FULL = (
 )
 
 
+_DRAWN_SCORE = 0.3
+
+
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse `sys.argv` and call `main`; a user's mistake is one line on stderr, exit status 2."""
     _print_in_any_encoding()
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args()
+    args = _parse(parser)
     keep_freed_memory()
     prints = log_level() == logging.INFO
     logging.basicConfig(level=log_level(), format="%(message)s", handlers=[StdoutHandler()])
@@ -58,6 +61,13 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             print(error if str(error) else "stopped", file=sys.stderr)  # noqa: T201
         # A signal other than Ctrl-C sets its own exit status.
         sys.exit(getattr(error, "exit_status", 130))
+
+
+def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    try:
+        return parser.parse_intermixed_args()  # Files may follow options.
+    except TypeError:  # It takes no parser with subcommands.
+        return parser.parse_args()
 
 
 def _print_in_any_encoding() -> None:
@@ -139,6 +149,30 @@ def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
         raise ValueError("name an image before the experiment and the checkpoint")
 
 
+def check_out(out: Path | None, sources: Sequence[Path] = (), endings: Sequence[str] = ()) -> None:
+    """Check the option --out, the name of a file to write, before the work.
+
+    Args:
+        out: None, the default, is right.
+        sources: files that are read, which it must not replace.
+        endings: one of which the name must have; none is any.
+
+    Raises:
+        ValueError: the file cannot be written there, or is one of the sources.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; name a file in it")
+    if endings and out.suffix.lower() not in endings:
+        raise ValueError(f"--out {out}: end the name in {' or '.join(endings)}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    for source in sources:
+        if out.exists() and source.exists() and out.samefile(source):
+            raise ValueError(f"--out {out}: is {source} itself, which is read; name another file")
+
+
 def add_predictor(parser: argparse.ArgumentParser) -> None:
     """Add [EXPERIMENT CHECKPOINT], --device, --score-threshold and --set."""
     parser.add_argument(
@@ -154,7 +188,11 @@ def add_predictor(parser: argparse.ArgumentParser) -> None:
         help=".pt or .onnx; default: the newest run's best checkpoint",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
-    parser.add_argument("--score-threshold", type=float, default=0.3, help="drop lower scores")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        help=f"drop lower scores, default {_DRAWN_SCORE}, or the checkpoint's if that is higher",
+    )
     add_overrides(parser)
 
 
@@ -176,7 +214,10 @@ def load_predictor(args: argparse.Namespace) -> tuple[Predictor, Path]:
     # Few installations of ONNX Runtime support GPUs: "auto" is the CPU for ONNX files.
     on_cpu = path.suffix == ".onnx" and args.device == "auto"
     device = pick_device("cpu" if on_cpu else args.device)
-    return Predictor(path, experiment, device, args.score_threshold, args.set).folded(), path
+    predictor = Predictor(path, experiment, device, args.score_threshold, args.set).folded()
+    if args.score_threshold is None:
+        predictor.score_threshold = max(predictor.score_threshold, _DRAWN_SCORE)
+    return predictor, path
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from tinydet.cli import add_overrides, run
+from tinydet.cli import add_overrides, check_out, run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,9 +24,15 @@ def main(args: argparse.Namespace) -> None:
     """Load, evaluate, print."""
     from tinydet.experiment_file import load_experiment
 
+    is_onnx = args.checkpoint.suffix == ".onnx"
+    changed = [name for name in args.set if is_onnx and name.strip().startswith("model.")]
+    if changed:
+        raise ValueError(
+            f"--set {changed[0]}: {args.checkpoint} is an ONNX file, whose model is fixed; export "
+            "another"
+        )
+    check_out(args.out, [args.experiment, args.checkpoint])
     experiment = load_experiment(args.experiment, args.set)
-    if args.out and not args.out.parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: there is no folder {args.out.parent}")
 
     from tinydet.data.dataset import load_split
     from tinydet.deployment.onnx_detector import OnnxDetector
@@ -37,10 +43,10 @@ def main(args: argparse.Namespace) -> None:
     from tinydet.training.results import write_json
 
     # As in the demos: few installations of ONNX Runtime support GPUs.
-    on_cpu = args.checkpoint.suffix == ".onnx" and args.device == "auto"
+    on_cpu = is_onnx and args.device == "auto"
     with process_group("cpu" if on_cpu else args.device) as name:
         device = pick_device(name)
-        if args.checkpoint.suffix == ".onnx":
+        if is_onnx:
             detector = OnnxDetector(args.checkpoint, device)
         else:
             detector = load_checkpoint(args.checkpoint, experiment, device).detector

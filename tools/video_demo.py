@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_predictor, load_predictor, run
+from tinydet.cli import add_predictor, check_out, load_predictor, run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,11 +24,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Detect, draw and write frame by frame; if interrupted, keep what is written."""
     out = args.out or Path(f"{args.video.stem}_detections.mp4")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    if out.exists() and args.video.exists() and out.samefile(args.video):
-        raise ValueError(f"--out {out}: is the video itself; give another name")
-
+    check_out(out, [args.video])
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
 

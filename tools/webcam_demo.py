@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_predictor, load_predictor, run
+from tinydet.cli import add_predictor, check_out, load_predictor, run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,8 +28,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Detect, draw, show or record until stopped."""
-    if args.out and not args.out.parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: there is no folder {args.out.parent}")
+    check_out(args.out, [args.camera_id] if isinstance(args.camera_id, Path) else [])
 
     from tinydet.deployment.demos import draw_camera
     from tinydet.report.camera import Window, as_camera, newest_frames

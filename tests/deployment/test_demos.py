@@ -42,13 +42,30 @@ def test_every_drawing_has_a_name_of_its_own(tmp_path):
     assert drawn_paths(images[:1], tmp_path / "c.png") == [tmp_path / "c.png"]
 
 
+def test_a_drawing_takes_the_place_of_no_other_picture(finder, tmp_path):
+    folders = [tmp_path / name for name in "xyz"]
+    images = [tmp_path / name for name in ("x/a.png", "y/a.png", "z/a_2.png")]
+    images.append(tmp_path / "a_detections.jpg")
+    for folder in folders:
+        folder.mkdir()
+    for image, pixels in zip(images, _noise(4), strict=True):
+        save_image(pixels, image)
+    paths = drawn_paths(images, tmp_path)
+    assert len({*images, *paths}) == 8
+    before = images[-1].read_bytes()
+    told = list(draw_images(finder, images, paths))
+    assert all(path.is_file() for path in paths)
+    assert images[-1].read_bytes() == before
+    assert told[-1].endswith(" detections in 4 images")
+
+
 @pytest.mark.parametrize(
     ("out", "count", "says"),
     [
-        ("itself.png", 2, "is the image itself"),
+        ("itself.png", 2, r"is .*itself\.png itself"),
         ("a.txt", 1, "not the name of an image file"),
         ("gone/a.jpg", 1, "there is no folder .*gone"),
-        ("itself.png", 1, "is the image itself"),
+        ("itself.png", 1, r"is .*itself\.png itself"),
     ],
 )
 def test_an_impossible_place(tmp_path, out, count, says):

@@ -103,6 +103,8 @@ def test_mistakes_are_one_line(files, tmp_path):
         (lambda: Predictor(tmp_path / "text.onnx"), r"text\.onnx: ONNX Runtime rejects it"),
         (lambda: Predictor(tmp_path / "other.onnx"), "has no 'image_size'"),
         (lambda: Predictor(file, score_threshold=0.01), r"exported with 0\.05"),
+        (lambda: Predictor(file, score_threshold=30), r"score threshold 30: must be from 0 to 1"),
+        (lambda: Predictor(file, score_threshold=float("nan")), r"must be from 0 to 1"),
         (lambda: Predictor(file, device="meta"), "device meta: this ONNX Runtime only has"),
         (lambda: Predictor(file)([image[:1]]), r"must be uint8 \(3, H, W\)"),
         (lambda: Predictor(file)(image[:, :0]), "not empty"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tinydet.cli import check_out
 from tinydet.data.image import DRAWN, IMAGE_SUFFIXES, read_image
 from tinydet.deployment.prediction import Prediction
 from tinydet.deployment.predictor import Predictor
@@ -34,16 +35,19 @@ def drawn_paths(images: Sequence[Path], out: Path | None) -> list[Path]:
     if out is not None and not out.is_dir() and out.suffix:
         if out.suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"--out {out}: not the name of an image file; end it in .jpg or .png")
-        if not out.parent.is_dir():
-            raise ValueError(f"--out {out}: there is no folder {out.parent}")
-        if out.exists() and any(image.exists() and out.samefile(image) for image in images):
-            raise ValueError(f"--out {out}: is the image itself; give another name")
+        check_out(out, images)
         return [out] * len(images)
-    folder, used, paths = out or Path(), Counter[str](), []
+    folder, of_name, paths = out or Path(), Counter[str](), []
+    taken = {image.resolve() for image in images}  # An image may have the name of a drawing.
     for image in images:
-        used[image.stem] += 1
-        number = f"_{used[image.stem]}" if used[image.stem] > 1 else ""
-        paths.append(folder / f"{image.stem}{number}{DRAWN}.jpg")
+        while True:
+            of_name[image.stem] += 1
+            number = f"_{of_name[image.stem]}" if of_name[image.stem] > 1 else ""
+            path = folder / f"{image.stem}{number}{DRAWN}.jpg"
+            if path.resolve() not in taken:
+                break
+        taken.add(path.resolve())
+        paths.append(path)
     return paths
 
 
@@ -64,7 +68,7 @@ def draw_images(
     """
     total, done = 0, 0
     pictures: list[Tensor] = []
-    in_one_file = len(set(paths)) < len(images)
+    in_one_file = len(images) > 1 and len(set(paths)) == 1
     for i, (path, out) in enumerate(zip(images, paths, strict=True), 1):
         try:
             image = read_image(path, orientation=True)

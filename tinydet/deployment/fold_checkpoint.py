@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from tinydet.cli import check_out
 from tinydet.config import VOC_CLASSES, Experiment
 from tinydet.data.shapes import SHAPES
 from tinydet.deployment.agreement import (
@@ -68,12 +69,12 @@ def fold_checkpoint(source: Path, out: Path | None = None) -> FoldedCheckpoint:
         CheckpointError: the source cannot be used or is folded already.
         ValueError: the folded detector is not equivalent; nothing is written.
     """
+    path = out or source.with_name("deploy.pt")
+    check_out(out, [source], [".pt"])
     checkpoint = load_checkpoint(source)
     if checkpoint.folded:
         raise CheckpointError(f"{source}: already folded; give a training checkpoint")
-    path = out or source.with_name("deploy.pt")
-    if path.resolve() == source.resolve():
-        raise ValueError(f"--out {path}: is the source checkpoint; name another file")
+    check_out(path, [source])
     folded, report = fold_detector(checkpoint.detector)
     images = sample_images(checkpoint.experiment, _CHECK_IMAGES, 4)
     equivalence = check_equivalent(checkpoint.detector, folded, images)

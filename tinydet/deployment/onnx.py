@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from tinydet import __version__
 from tinydet.atomic import replacing
+from tinydet.cli import check_out
 from tinydet.config import Data
 from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.transforms import STRIDE
@@ -102,6 +103,7 @@ def export_checkpoint(
         ValueError: the size is not a multiple of 32, the network cannot be exported, or the file is
             not equivalent to torch; nothing is written then.
     """
+    check_out(out, [source], [".onnx"])
     checkpoint = load_checkpoint(source)
     detector = folded_detector(checkpoint)
     images = sample_images(checkpoint.experiment, 4, 1)

@@ -180,6 +180,8 @@ class Predictor:
 
 
 def _threshold_of(model: OnnxDetector, path: str | Path, score_threshold: float | None) -> float:
+    if score_threshold is not None and not 0 <= score_threshold <= 1:
+        raise ValueError(f"score threshold {score_threshold:g}: must be from 0 to 1")
     lowest = model.score_threshold
     if score_threshold is not None and score_threshold < lowest:
         raise ValueError(

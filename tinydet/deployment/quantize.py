@@ -22,6 +22,7 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor
 
 from tinydet.atomic import replacing
+from tinydet.cli import check_out
 from tinydet.config import Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index
@@ -133,6 +134,7 @@ def quantize_checkpoint(
     """
     if images < 1 or budget < 0:
         raise ValueError("--images must be at least 1 and --budget at least 0")
+    check_out(out, [source], [".onnx"])
     checkpoint = load_checkpoint(source)
     experiment = override(checkpoint.experiment, overrides)
     detector = folded_detector(checkpoint)
