@@ -33,10 +33,12 @@ def main(args: argparse.Namespace) -> None:
     """Export, verify, write, report."""
     from tinydet.deployment.onnx import export_checkpoint
 
-    checkpoint = select_checkpoint(args, "deploy.pt")
+    checkpoint, experiment = select_checkpoint(args, "deploy.pt")
     size = tuple(args.size) if args.size else None
     print(f"checkpoint  {checkpoint}", flush=True)
-    exported = export_checkpoint(checkpoint, args.out, size, nms=not args.no_nms)
+    exported = export_checkpoint(
+        checkpoint, args.out, size, not args.no_nms, experiment=experiment, overrides=args.set
+    )
     print("\n".join(exported.lines()))
 
 

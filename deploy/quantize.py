@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_checkpoint, add_overrides, given, run, select_checkpoint
+from tinydet.cli import add_checkpoint, given, run, select_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,11 +19,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="default: the checkpoint's name with .int8.onnx")
     parser.add_argument("--images", type=int, help="to measure ranges on, default 64")
-    parser.add_argument("--budget", type=float, help="AP50 in 0..1 that may be lost, default 0.01")
+    parser.add_argument(
+        "--budget", type=float, help="AP50 in 0..1 that may be lost, default 0.01, a point"
+    )
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), help="fixed input size; default: any"
     )
-    add_overrides(parser)
     return parser
 
 
@@ -31,10 +32,11 @@ def main(args: argparse.Namespace) -> None:
     """Quantize, evaluate, time, write, report."""
     from tinydet.deployment.quantize import quantize_checkpoint
 
-    checkpoint = select_checkpoint(args, "deploy.pt")
+    checkpoint, experiment = select_checkpoint(args, "deploy.pt")
     options = given(args, "out", "images", "budget", "size")
     print(f"checkpoint  {checkpoint}", flush=True)
-    for line in quantize_checkpoint(checkpoint, **options, overrides=args.set):
+    lines = quantize_checkpoint(checkpoint, **options, experiment=experiment, overrides=args.set)
+    for line in lines:
         print(line, flush=True)
 
 

@@ -19,9 +19,9 @@ def main(args: argparse.Namespace) -> None:
     """Fold, check, write, report."""
     from tinydet.deployment.fold_checkpoint import fold_checkpoint
 
-    checkpoint = select_checkpoint(args, "best.pt")
+    checkpoint, experiment = select_checkpoint(args, "best.pt")
     print(f"checkpoint  {checkpoint}", flush=True)
-    print("\n".join(fold_checkpoint(checkpoint, args.out).lines()))
+    print("\n".join(fold_checkpoint(checkpoint, args.out, experiment, args.set).lines()))
 
 
 if __name__ == "__main__":

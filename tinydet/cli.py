@@ -16,6 +16,7 @@ from tinydet.console import StdoutHandler, discard_output, log_level
 from tinydet.memory import is_out_of_memory, keep_freed_memory
 
 if TYPE_CHECKING:
+    from tinydet.config import Experiment
     from tinydet.deployment.predictor import Predictor
 
 _FULL = (
@@ -103,18 +104,20 @@ def take_lone_checkpoint(args: argparse.Namespace) -> None:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add [EXPERIMENT] [CHECKPOINT]; each is optional."""
+    """Add [EXPERIMENT] [CHECKPOINT], each of which is optional, and --set."""
     parser.add_argument(
         "experiment",
         type=Path,
         nargs="?",
-        help="selects its newest run; required if it defines its own backbone",
+        help="selects its newest run, and replaces the checkpoint's own; required if it defines "
+        "its own backbone",
     )
     parser.add_argument("checkpoint", type=Path, nargs="?", help=default)
+    add_overrides(parser)
 
 
-def select_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
-    """Return the checkpoint that the options of `add_checkpoint` select.
+def select_checkpoint(args: argparse.Namespace, file_name: str) -> tuple[Path, Experiment | None]:
+    """Return the checkpoint that the options of `add_checkpoint` select, and the experiment named.
 
     Args:
         args: parsed.
@@ -127,11 +130,11 @@ def select_checkpoint(args: argparse.Namespace, file_name: str) -> Path:
     from tinydet.training.runs import newest_checkpoint
 
     take_lone_checkpoint(args)
-    # Loaded even if a checkpoint is named: it may register its backbone.
-    name = load_experiment(args.experiment).name if args.experiment else "*"
+    experiment = load_experiment(args.experiment, args.set) if args.experiment else None
+    name = experiment.name if experiment else "*"
     checkpoint = args.checkpoint or newest_checkpoint(file_name=file_name, name=name)
     set_threads()
-    return checkpoint
+    return checkpoint, experiment
 
 
 def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:

@@ -85,7 +85,8 @@ def main(args: argparse.Namespace) -> None:
         *("images", "batch_size", "size", "precision", "channels_last", "compile", "backend"),
         *("beside", "fuse", "device", "time_limit", "out"),
     )
-    print(f"checkpoint  {checkpoint}", flush=True)
+    chosen = "" if args.checkpoint else " (the newest; name another before the options)"
+    print(f"checkpoint  {checkpoint}{chosen}", flush=True)
     for line in time_checkpoint(checkpoint, experiment, **options):
         print(line, flush=True)
 

@@ -60,6 +60,30 @@ def test_checks_on_test_images_when_they_are_there(make_checkpoint, detector, tm
     assert any("3 images of" in line for line in result.lines())
 
 
+def test_a_moved_data_set_is_warned_of_and_can_be_named(
+    make_checkpoint, detector, tmp_path, caplog
+):
+    gone = Data(root=str(tmp_path / "gone"), source="shapes", classes=(), image_size=96)
+    source = make_checkpoint(detector, gone)
+    fold_checkpoint(source)
+    assert "checked on random images: " in caplog.text
+    assert "--set data.root=FOLDER" in caplog.text
+    caplog.clear()
+    root = tmp_path / "shapes"
+    render_shapes(root, num_train=2, num_test=3, image_size=96)
+    result = fold_checkpoint(source, overrides=[f"data.root={root}"])
+    assert result.images.startswith("3 images of")
+    experiment = load_checkpoint(source).experiment
+    named = dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, root=str(root))
+    )
+    result = fold_checkpoint(source, experiment=named)
+    assert result.images.startswith("3 images of")
+    assert "random images" not in caplog.text
+    # What is exported next is checked on them too.
+    assert load_checkpoint(result.path).experiment.data.root == str(root)
+
+
 @pytest.mark.parametrize("layer", ["cls_score", "box_delta"])
 @pytest.mark.parametrize("change", [0.01, float("nan")])
 def test_refuses_to_write_a_detector_that_differs(source, monkeypatch, layer, change):
@@ -131,7 +155,7 @@ def test_plain_pictures_are_no_difference_and_another_weight_is_one(plain, pictu
 
 
 def test_refuses_a_deploy_checkpoint_and_its_own_source(source):
-    with pytest.raises(ValueError, match="source checkpoint"):
+    with pytest.raises(ValueError, match="itself"):
         fold_checkpoint(source, source)
     deploy = fold_checkpoint(source).path
     with pytest.raises(ValueError, match="already folded"):

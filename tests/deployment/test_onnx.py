@@ -17,6 +17,7 @@ from tinydet.deployment.onnx import (  # noqa: E402
     write_checked,
 )
 from tinydet.deployment.onnx_detector import OnnxDetector, SplitOnnxDetector, unpack  # noqa: E402
+from tinydet.deployment.quantize import quantize_checkpoint  # noqa: E402
 from tinydet.reparam.branches import ChannelScale  # noqa: E402
 from tinydet.yolof.decode import decode_boxes  # noqa: E402
 
@@ -146,6 +147,14 @@ def test_export_checkpoint__compares_photographs_where_there_are_any(
     assert result.path == checkpoint.with_name("best.onnx")
     assert result.path.read_bytes() == exported.SerializeToString()
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["best.onnx", "best.pt"]
+
+
+def test_export_checkpoint__never_takes_the_place_of_its_source(checkpoint):
+    before = checkpoint.read_bytes()
+    for export in (export_checkpoint, lambda *paths: list(quantize_checkpoint(*paths))):
+        with pytest.raises(ValueError, match=r"best\.pt: end the name in \.onnx"):
+            export(checkpoint, checkpoint)
+    assert checkpoint.read_bytes() == before
 
 
 @pytest.mark.slow

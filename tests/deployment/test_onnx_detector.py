@@ -62,3 +62,40 @@ def test_a_missing_file(tmp_path):
     for load in (OnnxDetector, SplitOnnxDetector):
         with pytest.raises(ValueError, match=r"none\.onnx: no such file"):
             load(tmp_path / "none.onnx")
+
+
+def test_both_halves_of_a_fixed_size_pad_what_is_smaller(exported_fixed):
+    split, images = SplitOnnxDetector(exported_fixed), random_images(2, (64, 64))
+    padded = torch.full((2, 3, 64, 96), 114, dtype=torch.uint8)
+    padded[:, :, :, :64] = images
+    for part, whole in zip(split(images), split(padded), strict=True):
+        torch.testing.assert_close(torch.from_numpy(part), torch.from_numpy(whole))
+    with pytest.raises(ValueError, match="96x64 for a file of 64x96: export"):
+        split(random_images(1, (96, 64)))
+
+
+def test_a_file_that_is_none(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"no protobuf")
+    for load in (OnnxDetector, SplitOnnxDetector):
+        with pytest.raises(ValueError, match=r"a\.onnx: "):
+            load(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
+def test_the_gpu_that_was_asked_for_or_none(exported, monkeypatch, device):
+    """Without a GPU: ONNX Runtime says that it has one, and then uses the CPU without a word."""
+    import onnxruntime
+
+    asked = []
+    session = onnxruntime.InferenceSession
+
+    def fall_back(content, options, providers, provider_options):
+        asked.append((providers, provider_options))
+        return session(content, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(ValueError, match=f"device {device}: ONNX Runtime cannot use it"):
+        open_session(exported, device)
+    ids = {"cuda": {}, "cuda:0": {"device_id": 0}, "cuda:1": {"device_id": 1}}
+    assert asked == [(["CUDAExecutionProvider"], [ids[device]])]

@@ -1,5 +1,7 @@
 """INT8: what is quantised, what stays in float, and that the detections stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from tinydet.data.shapes import render_shapes  # noqa: E402
 from tinydet.deployment.equalize import prepare_for_int8  # noqa: E402
 from tinydet.deployment.images import random_images  # noqa: E402
 from tinydet.deployment.onnx import export_network  # noqa: E402
-from tinydet.deployment.onnx_detector import RAW, OnnxDetector  # noqa: E402
+from tinydet.deployment.onnx_detector import RAW, OnnxDetector, SplitOnnxDetector  # noqa: E402
 from tinydet.deployment.onnx_graph import find_convs  # noqa: E402
 from tinydet.deployment.quantize import (  # noqa: E402  # noqa: E402
     Quantizer,
@@ -21,6 +23,7 @@ from tinydet.deployment.quantize import (  # noqa: E402  # noqa: E402
     quantize_checkpoint,
     sensitivity,
 )
+from tinydet.training.checkpoint import load_checkpoint  # noqa: E402
 
 _SIZE = (64, 96)
 
@@ -155,6 +158,40 @@ def test_quantize_checkpoint(checkpoint, every_step_said, capfd):
     assert int8_size < float_size
 
 
+def test_figures_are_percent_and_of_the_threads_that_are_said(checkpoint, monkeypatch, caplog):
+    asked = []
+
+    def split(model, threads=0):
+        asked.append(threads)
+        return SplitOnnxDetector(model, threads)
+
+    monkeypatch.setattr("tinydet.deployment.quantize.SplitOnnxDetector", split)
+    monkeypatch.setattr("tinydet.deployment.quantize._ap50", lambda *_: 0.8593)
+    lines = list(quantize_checkpoint(checkpoint, size=_SIZE, images=2))
+    threads = torch.get_num_threads()
+    assert asked == [threads] * 3
+    assert f"timed       in ONNX Runtime, {threads} threads" in lines
+    assert any(line.split()[:3] == ["float32", "85.93", "0.00"] for line in lines)
+    assert "finds nothing" not in caplog.text
+    monkeypatch.setattr("tinydet.deployment.quantize._ap50", lambda *_: 0.0)
+    list(quantize_checkpoint(checkpoint, size=_SIZE, images=2))
+    assert "finds nothing in float32 either" in caplog.text
+
+
+@pytest.mark.parametrize("budget", [float("nan"), -0.1, 1.5])
+def test_a_budget_that_is_no_share_is_refused(checkpoint, budget):
+    with pytest.raises(ValueError, match=f"--budget {budget:g}: must be from 0 to 1"):
+        list(quantize_checkpoint(checkpoint, budget=budget))
+
+
+def test_the_experiment_s_data_set_in_place_of_a_moved_one(make_checkpoint, detector, tmp_path):
+    source = make_checkpoint(detector)
+    experiment = load_checkpoint(source).experiment
+    data = replace(experiment.data, root=str(tmp_path / "new"))
+    with pytest.raises(FileNotFoundError, match="new: no such folder"):
+        list(quantize_checkpoint(source, experiment=replace(experiment, data=data)))
+
+
 def test_test_images_without_objects_are_refused(checkpoint, tmp_path):
     for path in (tmp_path / "shapes" / "Annotations").glob("test_*.xml"):
         path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
@@ -194,6 +231,6 @@ def test_nothing_is_written_when_the_budget_cannot_be_held(checkpoint, monkeypat
     monkeypatch.setattr(
         "tinydet.deployment.quantize.sensitivity", lambda *_: [("node_conv2d", 1.0)]
     )
-    with pytest.raises(ValueError, match=r"loses 1\.0000 AP50, more than --budget 0\.01"):
+    with pytest.raises(ValueError, match=r"loses 100\.00 points of AP50, more .* --budget 0\.01"):
         list(quantize_checkpoint(checkpoint, size=_SIZE, images=2))
     assert not list(checkpoint.parent.glob("*.onnx"))

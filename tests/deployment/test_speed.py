@@ -73,9 +73,12 @@ def test_fp16_on_a_cpu_is_explained(checkpoint):
     assert "folded (float16)" in text or "folded (float32)" in text
 
 
-def test_fp16_that_cannot_run_is_never_silently_swapped(checkpoint, monkeypatch):
+def test_fp16_that_cannot_run_is_never_silently_swapped(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "precision_problem", lambda *_: "no half here")
-    text = _report(checkpoint, precision="float16")
+    out = tmp_path / "figures.json"
+    text = _report(checkpoint, precision="float16", out=out)
+    assert json.loads(out.read_text())["precision"] == "float32"
+    assert "GFLOP/s in a large float32 matrix product" in text
     assert "float16 cannot run on this CPU (no half here): float32 was timed" in text
     assert "folded (float32)" in text
     assert "folded (float16" not in text
@@ -111,6 +114,20 @@ def test_all_candidates_in_one_table(checkpoint, exported, folded, tmp_path, mon
     assert row["gflops"] == pytest.approx(expected * row["images_per_second"] / 1e9)
 
 
+def test_files_beside_of_a_fixed_size_and_none(checkpoint, exported_fixed, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    fixed, none = tmp_path / "fixed.onnx", tmp_path / "none.onnx"
+    onnx.save(exported_fixed, fixed)
+    none.write_bytes(b"no protobuf")
+    assert str(fixed) in _report(checkpoint, beside=(fixed,), fuse=False)  # 64x64 is padded
+    with pytest.raises(ValueError, match=r"fixed\.onnx: an input of 96x96 for a file of 64x96"):
+        _report(checkpoint, beside=(fixed,), fuse=False, size=(96, 96))
+    with pytest.raises(ValueError, match=r"none\.onnx: not an ONNX file"):
+        _report(checkpoint, beside=(none,), fuse=False)
+    with pytest.raises(ValueError, match=r"--out .*fixed\.onnx: is .* itself"):
+        _report(checkpoint, beside=(fixed,), out=fixed)
+
+
 def test_compiled_beside_not_compiled(checkpoint, monkeypatch):
     """Compiling takes a minute; here it is only recorded."""
     compiled = []
@@ -128,6 +145,9 @@ def test_compiled_beside_not_compiled(checkpoint, monkeypatch):
         ({"size": (64, 70)}, "multiples of 32"),
         ({"time_limit": -1.0}, "--time-limit"),
         ({"device": "cuda:99"}, "device cuda:99"),
+        ({"backend": "onnxruntime", "precision": "bfloat16"}, "--bf16: is for torch"),
+        ({"backend": "onnxruntime", "channels_last": False}, "--channels-last: is for torch"),
+        ({"backend": "onnxruntime", "compile": True}, "--compile: is for torch"),
     ],
 )
 def test_wrong_options(checkpoint, options, message):

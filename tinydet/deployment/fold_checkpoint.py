@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from tinydet.deployment.agreement import (
     scores_and_boxes,
 )
 from tinydet.deployment.images import SampleImages, random_images, sample_images
+from tinydet.experiment_file import experiment_to_dict
 from tinydet.reparam import FoldReport, fold
 from tinydet.training.checkpoint import (
     Checkpoint,
@@ -58,12 +60,19 @@ class FoldedCheckpoint:
         ]
 
 
-def fold_checkpoint(source: Path, out: Path | None = None) -> FoldedCheckpoint:
+def fold_checkpoint(
+    source: Path,
+    out: Path | None = None,
+    experiment: Experiment | None = None,
+    overrides: Sequence[str] = (),
+) -> FoldedCheckpoint:
     """Fold a trained detector and write it as a checkpoint of form "deploy".
 
     Args:
         source: a checkpoint of form "training".
         out: the new checkpoint; by default `deploy.pt` beside the source.
+        experiment: replaces the stored one, for example where its data set is elsewhere.
+        overrides: "a.b=value" for the experiment.
 
     Raises:
         CheckpointError: the source cannot be used or is folded already.
@@ -71,18 +80,19 @@ def fold_checkpoint(source: Path, out: Path | None = None) -> FoldedCheckpoint:
     """
     path = out or source.with_name("deploy.pt")
     check_out(out, [source], [".pt"])
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, experiment, overrides=overrides)
     if checkpoint.folded:
         raise CheckpointError(f"{source}: already folded; give a training checkpoint")
     check_out(path, [source])
     folded, report = fold_detector(checkpoint.detector)
     images = sample_images(checkpoint.experiment, _CHECK_IMAGES, 4)
+    images.warn_if_random()
     equivalence = check_equivalent(checkpoint.detector, folded, images)
     save_checkpoint(
         path,
         {
             "form": "deploy",
-            "experiment": checkpoint.content["experiment"],
+            "experiment": experiment_to_dict(checkpoint.experiment),
             "classes": checkpoint.content["classes"],
             "model": folded.state_dict(),
             "epoch": checkpoint.content.get("epoch", 0),

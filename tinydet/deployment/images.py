@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional
 from tinydet.config import Data, Experiment
 from tinydet.data.dataset import DetectionDataset, is_missing, load_split
 from tinydet.data.loader import make_test_loader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class SampleImages:
     batches: tuple[Tensor, ...]
     source: str
     real: bool
+
+    def warn_if_random(self) -> None:
+        """Log a warning that a check on random images says less."""
+        if not self.real:
+            logger.warning(
+                "checked on %s; a moved data set is named by --set data.root=FOLDER", self.source
+            )
 
 
 def sample_images(

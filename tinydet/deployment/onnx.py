@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tinydet import __version__
 from tinydet.atomic import replacing
 from tinydet.cli import check_out
-from tinydet.config import Data
+from tinydet.config import Data, Experiment
 from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.transforms import STRIDE
 from tinydet.deployment.agreement import (
@@ -90,6 +90,9 @@ def export_checkpoint(
     out: Path | None = None,
     size: tuple[int, int] | None = None,
     nms: bool = True,
+    *,
+    experiment: Experiment | None = None,
+    overrides: Sequence[str] = (),
 ) -> Exported:
     """Export a checkpoint of either form as one ONNX file.
 
@@ -98,15 +101,18 @@ def export_checkpoint(
         out: the ONNX file; by default the source's name with `.onnx`.
         size: (H, W) of the input; None lets both vary.
         nms: select detections; False returns every anchor's scores and box.
+        experiment: replaces the stored one, for example where its data set is elsewhere.
+        overrides: "a.b=value" for the experiment.
 
     Raises:
         ValueError: the size is not a multiple of 32, the network cannot be exported, or the file is
             not equivalent to torch; nothing is written then.
     """
     check_out(out, [source], [".onnx"])
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, experiment, overrides=overrides)
     detector = folded_detector(checkpoint)
     images = sample_images(checkpoint.experiment, 4, 1)
+    images.warn_if_random()
     batches = list(images.batches) if size is None else []
     # Test images rather than noise where possible: on noise, ties and rounding may dominate.
     for n in (1, 3):

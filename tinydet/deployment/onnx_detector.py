@@ -41,7 +41,7 @@ class OnnxDetector:
 
         Args:
             model: the file, or its content.
-            device: "cpu" or "cuda".
+            device: "cpu", "cuda" or "cuda:N".
             threads: CPU threads of one operator; 0 lets ONNX Runtime choose.
 
         Raises:
@@ -51,7 +51,7 @@ class OnnxDetector:
         if not isinstance(model, ModelProto):
             model = Path(model)
         name = model if isinstance(model, Path) else "the network"
-        self._session = open_session(model, torch.device(device).type, threads)
+        self._session = open_session(model, device, threads)
         metadata = self._session.get_modelmeta().custom_metadata_map
         try:
             values = {key: json.loads(metadata[key]) for key in _METADATA}
@@ -115,18 +115,26 @@ class SplitOnnxDetector:
             device: "cpu" or "cuda".
 
         Raises:
-            ValueError: the file is missing, was exported without selection, or ONNX Runtime rejects
-                it.
+            ValueError: the file is missing or no ONNX file, was exported without selection, or ONNX
+                Runtime rejects it.
         """
+        name = "the ONNX file"
         if isinstance(model, Path):
             if not model.is_file():
                 raise ValueError(f"{model}: no such file")
-            model = onnx.load(model)
+            name = str(model)
+            try:
+                model = onnx.load(model)
+            except Exception as error:  # protobuf's have no base class of their own.
+                raise ValueError(f"{name}: not an ONNX file") from error
         if not {output.name for output in model.graph.output} >= set(OUTPUTS):
             raise ValueError(
-                "the ONNX file selects no detections: export it with deploy/export_onnx.py, and "
+                f"{name}: selects no detections: export it with deploy/export_onnx.py, and "
                 "without --no-nms"
             )
+        sizes = [prop.value for prop in model.metadata_props if prop.key == "size"]
+        size = json.loads(sizes[0]) if sizes else None
+        self._size: tuple[int, int] | None = tuple(size) if size else None
         self._network = open_session(_part(model, ["images"], RAW), device, threads)
         self._selection = open_session(_part(model, RAW, OUTPUTS), device, threads)
 
@@ -134,9 +142,13 @@ class SplitOnnxDetector:
         """Return scores (B, A * K) and boxes (B, A, 4) of all anchors.
 
         Args:
-            images: (B, 3, H, W) uint8 RGB on the CPU.
+            images: (B, 3, H, W) uint8 RGB on the CPU, at most of the file's fixed size.
+
+        Raises:
+            ValueError: they are larger.
         """
-        scores, boxes = self._network.run(RAW, {"images": images.numpy()})
+        padded = pad_to_size(images, self._size)
+        scores, boxes = self._network.run(RAW, {"images": padded.numpy()})
         return scores, boxes
 
     def select(
@@ -183,17 +195,19 @@ def unpack(boxes: Tensor, scores: Tensor, labels: Tensor, count: Tensor) -> list
     ]
 
 
-def open_session(model: Path | ModelProto, device: str = "cpu", threads: int = 0) -> Any:
+def open_session(
+    model: Path | ModelProto, device: str | torch.device = "cpu", threads: int = 0
+) -> Any:
     """Return an ONNX Runtime session.
 
     Args:
         model: a file, or its content.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:N".
         threads: CPU threads of one operator; 0 lets ONNX Runtime choose.
 
     Raises:
-        ValueError: the file is missing, or ONNX Runtime is missing, rejects it or does not have the
-            device.
+        ValueError: the file is missing, or ONNX Runtime is missing, rejects it, or does not have
+            the device or cannot use it.
     """
     if isinstance(model, Path) and not model.is_file():
         raise ValueError(f"{model}: no such file")
@@ -201,12 +215,14 @@ def open_session(model: Path | ModelProto, device: str = "cpu", threads: int = 0
         import onnxruntime
     except ImportError:
         raise ValueError("onnxruntime is missing: pip install 'tinydet[deploy]'") from None
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device, device)
+    place = torch.device(device)
+    providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    provider = providers.get(place.type, place.type)
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise ValueError(
             f"device {device}: this ONNX Runtime only has {', '.join(available)}; use device cpu"
-            + (", or pip install onnxruntime-gpu" if device == "cuda" else "")
+            + (", or pip install onnxruntime-gpu" if place.type == "cuda" else "")
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -214,9 +230,18 @@ def open_session(model: Path | ModelProto, device: str = "cpu", threads: int = 0
     # Threads that spin while idle slow down whatever else runs, such as other timed candidates.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     content = str(model) if isinstance(model, Path) else model.SerializeToString()
+    settings = {} if place.index is None or place.type == "cpu" else {"device_id": place.index}
     try:
-        return onnxruntime.InferenceSession(content, options, providers=[provider])
+        session = onnxruntime.InferenceSession(
+            content, options, providers=[provider], provider_options=[settings]
+        )
     except Exception as error:  # ONNX Runtime's exceptions have no other common base class.
         name = model if isinstance(model, Path) else "the network"
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name}: ONNX Runtime rejects it: {reason}") from error
+    if provider not in session.get_providers():  # It falls back to the CPU without a word.
+        raise ValueError(
+            f"device {device}: ONNX Runtime cannot use it (CUDA or cuDNN libraries may be missing "
+            "or of another version); use device cpu"
+        )
+    return session

@@ -39,11 +39,12 @@ from tinydet.deployment.onnx_detector import (
 )
 from tinydet.deployment.onnx_graph import find_convs, with_outputs
 from tinydet.deployment.timer import measure
-from tinydet.experiment_file import override
 from tinydet.progress import Progress
 from tinydet.report.table import text_table
 from tinydet.training.checkpoint import load_checkpoint
 from tinydet.training.evaluate import evaluate_detector, require_objects
+
+logger = logging.getLogger(__name__)
 
 # What ONNX Runtime's CPU kernels compute in int8, or pass through unchanged.
 _TYPES = {
@@ -112,6 +113,7 @@ def quantize_checkpoint(
     images: int = 64,
     budget: float = 0.01,
     size: tuple[int, int] | None = None,
+    experiment: Experiment | None = None,
     overrides: Sequence[str] = (),
 ) -> Iterator[str]:
     """Quantize a checkpoint of either form, yielding the report line by line.
@@ -126,20 +128,22 @@ def quantize_checkpoint(
         images: training images that ranges are measured on.
         budget: AP50, in 0..1, that may be lost.
         size: (H, W) of the input; None lets both vary.
-        overrides: "a.b=value" for the checkpoint's experiment.
+        experiment: replaces the stored one, for example where its data set is elsewhere.
+        overrides: "a.b=value" for the experiment.
 
     Raises:
         ValueError: an option is wrong, the data is missing, the test split has no object to find,
             or the budget cannot be kept; nothing is written then.
     """
-    if images < 1 or budget < 0:
-        raise ValueError("--images must be at least 1 and --budget at least 0")
+    if images < 1:
+        raise ValueError(f"--images {images}: must be at least 1")
+    if not 0 <= budget <= 1:
+        raise ValueError(f"--budget {budget:g}: must be from 0 to 1; 0.01 is a point of AP50")
     check_out(out, [source], [".onnx"])
-    checkpoint = load_checkpoint(source)
-    experiment = override(checkpoint.experiment, overrides)
+    checkpoint = load_checkpoint(source, experiment, overrides=overrides)
     detector = folded_detector(checkpoint)
-    data = replace(experiment.data, classes=detector.classes)
-    experiment = replace(experiment, data=data)
+    data = replace(checkpoint.experiment.data, classes=detector.classes)
+    experiment = replace(checkpoint.experiment, data=data)
     index = load_split(data, data.test_split)
     require_objects(index)
     calibration = sample_images(experiment, images, 1, data.train_split)
@@ -156,9 +160,13 @@ def quantize_checkpoint(
     forms[name] = best
     yield f"equalized   channels at {places} places between convolutions; biases corrected"
     accuracy = {form: _ap50(model, index, experiment) for form, model in forms.items()}
+    if not accuracy["float32"] > 0:
+        logger.warning(
+            "the network finds nothing in float32 either: a budget of AP50 says nothing here"
+        )
     kept: list[str] = []
     if accuracy["float32"] - accuracy[name] > budget:
-        yield f"sensitivity {accuracy['float32'] - accuracy[name]:.4f} AP50 lost: layer by layer"
+        yield f"sensitivity {_points(accuracy, name)} points of AP50 lost: layer by layer"
         few = batches[:_SENSITIVITY_IMAGES]
         order = sorted(sensitivity(quantizer, few), key=lambda found: -found[1])
         yield from (f"            {node}: {change:.2e}" for node, change in order[:8])
@@ -167,13 +175,15 @@ def quantize_checkpoint(
             kept = [node for node, _ in order[:count]]
             best, name = quantizer.quantize(keep=kept), f"int8 but {len(kept)} layers"
             forms[name], accuracy[name] = best, _ap50(best, index, experiment)
-            yield f"            {len(kept)} in float: AP50 {accuracy[name]:.4f}"
+            yield f"            {len(kept)} in float: AP50 {100 * accuracy[name]:.2f} %"
             count *= 2
+    yield f"timed       in ONNX Runtime, {torch.get_num_threads()} threads"
     yield from _table(forms, accuracy, batches)
     lost = accuracy["float32"] - accuracy[name]
     if lost > budget:
         raise ValueError(
-            f"{source}: int8 loses {lost:.4f} AP50, more than --budget {budget:g}: nothing written"
+            f"{source}: int8 loses {_points(accuracy, name)} points of AP50, more than the "
+            f"{100 * budget:g} of --budget {budget:g}: nothing written"
         )
     path = out or source.with_suffix(".int8.onnx")
     with replacing(path) as temporary:
@@ -225,27 +235,33 @@ def _mean_square(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
 
 def _ap50(model: ModelProto, index: Index, experiment: Experiment) -> float:
     cpu = torch.device("cpu")
-    metrics = evaluate_detector(OnnxDetector(model), index, experiment.data, 1, cpu)
+    detector = OnnxDetector(model, threads=torch.get_num_threads())
+    metrics = evaluate_detector(detector, index, experiment.data, 1, cpu)
     return metrics.ap50
+
+
+def _points(accuracy: Mapping[str, float], name: str) -> str:
+    return f"{100 * (accuracy['float32'] - accuracy[name]):.2f}"
 
 
 def _table(
     forms: Mapping[str, ModelProto], accuracy: Mapping[str, float], images: Sequence[Tensor]
 ) -> list[str]:
-    candidates = {name: SplitOnnxDetector(model) for name, model in forms.items()}
+    threads = torch.get_num_threads()
+    candidates = {name: SplitOnnxDetector(model, threads) for name, model in forms.items()}
     timings = measure(candidates, images[:_TIMED_BATCHES], _TIMED_IMAGES)
     rows = [
         [
             name,
-            f"{accuracy[name]:.4f}",
-            f"{accuracy['float32'] - accuracy[name]:.4f}",
+            f"{100 * accuracy[name]:.2f}",
+            _points(accuracy, name),
             f"{model.ByteSize() / 1e6:.1f}",
             f"{timings[name].median:.2f}",
             f"{timings[name].images_per_second:.1f}",
         ]
         for name, model in forms.items()
     ]
-    return text_table(["", "AP50", "lost", "MB", "median ms", "img/s"], rows)
+    return text_table(["", "AP50 %", "lost", "MB", "median ms", "img/s"], rows)
 
 
 @contextlib.contextmanager

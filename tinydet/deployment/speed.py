@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tinydet.cli import check_out
 from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, count
 from tinydet.deployment.fold_checkpoint import fold_detector, folded_detector
@@ -66,7 +67,16 @@ def time_checkpoint(
     Raises:
         ValueError: the checkpoint, the device or an option is wrong.
     """
-    _check_options(images, batch_size, size, beside, time_limit, out)
+    _check_options(images, batch_size, size, beside, time_limit)
+    check_out(out, [checkpoint, *beside])
+    for_torch = {
+        f"--{'fp16' if precision == 'float16' else 'bf16'}": precision != "float32",
+        "--channels-last": channels_last is not None,
+        "--compile": compile,
+    }
+    if backend == "onnxruntime" and any(for_torch.values()):
+        option = next(name for name, wanted in for_torch.items() if wanted)
+        raise ValueError(f"{option}: is for torch; leave it out, or --backend all")
     place = pick_device(device)
     loaded = load_checkpoint(checkpoint, experiment)
     experiment = loaded.experiment
@@ -94,7 +104,7 @@ def time_checkpoint(
     candidates: dict[str, Candidate] = {}
     if backend != "onnxruntime":
         last = place.type == "cuda" if channels_last is None else channels_last
-        placed, note = _place(detectors, batches[0], place, precision, last, compile)
+        placed, precision, note = _place(detectors, batches[0], place, precision, last, compile)
         candidates.update(placed)
         yield f"precision   {note}"
     if backend != "torch" or any(path.suffix != ".pt" for path in beside):
@@ -169,7 +179,6 @@ def _check_options(
     size: tuple[int, int] | None,
     beside: Sequence[Path],
     time_limit: float,
-    out: Path | None,
 ) -> None:
     if images < 1 or batch_size < 1:
         raise ValueError("--images and --batch-size must be at least 1")
@@ -180,8 +189,6 @@ def _check_options(
     for path in beside:
         if path.suffix not in (".pt", ".onnx") and str(path) != _SSDLITE:
             raise ValueError(f"--beside {path}: give a .pt or .onnx file, or {_SSDLITE}")
-    if out and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
 
 
 def _batches(
@@ -214,8 +221,8 @@ def _place(
     precision: Precision,
     channels_last: bool,
     compile: bool,
-) -> tuple[dict[str, Candidate], str]:
-    """Return the detectors as torch will run them, and a description of that."""
+) -> tuple[dict[str, Candidate], Precision, str]:
+    """Return the detectors as torch will run them, in which precision, and a description."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     layout = ", channels_last" if channels_last else ""
     placed = {
@@ -243,7 +250,7 @@ def _place(
             compiled = copy.deepcopy(detector)
             compiled.compile()
             candidates[f"{name} ({precision}{layout}, compiled)"] = compiled
-    return candidates, note + layout
+    return candidates, precision, note + layout
 
 
 def precision_problem(detector: Detector, images: Tensor) -> str | None:
@@ -295,9 +302,13 @@ def _run_all_shapes(candidates: Mapping[str, Candidate], batches: Sequence[Tenso
     """Run each candidate on each shape, so that compiling and memory planning are not timed."""
     shapes = {tuple(batch.shape): batch for batch in batches}
     with torch.inference_mode():
-        for candidate in candidates.values():
+        for name, candidate in candidates.items():
             for batch in shapes.values():
-                candidate.select(*candidate(batch), (batch.shape[-2], batch.shape[-1]))
+                try:
+                    outputs = candidate(batch)
+                except ValueError as error:  # A file of a smaller, fixed size.
+                    raise ValueError(f"{name}: {error}") from error
+                candidate.select(*outputs, (batch.shape[-2], batch.shape[-1]))
 
 
 def _figures(timing: Timing, operations: float) -> dict[str, float]:
