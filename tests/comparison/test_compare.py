@@ -204,8 +204,7 @@ def test_too_few_test_images_give_no_verdict(finished, monkeypatch, caplog):
     names = Path("set/ImageSets/Main/test.txt")
     names.write_text("\n".join(names.read_text().split()[:2]) + "\n")
     monkeypatch.setattr(compare_module, "train_run", _no_training)
-    options = _OPTIONS | {"halving": True}
-    told = list(compare([Path("base.py"), Path("idea.py")], **options))
+    told = list(compare([Path("base.py"), Path("idea.py")], **_OPTIONS))
     reason = "set (test) has 2 images, too few to tell how much images vary; give at least 3"
     assert any(line.startswith(f"idea: can't tell yet: {reason}") for line in told)
     assert f"there will be no verdict: {reason}" in caplog.text
@@ -399,3 +398,9 @@ def test_wrong_options_are_one_line(change, message):
 def test_a_share_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match=r"--shard .*: give K/N"):
         parse_shard(text)
+
+
+@pytest.mark.usefixtures("folder")
+def test_halving_without_an_interim_look_is_refused():
+    with pytest.raises(ConfigError, match="--halving: looks before the last seed, and --seeds 2"):
+        list(compare(_FILES, **_OPTIONS | {"halving": True}))

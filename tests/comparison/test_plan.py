@@ -135,3 +135,38 @@ def test_size_and_augmentation_may_be_the_idea():
     )
     base, idea = load_experiments([Path("base.py"), Path("size.py")], ["train.device=cpu"])
     assert idea.data == replace(base.data, image_size=64, workers=1)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", ["train.epochs", "train.seed", "train.eval_every"])
+def test_what_a_comparison_decides_cannot_be_set(name):
+    with pytest.raises(ConfigError, match=f"--set {name}=3: a comparison decides this itself"):
+        load_experiments(_FILES, [f"{name}=3"])
+
+
+@pytest.mark.usefixtures("folder", "clock")
+@pytest.mark.parametrize("field", ["schedules", "epochs"])
+def test_a_plan_without_a_field_is_one_line(field):
+    path = _plan("60s").folder / "plan.json"
+    content = json.loads(path.read_text())
+    content.pop(field, None)
+    for schedule in content.get("schedules", {}).values():
+        schedule.pop(field, None)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"plan\.json: is damaged, or of another version; remove"):
+        _plan("60s")
+    path.unlink()
+    assert _plan("60s").folder == path.parent
+
+
+@pytest.mark.usefixtures("folder", "clock")
+def test_another_code_is_another_comparison_and_timed_anew(tmp_path):
+    first = _plan("60s", folder=tmp_path / "mine")
+    with Path("idea.py").open("a") as file:
+        file.write("class Layer: pass\n")
+    second = _plan("60s")
+    assert first.codes == ("", "", "")
+    assert [bool(code) for code in second.codes] == [False, False, True]
+    assert second.experiments[2].train.epochs != first.experiments[2].train.epochs
+    with pytest.raises(ValueError, match="holds another comparison, of other experiments, other"):
+        _plan("60s", folder=tmp_path / "mine")

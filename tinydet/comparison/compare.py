@@ -136,6 +136,9 @@ def compare(
     _check(seeds, metric, confidence, resamples)
     if shard and halving:
         raise ConfigError("--shard: cannot be with --halving, which waits for all runs of a seed")
+    looks = interim_looks(seeds) if halving else []
+    if halving and not looks:
+        raise ConfigError(f"--halving: looks before the last seed, and --seeds {seeds} has no such")
     parsed_budget = parse_budget(budget)
     experiments = load_experiments(files, overrides)
     index = load_split(experiments[0].data, experiments[0].data.test_split)
@@ -149,7 +152,6 @@ def compare(
         yield f"{experiment.name}: {epochs} epoch{'s'[: epochs > 1]} in {dtype} ({reason})"
     entries = [_Entry(*pair) for pair in zip(plan.experiments, plan.codes, strict=True)]
     truth, weights = ground_truth(index), _draws(len(index), resamples)
-    looks = interim_looks(seeds) if halving else []
     for seed in range(seeds):
         for place, entry in enumerate(entries, seed * len(entries)):
             if shard and not shard.has(place):

@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 COMPARISONS = RUNS / "compare"
 _FILE = "plan.json"
+_DECIDED = {
+    "train.epochs": "they follow from --budget",
+    "train.seed": "it runs from 0; give --seeds",
+    "train.eval_every": "the last epoch alone is evaluated",
+}
 _SAME_DATA = ("root", "source", "train_split", "test_split", "classes")
 
 
@@ -84,8 +89,12 @@ def load_experiments(files: Sequence[Path], overrides: Sequence[str]) -> list[Ex
         overrides: "a.b=value" for all of them.
 
     Raises:
-        ConfigError: a file is wrong or given twice, or two experiments differ in their data.
+        ConfigError: a file is wrong or given twice, two experiments differ in their data, or an
+            override is of what the comparison decides.
     """
+    for text in overrides:
+        if reason := _DECIDED.get(text.partition("=")[0].strip()):
+            raise ConfigError(f"--set {text}: a comparison decides this itself: {reason}")
     if len(files) < 2:
         raise ConfigError("give the base and at least one idea: BASE.py IDEA.py")
     experiments = [load_experiment(file, overrides) for file in files]
@@ -156,7 +165,12 @@ def make_plan(
             f"--out {folder}: holds another comparison, of other experiments, other code or "
             "another budget; give another folder"
         )
-    runs = [PlannedRun(**values) for values in known["schedules"].values()]
+    try:
+        runs = [PlannedRun(**values) for values in known["schedules"].values()]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{folder / _FILE}: is damaged, or of another version; remove it"
+        ) from None
     planned = tuple(_as_planned(*pair) for pair in zip(experiments, runs, strict=True))
     return Plan(folder, budget, tuple(files), planned, tuple(run.reason for run in runs), codes)
 
