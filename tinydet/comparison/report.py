@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinydet.atomic import write_text
 from tinydet.comparison.cost import Cost
 from tinydet.comparison.uncertainty import Difference
-from tinydet.comparison.verdict import Verdict
+from tinydet.comparison.verdict import Verdict, single_confidence
 from tinydet.evaluation.tide import KINDS
 from tinydet.report.figures import Point, draw_scatter, save_figure
 from tinydet.report.table import markdown_table, text_table
@@ -79,8 +79,8 @@ class Report:
 
     @property
     def single_confidence(self) -> float:
-        """The confidence of each interval, so that all of them together hold with `confidence`."""
-        return 1 - (1 - self.confidence) / (len(self.outcomes) - 1)
+        """The confidence of each interval."""
+        return single_confidence(self.confidence, len(self.outcomes) - 1)
 
 
 def report_lines(report: Report) -> list[str]:

@@ -50,7 +50,7 @@ def decide(
         confidence: probability that no verdict of this comparison is wrong, such as 0.95.
         ideas: number of ideas compared with the base, including those dropped early.
     """
-    low, high = found.interval(_single(confidence, ideas))
+    low, high = found.interval(single_confidence(confidence, ideas))
     return "better" if low > 0 else "worse" if high < 0 else "can't tell yet", low, high
 
 
@@ -66,7 +66,7 @@ def make_verdict(found: Difference, confidence: float, ideas: int, metric: str) 
     kind, low, high = decide(found, confidence, ideas)
     if kind != "can't tell yet":
         return Verdict(kind, low, high, f"{metric} {_points(low)} to {_points(high)} points")
-    single = _single(confidence, ideas)
+    single = single_confidence(confidence, ideas)
     more = _more_seeds(found, single)
     limit = replace(found.error(), seed_variance=0.0).quantile((1 + single) / 2)
     if more is not None:
@@ -85,7 +85,7 @@ def make_verdict(found: Difference, confidence: float, ideas: int, metric: str) 
     return Verdict(kind, low, high, reason, more)
 
 
-def _single(confidence: float, ideas: int) -> float:
+def single_confidence(confidence: float, ideas: int) -> float:
     """Return the confidence of each interval, so that all together hold with `confidence`."""
     return 1 - (1 - confidence) / ideas
 
