@@ -272,7 +272,7 @@ def test_missing_weights_name_the_choices_and_leave_no_run(folder):
         (["tools/image_demo.py", "tiny.py"], "name an image before the experiment"),
         (["deploy/reparam.py", EXPERIMENT], "runs/rexnet_yolof"),
         (["deploy/export_onnx.py", EXPERIMENT], "runs/rexnet_yolof"),
-        (["deploy/quantize.py", "x.pt", "--images", 0], "--images must be at least 1"),
+        (["deploy/quantize.py", "x.pt", "--images", 0], "--images 0: must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(run, folder, command, says):
