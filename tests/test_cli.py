@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tinydet import cli
-from tinydet.cli import add_predictor, check_out, given, load_predictor
+from tinydet.atomic import check_out
+from tinydet.cli import add_predictor, given, load_predictor
 from tinydet.config import Experiment
 
 _ROOT = Path(__file__).resolve().parents[1]

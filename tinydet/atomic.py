@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process dies."""
+"""Files that are whole or not there, whenever the process dies, and where they may be written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,3 +90,27 @@ def warn_on_oserror(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         logger.warning("%s: cannot be written (%s)", path, error.strerror or error)
+
+
+def check_out(out: Path | None, sources: Sequence[Path] = (), endings: Sequence[str] = ()) -> None:
+    """Check the option --out, the name of a file to write, before the work.
+
+    Args:
+        out: None, the default, is right.
+        sources: files that are read, which it must not replace.
+        endings: one of which the name must have; none is any.
+
+    Raises:
+        ValueError: the file cannot be written there, or is one of the sources.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; name a file in it")
+    if endings and out.suffix.lower() not in endings:
+        raise ValueError(f"--out {out}: end the name in {' or '.join(endings)}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    for source in sources:
+        if out.exists() and source.exists() and out.samefile(source):
+            raise ValueError(f"--out {out}: is {source} itself, which is read; name another file")

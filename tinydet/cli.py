@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,30 +150,6 @@ def take_last_files(args: argparse.Namespace, names: list[Path]) -> None:
         args.experiment = names.pop()
     if not names:
         raise ValueError("name an image before the experiment and the checkpoint")
-
-
-def check_out(out: Path | None, sources: Sequence[Path] = (), endings: Sequence[str] = ()) -> None:
-    """Check the option --out, the name of a file to write, before the work.
-
-    Args:
-        out: None, the default, is right.
-        sources: files that are read, which it must not replace.
-        endings: one of which the name must have; none is any.
-
-    Raises:
-        ValueError: the file cannot be written there, or is one of the sources.
-    """
-    if out is None:
-        return
-    if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder; name a file in it")
-    if endings and out.suffix.lower() not in endings:
-        raise ValueError(f"--out {out}: end the name in {' or '.join(endings)}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    for source in sources:
-        if out.exists() and source.exists() and out.samefile(source):
-            raise ValueError(f"--out {out}: is {source} itself, which is read; name another file")
 
 
 def add_predictor(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from tinydet.cli import add_overrides, check_out, run
+from tinydet.atomic import check_out
+from tinydet.cli import add_overrides, run
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -95,7 +95,8 @@ def main(args: argparse.Namespace) -> None:
         arguments += ["--budget", args.budget]
 
     run_dir = args.work_dir or (resume_from and resume_from.parent)
-    train(experiment, run_dir, resume_from, arguments, experiment_code(args.experiment))
+    code = experiment_code(args.experiment)
+    train(experiment, run_dir, resume_from, arguments=arguments, code=code)
 
 
 def _within_budget(experiment: Experiment, budget: str, resume_from: Path | None) -> Train:

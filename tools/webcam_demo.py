@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinydet.cli import add_predictor, check_out, load_predictor, run
+from tinydet.atomic import check_out
+from tinydet.cli import add_predictor, load_predictor, run
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,7 +55,7 @@ def train_run(experiment: Experiment, code: str = "") -> Path:
     started = [run for run in _runs_of(experiment) if is_run_of(run, code) and _can_resume(run)]
     if started:
         try:
-            train(experiment, started[-1], started[-1] / "last.pt", code)
+            train(experiment, started[-1], started[-1] / "last.pt", code=code)
         except ClaimedError:
             raise
         except CheckpointError as error:

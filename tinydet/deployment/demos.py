@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tinydet.cli import check_out
+from tinydet.atomic import check_out
 from tinydet.data.image import DRAWN, IMAGE_SUFFIXES, read_image
 from tinydet.deployment.prediction import Prediction
 from tinydet.deployment.predictor import Predictor

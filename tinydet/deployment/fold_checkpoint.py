@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from tinydet.cli import check_out
+from tinydet.atomic import check_out
 from tinydet.config import VOC_CLASSES, Experiment
 from tinydet.data.shapes import SHAPES
 from tinydet.deployment.agreement import (

@@ -32,8 +32,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from tinydet import __version__
-from tinydet.atomic import replacing
-from tinydet.cli import check_out
+from tinydet.atomic import check_out, replacing
 from tinydet.config import Data, Experiment
 from tinydet.data.canvas import PAD_VALUE
 from tinydet.data.transforms import STRIDE

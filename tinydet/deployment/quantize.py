@@ -21,8 +21,7 @@ import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
 
-from tinydet.atomic import replacing
-from tinydet.cli import check_out
+from tinydet.atomic import check_out, replacing
 from tinydet.config import Experiment
 from tinydet.data.dataset import load_split
 from tinydet.data.index import Index

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinydet.cli import check_out
+from tinydet.atomic import check_out
 from tinydet.config import Experiment
 from tinydet.deployment.flops import check_size, count
 from tinydet.deployment.fold_checkpoint import fold_detector, folded_detector

@@ -65,6 +65,7 @@ def train(
     experiment: Experiment,
     run_dir: str | Path | None = None,
     resume_from: str | Path | None = None,
+    *,
     arguments: Sequence[str] | None = None,
     code: str = "",
 ) -> Path:
