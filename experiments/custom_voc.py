@@ -2,8 +2,9 @@
 
 python tools/train.py experiments/custom_voc.py --set data.root=FOLDER
 
-The defaults suit a few hundred images of a few hundred pixels on a CPU or any GPU: P4 at stride 16
-finds small objects, and frozen norms and stages make training both faster and better.
+The defaults suit a few hundred images on a CPU or any GPU: P4 at stride 16 and 640 pixels find small
+objects, and frozen norms and stages make training both faster and better. If objects are large,
+data.image_size=416 trains 2.4 times as many epochs in the same time.
 """
 
 from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
@@ -24,7 +25,7 @@ experiment = Experiment(
         root="datasets/custom",
         source="folder",
         classes=(),
-        image_size=416,
+        image_size=640,
         augment=Augment(
             color_jitter=0.2, scale=(0.75, 1.33), hflip=0.5, vflip=0.5, shift=0.5, max_shift=16
         ),
@@ -39,5 +40,5 @@ experiment = Experiment(
         warmup_iters=50,
         clip_norm=10.0,
     ),
-    train=Train(epochs=36, batch_size=8, ema_decay=0.998, eval_every=6),
+    train=Train(epochs=26, batch_size=8, ema_decay=0.998, eval_every=2),
 )
