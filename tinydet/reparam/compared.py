@@ -98,7 +98,7 @@ def changed_buffers(copy: nn.Module, original: nn.Module) -> list[str]:
     return [
         name
         for name, buffer in copy.named_buffers()
-        if name in before and _differs(buffer, before[name].to(buffer))
+        if name in before and _differs(buffer, before[name].cpu().to(buffer.dtype))
     ]
 
 
