@@ -2,9 +2,9 @@
 
 python tools/train.py experiments/custom_voc.py --set data.root=FOLDER
 
-The defaults suit a few hundred images on a CPU or any GPU: P4 at stride 16 and 640 pixels find small
-objects, and frozen norms and stages make training both faster and better. If objects are large,
-data.image_size=416 trains 2.4 times as many epochs in the same time.
+The defaults suit a few hundred images on a CPU or any GPU: P4 at stride 16 and 640 pixels find
+small objects, and frozen norms and stages make training both faster and better. If objects are
+large, data.image_size=416 trains 2.4 times as many epochs in the same time.
 """
 
 from tinydet.config import Augment, Data, Experiment, Model, Optim, Train
