@@ -40,15 +40,19 @@ from tinydet.reparam.fx_graph import (
     trace,
 )
 from tinydet.reparam.geometry import NotAConvolutionError
-from tinydet.reparam.linear_subgraph import LinearSubgraph, extract_subgraph, replace_subgraph
+from tinydet.reparam.linear_subgraph import (
+    LinearSubgraph,
+    extract_subgraph,
+    replace_subgraph,
+    varies,
+)
 from tinydet.reparam.module_swap import Replacements, has_hooks, hooks_disabled, record_calls
 from tinydet.reparam.norms import is_norm, why_not_linear
 from tinydet.reparam.plain_layer import SCALES, NotPlainError, plain_layer, right_operand
 from tinydet.reparam.report import Step
 from tinydet.reparam.rewrite import as_replacement, rewrite
-from tinydet.reparam.verify import copied, difference
+from tinydet.reparam.verify import TOLERANCE, copied, difference
 
-_TOLERANCE = 1e-9
 _REMOVALS: dict[type, Any] = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
 _ROOTS = {"aten.rsqrt", "aten.rsqrt_", "aten.sqrt", "aten.sqrt_", "aten.pow", "aten.pow_"}
 
@@ -237,7 +241,7 @@ def _check(
     """Refuse to replace a module whose weights others use, or by one that differs."""
     _refuse_shared(flow, name, {*module.parameters()} - {*used})
     apart = difference(output, found).max_rel
-    if not apart <= _TOLERANCE:
+    if not apart <= TOLERANCE:
         raise RefusedError(f"as plain layers it differs by {apart:.1e} of its output")
 
 
@@ -310,7 +314,7 @@ def _replace_node(graph: fx.GraphModule, tried: set[fx.Node]) -> nn.Module | Non
         ):
             continue
         for nodes in ([node, *_bias_added(node)], [node]):
-            given = {i for n in nodes for i in n.all_input_nodes if _varies(i, data)} - {*nodes}
+            given = {i for n in nodes for i in n.all_input_nodes if varies(i, data)} - {*nodes}
             if len(given) != 1:
                 continue
             found = LinearSubgraph(given.pop(), tuple(nodes))
@@ -330,10 +334,6 @@ def _bias_added(node: fx.Node) -> list[fx.Node]:
     users = list(node.users)
     ops = [op.name for op in users[0].meta["ops"] if not op.is_view] if len(users) == 1 else []
     return users if ops in (["aten.add"], ["aten.add_"]) else []
-
-
-def _varies(node: fx.Node, data: set[Value]) -> bool:
-    return any(view.value in data for view in node.meta["views"])
 
 
 def _is_norm(op: Op, data: set[Value]) -> bool:

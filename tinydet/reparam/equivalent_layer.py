@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from tinydet.reparam.dataflow import storage_of
 from tinydet.reparam.geometry import Geometry, NotAConvolutionError, as_geometry
-from tinydet.reparam.verify import difference
+from tinydet.reparam.verify import TOLERANCE, difference
 
 # Far above the rounding of sums of some thousand terms in float64, far below a wrong tap.
-_TOLERANCE = 1e-9
 NO_TAP = 1e-12
 # Float64 convolutions unfold their whole batch: these bounds keep that to some hundred MiB.
 _CHUNK = 2**24  # most numbers in an unfolded batch of impulses
@@ -289,7 +288,7 @@ def _check(module: nn.Module, layer: nn.Module, geometry: Geometry) -> None:
             found = difference(expected, layer(x))
         except (RuntimeError, ValueError) as error:
             raise NotAConvolutionError("the size of its output is not a convolution's") from error
-        if not found.max_rel <= _TOLERANCE:
+        if not found.max_rel <= TOLERANCE:
             raise NotAConvolutionError(
                 f"it differs from its best convolution by {found.max_rel:.1e} of the largest "
                 "output: its borders, or its channels, are not treated alike"

@@ -37,7 +37,7 @@ Layer = (
     | nn.ConvTranspose2d
     | nn.ConvTranspose3d
 )
-_PADS = {
+PADS = {
     "aten.constant_pad_nd",
     "aten.clone",
     *(f"aten.{kind}_pad{axes}d" for kind in ("reflection", "replication") for axes in (1, 2, 3)),
@@ -314,7 +314,7 @@ def _reads_plainly(call: Call) -> bool:
     if _pads_with_inputs(cast(Layer, call.module)):
         return True
     first = next(i for i, op in enumerate(call.ops) if is_product(op))
-    return all(op.is_view or op.name in _PADS for op in call.ops[:first])
+    return all(op.is_view or op.name in PADS for op in call.ops[:first])
 
 
 def one_per_layer(flow: DataFlow, fusions: list[Fusion]) -> list[Fusion]:

@@ -83,7 +83,7 @@ def _writes_outside(subgraph: LinearSubgraph) -> bool:
 def _is_affine_node(graph: fx.GraphModule, node: fx.Node, flow: DataFlow, data: set[Value]) -> bool:
     if node.op in ("placeholder", "output") or len(node.meta["views"]) != 1:
         return False
-    if not _varies(node, data):
+    if not varies(node, data):
         return False
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
@@ -98,12 +98,13 @@ def writes(op: Op, memory: set[int]) -> bool:
     return op.mutates and any(view.storage in memory for view in op.outputs)
 
 
-def _varies(node: fx.Node, data: set[Value]) -> bool:
+def varies(node: fx.Node, data: set[Value]) -> bool:
+    """Return whether a node's result depends on the input."""
     return any(view.value in data for view in node.meta["views"])
 
 
 def _varying_inputs(node: fx.Node, data: set[Value]) -> set[fx.Node]:
-    return {i for i in node.all_input_nodes if _varies(i, data)}
+    return {i for i in node.all_input_nodes if varies(i, data)}
 
 
 def _used_only_in(node: fx.Node, inside: set[fx.Node], data: set[Value]) -> bool:
@@ -124,7 +125,7 @@ def extract_subgraph(
 
     def copied(node: fx.Node) -> fx.Node:
         if node not in copies:
-            if node not in subgraph.nodes and (_varies(node, data) or node.op == "placeholder"):
+            if node not in subgraph.nodes and (varies(node, data) or node.op == "placeholder"):
                 raise NotAConvolutionError("it needs the size of another tensor")
             copies[node] = new.node_copy(node, copied)
         return copies[node]

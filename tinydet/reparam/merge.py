@@ -27,10 +27,9 @@ from tinydet.reparam.module_swap import Replacements, has_hooks, hooks_disabled,
 from tinydet.reparam.norms import is_norm
 from tinydet.reparam.report import Step
 from tinydet.reparam.rewrite import as_replacement, rewrite
-from tinydet.reparam.verify import copied, difference
+from tinydet.reparam.verify import TOLERANCE, copied, difference
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TOLERANCE = 1e-9
 
 
 def merge_branches(network: Network) -> tuple[list[Step], list[Step]]:
@@ -170,7 +169,7 @@ def _merge_subgraphs(
     if not layers:
         raise NotAConvolutionError(reasons[0] if reasons else "its branches have no one source")
     found = difference(output, flow.returned)
-    if not found.max_rel <= _TOLERANCE:
+    if not found.max_rel <= TOLERANCE:
         raise NotAConvolutionError(f"merged, it differs by {found.max_rel:.1e} of its output")
     return rewrite(module, graph, keep), layers
 

@@ -66,11 +66,6 @@ def with_replaced(value: Any, replacements: Replacements) -> Any:
     return value
 
 
-def has_pre_hooks(module: nn.Module) -> bool:
-    """Return whether something runs before the module's forward."""
-    return bool(module._forward_pre_hooks)
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Return whether something may run before or after the module's forward.
 
@@ -78,7 +73,7 @@ def has_hooks(module: nn.Module) -> bool:
     """
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    return bool(module._forward_hooks) or has_pre_hooks(module)
+    return bool(module._forward_hooks) or bool(module._forward_pre_hooks)
 
 
 def give_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinydet.reparam.branches import ChannelScale
+from tinydet.reparam.verify import TOLERANCE
 
 Pair = tuple[int, int]
 _ONE: Pair = (1, 1)
-_TOLERANCE = 1e-9
 
 
 class BranchKernels(nn.Module):
@@ -93,7 +93,7 @@ def check_kernel(branch: nn.Sequential, conv: nn.Conv2d, where: str) -> None:
             expected = F.conv2d(padded, kernel, None, grid.stride, 0, grid.dilation, grid.groups)
             found = exact(x)
             same = found.shape == expected.shape
-            if not same or not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+            if not same or not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
                 raise ValueError(
                     f"{where} is not a kernel on the conv's taps: it is not linear, works in "
                     "another way in training, or reaches further; use online=False"

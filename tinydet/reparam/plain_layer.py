@@ -19,9 +19,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from tinydet.reparam.affine import is_affine, is_layer
 from tinydet.reparam.dataflow import SIZE_ONLY, Op, observe
 from tinydet.reparam.equivalent_layer import randomised
-from tinydet.reparam.verify import difference
+from tinydet.reparam.fuse_affine import PADS
+from tinydet.reparam.verify import TOLERANCE, difference
 
-_TOLERANCE = 1e-9
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _ZERO_PADS: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
@@ -31,9 +31,6 @@ _BATCH_NORMS: dict[int, Any] = {
     4: nn.BatchNorm2d,
     5: nn.BatchNorm3d,
 }
-_PADS = {"aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d",
-         "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d",
-         "aten.replication_pad3d", "aten.clone"}  # fmt: skip
 _ADDS = {"aten.add", "aten.add_"}
 # Operations with constants of which a frozen norm consists.
 SCALES = {"aten.mul", "aten.mul_", "aten.div", "aten.div_", "aten.sub", "aten.sub_", *_ADDS}
@@ -92,7 +89,7 @@ def _candidates(module: nn.Module, shape: tuple[int, ...]) -> Iterator[nn.Module
         (at,) = products
         before, op, after = work[:at], work[at], work[at + 1 :]
         adds = all(o.name in _ADDS and len(o.varying(data)) == 1 for o in after)
-        if adds and all(o.name in _PADS for o in before):
+        if adds and all(o.name in PADS for o in before):
             zero = cast(Tensor, module(torch.zeros_like(x)))
             yield from _layers(module, op, before, zero, biased=bool(after))
             return
@@ -202,7 +199,7 @@ def _agree(module: nn.Module, layer: nn.Module, shape: tuple[int, ...]) -> bool:
                 raise
             continue
         try:
-            if not difference(expected, layer(x)).max_rel <= _TOLERANCE:
+            if not difference(expected, layer(x)).max_rel <= TOLERANCE:
                 return False
         except (RuntimeError, ValueError):
             return False

@@ -27,7 +27,6 @@ from tinydet.reparam.module_swap import (
     Replacements,
     give_hooks,
     has_hooks,
-    has_pre_hooks,
     hooks_disabled,
 )
 from tinydet.reparam.norms import is_norm, scale_and_shift, why_not_linear, without_norm
@@ -108,7 +107,7 @@ def _norm_fusions(flow: DataFlow, norm: nn.Module) -> list[Fusion]:
     calls = flow.calls_of(norm)
     if not calls:
         raise NotFusableError("it runs 0 times in a forward pass")
-    if has_pre_hooks(norm):
+    if norm._forward_pre_hooks:
         raise NotFusableError("it has a forward pre-hook")
     for name in ("running_mean", "running_var", "weight", "bias"):
         tensor = getattr(norm, name)

@@ -172,7 +172,7 @@ def copied(value: Any) -> Any:
 
 # Folding reorders float64 sums of some thousand terms: 1e-9 is far above that rounding error, and
 # far below the effect of a wrong fold.
-_TOLERANCE = 1e-9
+TOLERANCE = 1e-9
 # A network that amplifies rounding errors beyond that may differ by a multiple of what a change of
 # its input's last digit makes: a fold causes many such changes. But never by more than 1e-3.
 _NOISE = 100.0
@@ -189,13 +189,13 @@ def why_different(expected: Any, found: Any, nudged: Callable[[], Any]) -> str:
             called only where the difference is not tiny.
     """
     apart = difference(expected, found).max_rel
-    if apart <= _TOLERANCE:
+    if apart <= TOLERANCE:
         return ""
     if not math.isfinite(apart):
         return "its output is not finite, or is no longer zero where it was"
     if apart <= _LARGEST_NOISE and apart <= _NOISE * difference(expected, nudged()).max_rel:
         return ""
-    return f"its output changes by {apart:.1e} of its largest value (allowed {_TOLERANCE:.0e})"
+    return f"its output changes by {apart:.1e} of its largest value (allowed {TOLERANCE:.0e})"
 
 
 def nudged(x: Tensor) -> Tensor:
