@@ -197,8 +197,8 @@ def test_what_is_not_usable_is_left_out_and_told(tree, tmp_path):
     tree.annotation("a", [("cat", (1, 1, 9, 9)), ("cat", (5, 5, 5, 5))])
     tree.split("a", "gone")
     lines = convert(tree.root, tmp_path / "coco", "coco")
-    assert "train: 1 image file is missing: image left out (gone)" in lines
-    assert any(line.startswith("train: 1 box has no area: dropped") for line in lines)
+    assert "train: missing image files, images left out: 1 (gone)" in lines
+    assert any(line.startswith("train: boxes without area, dropped: 1 (") for line in lines)
     assert "train: 1 images, 1 objects" in lines
 
 

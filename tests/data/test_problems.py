@@ -13,9 +13,9 @@ def test_problems__counts_everything_and_names_a_few():
         problems.add("zero_area", f"image{i}", "cat 1,1,1,1")
     problems.add("missing_image", "lost")
     first, second = problems.summary()
-    assert first.startswith("1 image file is missing")
+    assert first.startswith("missing image files, images left out: 1 (")
     assert "lost" in first
-    assert second.startswith("7 boxes")
+    assert second.startswith("boxes without area, dropped: 7 (")
     assert "image0: cat 1,1,1,1" in second
     assert "image4" in second
     assert "image5" not in second

@@ -51,7 +51,7 @@ def test_a_file_name_that_is_not_utf8_is_left_out_and_told(yolo_tree, tmp_path):
     assert index.image_ids == ["images/train/a"]
     yolo_tree.yaml("train: images/train\nnames: [cat, dog, bus]\n")
     (line,) = index.problems.summary()
-    assert line.encode().startswith(b"1 image has a file name that is not UTF-8: left out (images/")
+    assert line.encode().startswith(b"images with a file name that is not UTF-8, left out: 1 (")
     lines = convert(yolo_tree.root, tmp_path / "voc", "voc")
     assert "train: 1 images, 1 objects" in lines
 
