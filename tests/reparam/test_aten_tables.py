@@ -130,7 +130,7 @@ def test_channelwise_operation_has_this_name(name):
 def test_every_name_in_the_tables_is_tested():
     tables = (
         *(affine._JOINT, affine._EACH, affine._VIEWS, affine._SUMS, affine._NUMERATOR),
-        *(affine._BIASED_PRODUCTS, affine._PRODUCTS, SIZE_ONLY, fuse_affine._PADS),
+        *(affine._BIASED_PRODUCTS, affine._PRODUCTS, SIZE_ONLY, fuse_affine.PADS),
         *(channelwise_ops.PLACES, channelwise_ops.REARRANGEMENTS, channelwise_ops.COPIES),
         *(channelwise_ops._ELEMENTWISE,),
     )
