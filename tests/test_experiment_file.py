@@ -237,23 +237,6 @@ def test_any_experiment_survives_overrides(experiment):
     assert all(value_of(changed, p) == value_of(experiment, p) for p in numbers)
 
 
-@pytest.mark.parametrize(
-    ("assignment", "off", "on"),
-    [
-        ("model.attention_place=se", "model.attention=none", "model.attention=coord"),
-        ("data.short_side=64", "data.keep_ratio=false", "data.keep_ratio=true"),
-        ("data.augment.max_shift=8", "data.augment.shift=0", "data.augment.shift=0.5"),
-        ("optim.milestones=0.5", "optim.schedule=cosine", "optim.schedule=step"),
-        ("optim.gamma=0.5", "optim.schedule=cosine", "optim.schedule=step"),
-    ],
-)
-def test_a_setting_takes_effect_or_is_refused(assignment, off, on):
-    for assignments in ([off, assignment], [assignment, off]):
-        with pytest.raises(ConfigError, match=f"{assignment}: has no effect beside {off}"):
-            override(Experiment(), assignments)
-    override(override(Experiment(), [on, assignment]), [off])  # What a file inherits may have none.
-
-
 def value_of(experiment, path):
     return functools.reduce(getattr, path.split("."), experiment)
 

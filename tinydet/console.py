@@ -21,7 +21,7 @@ class StdoutHandler(logging.StreamHandler):
         return sys.stdout
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
-        """Write nothing more if the reader of a pipe has gone; the command goes on."""
+        """Discard further output if the reader of a pipe has closed it; the command continues."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             discard_output()
         else:

@@ -30,7 +30,7 @@ def deep_copy(model: Network, known: Mapping[Tensor, Tensor] | None = None) -> N
     memo = {id(value): value.detach().clone() for value in computed}
     memo |= {id(tensor): other for tensor, other in (known or {}).items()}
     made = copy.deepcopy(model, memo)
-    # torch.fx makes the containers of a graph's modules anew, in training mode.
+    # torch.fx creates new containers for a graph's modules, in training mode.
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in made.named_modules():
         module.training = modes.get(name, made.training)
