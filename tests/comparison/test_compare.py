@@ -386,6 +386,7 @@ def test_test_images_without_objects_are_refused_before_training(folder, rendere
         ({"confidence": 95}, "--confidence 95: must be at least 0.5"),
         ({"budget": "lots"}, "--budget lots: give training time"),
         ({"shard": Shard(1, 2), "halving": True}, "--shard: cannot be with --halving"),
+        ({"halving": True}, "--halving: looks before the last seed, and --seeds 2"),
     ],
 )
 def test_wrong_options_are_one_line(change, message):
@@ -398,9 +399,3 @@ def test_wrong_options_are_one_line(change, message):
 def test_a_share_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match=r"--shard .*: give K/N"):
         parse_shard(text)
-
-
-@pytest.mark.usefixtures("folder")
-def test_halving_without_an_interim_look_is_refused():
-    with pytest.raises(ConfigError, match="--halving: looks before the last seed, and --seeds 2"):
-        list(compare(_FILES, **_OPTIONS | {"halving": True}))

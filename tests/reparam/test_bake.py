@@ -16,7 +16,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.ops import Conv2dNormActivation
 
 from tinydet.reparam import expand, fold
-from tinydet.reparam.deep_copy import deep_copy
 
 from .reference_blocks import assert_same
 from .small_networks import Net, convs_of, example, fold_and_compare, norms_of
@@ -358,21 +357,6 @@ def test_other_layers_are_not_touched(randomise):
     folded, report = fold_and_compare(net, example(), randomise)
     assert isinstance(folded.cond, CondConv2d)
     assert report.norms_after == 1
-
-
-def test_copy_of_a_network_that_holds_results_of_differentiable_code():
-    layer = _old(nn.utils.weight_norm)
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        copy.deepcopy(layer)
-    twin = deep_copy(layer)
-    assert twin.weight_g is not layer.weight_g
-    x = torch.randn(1, 4, 5, 5)
-    assert torch.equal(twin(x), layer(x))
-    twin.weight_g.data.mul_(2)
-    assert not torch.equal(twin(x), layer(x))
-    twin(x).sum().backward()
-    assert twin.weight_v.grad is not None
-    assert layer.weight_v.grad is None
 
 
 def test_expand_of_a_network_with_weight_norm():
