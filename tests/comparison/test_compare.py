@@ -27,8 +27,7 @@ from tinydet.training.nonfinite import DivergedError
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "compare.py"
 _FILES = [Path("base.py"), Path("copy.py"), Path("idea.py")]
-# Networks so little trained are sure of nothing: everything counts as detected.
-_SET = ("model.score_threshold=0", "model.max_detections=20")
+_SET = ("model.score_threshold=0", "model.max_detections=20")  # After so little training.
 _OPTIONS = {
     "seeds": 2,
     "budget": "1epochs",
@@ -41,8 +40,8 @@ _OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def _without_costs(monkeypatch):
-    # Exporting takes longer than all else here; test_cost.py has it.
-    monkeypatch.setattr(compare_module, "measure_costs", lambda *_: ({}, "nowhere"))
+    no_costs = {}, "nowhere"  # To export takes longest; test_cost.py does.
+    monkeypatch.setattr(compare_module, "measure_costs", lambda *_: no_costs)
 
 
 def _result(folder):
