@@ -12,6 +12,7 @@ from tinydet.config import ConfigError, Model
 from tinydet.layers import AconC, CoordinateAttention
 from tinydet.reparam import expanded_names, fold
 from tinydet.reparam.expand import ExpandedConv2d
+from tinydet.yolof.build import build_detector
 
 PLAIN = Model(backbone="test_efficientnet")
 
@@ -45,6 +46,30 @@ def test_all_together_begin_as_the_same_function_and_fold(backbone):
     assert report.branches_after == 0
     with torch.no_grad():
         torch.testing.assert_close(folded(x)[0], changed(x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("test_efficientnet", "blocks.3"), ("mambaout_femto", "stages_2")]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": "acon-c"},
+        {"attention": "coord", "attention_place": "stage"},
+        {"expand": "repvgg"},
+    ],
+    ids=["activation", "attention", "expand"],
+)
+def test_places_have_the_same_names_for_every_feature(name, where, changes):
+    added = {}
+    # Both maps of P4 become one in a module around timm's, and in one more where channels are last.
+    for feature, prefix in (("C4", ""), ("P4", "body.")):
+        plain = Model(backbone=name, weights="random", feature=feature, freeze_stages=1)
+        config = replace(plain, **changes, **{f"{next(iter(changes))}_where": where})
+        before, after = (set(build_detector(c, ["a"]).state_dict()) for c in (plain, config))
+        added[feature] = {key.replace(f"backbone.{prefix}", "backbone.") for key in after - before}
+    assert added["C4"] == added["P4"] != set()
+    assert all(where in key for key in added["P4"])
 
 
 def test_frozen_norms_keep_everything_while_the_convs_learn():

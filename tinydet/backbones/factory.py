@@ -62,27 +62,31 @@ class Backbone:
     fixed: tuple[str, ...] = ()
 
 
-class _ChannelsFirst(nn.Module):
-    """Turns the (B, H, W, C) feature maps of some timm models into (B, C, H, W)."""
+class MapAdapter(nn.Module):
+    """Changes the feature maps that a timm model returns; adds no parameters.
 
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [rearrange(feature, "b h w c -> b c h w") for feature in self.body(x)]
-
-
-class _OnFirst(nn.Module):
-    """Upsamples the second of two feature maps twofold and appends its channels to the first's.
-
-    With the 1x1 conv of the encoder behind it, this is the sum of a feature pyramid's lateral and
-    top-down paths (arXiv 1612.03144).
+    Args:
+        body: the model.
     """
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
+
+
+class _ChannelsFirst(MapAdapter):
+    """Turns the (B, H, W, C) feature maps of some timm models into (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [rearrange(feature, "b h w c -> b c h w") for feature in self.body(x)]
+
+
+class _OnFirst(MapAdapter):
+    """Upsamples the second of two feature maps twofold and appends its channels to the first's.
+
+    With the 1x1 conv of the encoder behind it, this is the sum of a feature pyramid's lateral and
+    top-down paths (arXiv 1612.03144).
+    """
 
     def forward(self, x: Tensor) -> list[Tensor]:
         fine, coarse = self.body(x)

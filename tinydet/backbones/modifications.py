@@ -11,6 +11,7 @@ from timm.layers import freeze_batch_norm_2d
 from timm.models import register_model
 from torch import nn
 
+from tinydet.backbones.factory import MapAdapter
 from tinydet.backbones.frozen import check_not_modified
 from tinydet.backbones.surgery import add_attention, replace_activation
 from tinydet.config import ConfigError, Model
@@ -25,14 +26,15 @@ def apply_modifications(module: nn.Module, config: Model, fixed: Sequence[str] =
 
     They are applied in the order frozen norms, activation, attention, expand. Each starts as
     (nearly) the function it replaces, so that pretrained weights stay useful; modules that are not
-    modified keep their names and weights.
+    modified keep their names and weights. Places have timm's names, whatever the feature is.
 
     Frozen norms are timm's `FrozenBatchNorm2d`, a module of its own that computes the same in both
     modes, and not norms kept in eval mode as in fixed stages: the former have no parameters and no
     `num_batches_tracked`, and checkpoints have the keys to match.
 
     Args:
-        module: the backbone with its weights; only frozen norms modify it in place.
+        module: the backbone with its weights; only frozen norms modify it in place, and a
+            `MapAdapter` gets the modified model as its body.
         config: the experiment's model.
         fixed: names of its modules that do not learn.
 
@@ -40,6 +42,10 @@ def apply_modifications(module: nn.Module, config: Model, fixed: Sequence[str] =
         ConfigError: the backbone has no place for a modification or only places that do not learn,
             or a place is named without a modification.
     """
+    if isinstance(module, MapAdapter):
+        inside = [name.removeprefix("body.") for name in fixed]
+        module.body = apply_modifications(module.body, config, inside)
+        return module
     if config.freeze_norms:
         module = freeze_batch_norm_2d(module)
     for field, example in (("activation", "acon-c"), ("attention", "coord"), ("expand", "dbb")):
