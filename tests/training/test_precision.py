@@ -97,10 +97,18 @@ def test_depthwise_convs_stay_in_float32_and_the_function_outside_autocast_too(d
     [
         nn.Conv2d(3, 8, 1, stride=2, bias=False),
         nn.Conv2d(3, 8, 1, stride=(2, 3), padding=(1, 0)),
+        nn.Conv2d(3, 8, 1, stride=2, padding="valid"),
+        nn.Conv2d(3, 8, 1, stride=2, padding=1, padding_mode="reflect"),
         nn.Conv2d(4, 8, 1, stride=2, groups=2),
+        nn.Conv2d(6, 6, 1, groups=6, bias=False),
+        nn.Conv2d(6, 18, 1, padding=(2, 1), groups=6),
+        nn.Conv2d(6, 12, 1, padding="same", groups=6),
+        nn.Conv2d(6, 6, 1, padding=1, padding_mode="circular", groups=6),
+        nn.Conv2d(6, 3, 1, groups=3),
         nn.Conv2d(8, 8, 3, padding=1, groups=8),
         expand(nn.Conv2d(3, 8, 1, stride=2), "mobileone"),
         expand(nn.Conv2d(8, 8, 3, padding=1, groups=8), "dbb"),
+        expand(nn.Conv2d(8, 8, 1, groups=8), "repvgg"),
     ],
     ids=str,
 )
@@ -110,12 +118,12 @@ def test_function_gradient_and_names_stay(conv, bfloat16):
     prepare_for_cpu(other, bfloat16)
     assert list(other.state_dict()) == list(conv.state_dict())
     # Contiguous: the original is safe in this layout.
-    x = torch.randn(2, conv.in_channels, 11, 13)
+    x = torch.randn(2, conv.in_channels, 11, 13, requires_grad=True)
     outputs = [layer(x) for layer in (conv, other)]
     torch.testing.assert_close(outputs[1], outputs[0])
     weight = torch.randn_like(outputs[0])
     grads = [
-        torch.autograd.grad((out * weight).sum(), layer.weight)[0]
+        torch.autograd.grad((out * weight).sum(), [x, layer.weight])
         for out, layer in zip(outputs, (conv, other), strict=True)
     ]
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
