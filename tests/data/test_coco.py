@@ -126,6 +126,7 @@ def test_read_index__images_left_out(coco_tree, tmp_path):
         "missing_image": 2,
         "bad_image": 1,
         "duplicate_id": 2,
+        "duplicate_objects": 1,
         "no_file_name": 1,
     }
     lines = "\n".join(index.problems.summary())
@@ -142,6 +143,17 @@ def test_read_index__two_files_of_one_id(coco_tree):
     index = read_index(coco_tree.write(), "train")
     assert (index.image_ids, len(index.labels)) == (["1"], 1)
     assert index.problems.examples == {"duplicate_id": ["other.jpg: image 1"]}
+
+
+def test_read_index__two_ids_of_one_file(coco_tree):
+    coco_tree.image(1)
+    coco_tree.images += [coco_tree.images[0] | {"id": 2}, dict(coco_tree.images[0])]
+    coco_tree.object(1, CAT, (1, 1, 5, 5))
+    coco_tree.object(2, CAT, (9, 9, 5, 5))
+    index = read_index(coco_tree.write(), "train")
+    assert (index.image_ids, index.boxes.tolist()) == (["1"], [[1, 1, 6, 6]])
+    assert index.problems.counts == {"duplicate_id": 2, "duplicate_objects": 1}
+    assert index.problems.examples["duplicate_objects"] == ["000000000001.jpg: object 2"]
 
 
 def test_read_index__size_mode_and_orientation(coco_tree):

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from tinydet.data.convert import convert, turn_boxes
 from tinydet.data.dataset import DetectionDataset
 from tinydet.data.layouts import LAYOUTS, layout_of
+from tinydet.data.voc import read_index
 
 HALF = "0 0.5 0.5 0.5 0.5\n"
 
@@ -96,6 +97,21 @@ def test_crowds_stay_crowds(coco_tree, tmp_path):
     content = json.loads((tmp_path / "out" / "annotations" / "instances_train.json").read_text())
     assert [a["iscrowd"] for a in content["annotations"]] == [1, 0]
     assert [a["bbox"] for a in content["annotations"]] == [[1, 2, 30, 20], [5, 6, 7, 8]]
+
+
+def test_what_voc_would_read_as_empty_is_left_out_and_told(coco_tree, tmp_path):
+    coco_tree.image(1)
+    coco_tree.object(1, 2, (5, 6, 1, 8))
+    coco_tree.object(1, 2, (5, 6, 7, 0.5))
+    coco_tree.object(1, 2, (5, 6, 1.25, 8))
+    lines = convert(coco_tree.write(), tmp_path / "voc", "voc")
+    assert "left out 2 objects of at most 1 pixel, which are empty in VOC's layout" in lines
+    assert "train: 1 images, 1 objects" in lines
+    index = read_index(tmp_path / "voc", "train")
+    assert not index.problems
+    assert index.boxes.tolist() == [[5, 6, 6.25, 14]]
+    lines = convert(coco_tree.root, tmp_path / "yolo", "yolo")
+    assert "train: 1 images, 3 objects" in lines
 
 
 def test_files_of_the_same_name_are_kept_apart(yolo_tree, tmp_path):

@@ -209,6 +209,9 @@ class _Reader:
             file = self._file(name)
             if row["id"] in seen_ids or (file or name) in seen_files:
                 self.problems.add("duplicate_id", name, f"image {row['id']}")
+                if row["id"] not in seen_ids:  # Its objects are those of no other image.
+                    for item in self.coco.imgToAnns.get(row["id"], ()):
+                        self.problems.add("duplicate_objects", name, f"object {item['id']}")
             elif file is None:
                 self.problems.add("missing_image", f"{self.split}/{name}", self._beside(name))
             else:

@@ -78,8 +78,10 @@ def convert(source: Path, target: Path, layout: str) -> list[str]:
     names = _names(indexes)
     items = {split: _items(index, names, layout == "yolo") for split, index in indexes.items()}
     if layout == "yolo":
-        items, more = _for_yolo(items)
-        lines += more
+        items, renamed = _yolo_splits(items)
+        lines += renamed
+    items, left_out = _fitting(layout, items)
+    lines += filter(None, [left_out])
     write: dict[str, Callable[[Path, tuple[str, ...], dict[str, list[_Item]]], None]] = {
         "voc": _write_voc,
         "coco": _write_coco,
@@ -178,25 +180,34 @@ def turn_boxes(
     return np.stack([x[0], y[0], x[1], y[1]], axis=1)
 
 
-def _for_yolo(items: dict[str, list[_Item]]) -> tuple[dict[str, list[_Item]], list[str]]:
-    """Leave out difficult objects, which YOLO cannot mark; name splits train and val."""
+def _fitting(layout: str, items: dict[str, list[_Item]]) -> tuple[dict[str, list[_Item]], str]:
+    """Leave out the objects that a layout cannot have; also return a line about them, or ""."""
+    if layout == "coco":
+        return items, ""
+    if layout == "yolo":
+        why = "difficult objects, which YOLO cannot mark"
+    else:
+        why = f"objects of at most {voc.SMALLEST:g} pixel, which are empty in VOC's layout"
+    kept: dict[str, list[_Item]] = {split: [] for split in items}
+    dropped = 0
+    for split, found in items.items():
+        for item in found:
+            sides = item.boxes[:, 2:] - item.boxes[:, :2]
+            keep = ~item.difficult if layout == "yolo" else (sides > voc.SMALLEST).all(axis=1)
+            dropped += int((~keep).sum())
+            parts = {k: getattr(item, k)[keep] for k in ("boxes", "labels", "difficult", "crowd")}
+            kept[split].append(replace(item, **parts))
+    return kept, f"left out {dropped} {why}" if dropped else ""
+
+
+def _yolo_splits(items: dict[str, list[_Item]]) -> tuple[dict[str, list[_Item]], list[str]]:
+    """Rename splits so that there is a train and a val, as YOLO needs."""
     lines = []
     for old, new in (("trainval", "train"), ("test", "val")):
         if new not in items and old in items:
             items = {new if split == old else split: found for split, found in items.items()}
             lines.append(f"{old} is now {new}, which YOLO needs")
-    kept: dict[str, list[_Item]] = {}
-    dropped = 0
-    for split, found in items.items():
-        kept[split] = []
-        for item in found:
-            keep = ~item.difficult
-            dropped += int(item.difficult.sum())
-            parts = {k: getattr(item, k)[keep] for k in ("boxes", "labels", "difficult", "crowd")}
-            kept[split].append(replace(item, **parts))
-    if dropped:
-        lines.append(f"left out {dropped} difficult objects, which YOLO cannot mark")
-    return kept, lines
+    return items, lines
 
 
 def _write_voc(root: Path, classes: tuple[str, ...], splits: dict[str, list[_Item]]) -> None:

@@ -21,7 +21,7 @@ from tinydet.data.problems import Problems
 logger = logging.getLogger(__name__)
 
 # Increase it when rules or the layout of the file change: other versions are rebuilt.
-_VERSION = 5
+_VERSION = 6
 _ARRAYS = {
     "sizes": np.int32,
     "exif_rotated": np.bool_,

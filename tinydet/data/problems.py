@@ -15,6 +15,7 @@ RULES = {
     "bad_name": "images with a file name that is not UTF-8, left out",
     "same_labels": "images with the label file of another one, left out",
     "duplicate_id": "names listed more than once in the split, used once",
+    "duplicate_objects": "objects of an image listed before under another id, dropped",
     "no_file_name": "images of the annotation file without a file name, left out",
     "unknown_image": "objects of images that the annotation file does not list, dropped",
     "unknown_category": "objects of a category that the data set does not define, dropped",

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LAYOUT = "a folder in VOC layout holds Annotations/, ImageSets/Main/ and JPEGImages/"
 # In 1-based inclusive pixels this is a box of one pixel: in practice a stray click.
-_SMALLEST = 1.0
+SMALLEST = 1.0
 _FLAG = re.compile(r"\s+(-1|0|1)$")
 # Of split files that are not UTF-8: common defaults of systems and consoles.
 _OTHER_ENCODINGS = (
@@ -64,7 +64,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
 
     def build() -> Index:
         logger.info("reading %d annotations of %s (%s)", len(names), root, split)
-        builder = IndexBuilder(classes, _SMALLEST)
+        builder = IndexBuilder(classes, SMALLEST)
         for name in repeated:
             builder.problems.add("duplicate_id", name)
         others = _other_files(root / "JPEGImages") if None in image_files else {}
