@@ -120,3 +120,8 @@ def test_class_name__words_are_kept_apart():
 )
 def test_parse_flag__what_is_meant(values, means):
     assert [parse_flag(value) for value in values] == [means] * len(values)
+
+
+def test_class_name__can_be_written():
+    assert class_name("dog \ud83d") == "dog ?"
+    assert class_name("dog \U0001f415") == "dog \U0001f415"

@@ -113,8 +113,10 @@ def annotation_xml(
 def class_name(text: str) -> str:
     """Return a class name in the form used for comparison; "" if it has no visible character.
 
-    That is Unicode's composed form (NFC), with words separated by single spaces.
+    That is Unicode's composed form (NFC), with words separated by single spaces. Halves of a
+    surrogate pair, which JSON and YAML can hold but no file of text, become "?".
     """
+    text = text.encode("utf-8", "replace").decode("utf-8")
     return " ".join(unicodedata.normalize("NFC", text).translate(_INVISIBLE).split())
 
 
