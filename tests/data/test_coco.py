@@ -332,7 +332,7 @@ def test_read_index__marks_as_they_are_meant(coco_tree):
     assert index.coco.crowd.tolist() == meant + [False] * 11
     assert index.difficult.tolist() == meant + meant
     assert index.problems.counts == {"unclear_mark": 4}
-    assert "000000000001.jpg: iscrowd is 'maybe'" in index.problems.summary()[0]
+    assert "000000000001.jpg: cat, iscrowd is 'maybe'" in index.problems.summary()[0]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])

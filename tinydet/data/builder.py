@@ -3,51 +3,43 @@
 from __future__ import annotations
 
 import difflib
+from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from tinydet.data.annotation import class_name, parse_flag
 from tinydet.data.image import ImageInfo, probe_image
-from tinydet.data.index import Index
+from tinydet.data.index import CocoTruth, Index
 from tinydet.data.problems import Problems
 
 # Coordinates are often rounded: a box may be this many pixels outside its image without a word.
 _ROUNDING = 0.02
+_EMPTY = 0.001  # side in pixels below which a box may be empty in float32
 
 Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
-class FoundObject:
+class FoundObject(NamedTuple):
     """An object as its annotation has it.
 
     Attributes:
         name: class name.
         box: (x1, y1, x2, y2) in continuous, 0-based pixels; None if it cannot be read.
         text: the box as the file states it, for messages.
-        difficult: mark of being hard to recognise, for `parse_flag`.
+        marks: field -> value, for `parse_flag`: marks that leave the object out of training. COCO's
+            "iscrowd" is one of them.
+        area: of its mask in pixels, for COCO's evaluation; None takes the box's.
     """
 
     name: str
     box: Box | None
     text: str = ""
-    difficult: object = None
-
-
-@dataclass
-class _Image:
-    """A checked image of the index, with class names still as text."""
-
-    name: str
-    file: str
-    size: tuple[int, int]
-    exif_rotated: bool
-    boxes: list[Box]
-    names: list[str]
-    difficult: list[bool]
+    marks: Mapping[str, object] = MappingProxyType({})
+    area: float | None = None
 
 
 def check_image(
@@ -125,19 +117,31 @@ def check_names(names: Mapping[int, str], classes: Iterable[str], problems: Prob
 
 
 class IndexBuilder:
-    """Collects checked images and counts problems.
+    """Collects checked images and their objects, and counts problems.
 
     Args:
         classes: class names in label order; empty takes the names found, sorted.
         smallest: sides of a box, in pixels, that are too small to have an area.
+        coco: whether the index gets what COCO's evaluation needs.
     """
 
-    def __init__(self, classes: tuple[str, ...], smallest: float) -> None:
+    def __init__(
+        self, classes: tuple[str, ...], smallest: float = _EMPTY, coco: bool = False
+    ) -> None:
         self.problems = Problems()
         self.classes = classes
         self.smallest = smallest
+        self.coco = coco
         self.known = set(map(class_name, classes))
-        self.images: list[_Image] = []
+        self.image_ids: list[str] = []
+        self.files: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.exif_rotated: list[bool] = []
+        self.offsets = [0]
+        # Of all objects; flat arrays of numbers, since COCO has 860,000.
+        self.names: list[str] = []
+        self.stated, self.clipped, self.areas = array("d"), array("f"), array("d")
+        self.crowd, self.difficult = bytearray(), bytearray()
 
     def add_image(
         self,
@@ -145,36 +149,47 @@ class IndexBuilder:
         file: str,
         checked: tuple[tuple[int, int], bool],
         objects: Iterable[FoundObject],
+        image_id: str = "",
     ) -> None:
         """Add an image and those of its objects that are usable.
 
         Args:
-            name: of the image.
+            name: what `problems` calls the image.
             file: its path below the data set's folder.
             checked: what `check_image` returned.
             objects: in the annotation's order.
+            image_id: its name in the index; `name` if empty.
         """
-        image = _Image(name, file, *checked, boxes=[], names=[], difficult=[])
+        size, exif_rotated = checked
         for item in objects:
-            label = class_name(item.name)
-            box = self._check_object(name, label, item, image.size)
-            if box is None:
+            label = item.name if item.name in self.known else class_name(item.name)
+            clipped = self._check_object(name, label, item, size)
+            if clipped is None or item.box is None:
                 continue
-            difficult = parse_flag(item.difficult)
-            if difficult is None:
-                what = f"{label}, difficult is {item.difficult!r}"
-                self.problems.add("unclear_mark", name, what)
-            image.boxes.append(box)
-            image.names.append(label)
-            image.difficult.append(bool(difficult))
-        self.images.append(image)
+            marks = {key: parse_flag(value) for key, value in item.marks.items()}
+            for key, mark in marks.items():
+                if mark is None:
+                    what = f"{label}, {key} is {item.marks[key]!r}"
+                    self.problems.add("unclear_mark", name, what)
+            x1, y1, x2, y2 = item.box
+            self.names.append(label)
+            self.stated.extend(item.box)
+            self.clipped.extend(clipped)
+            self.areas.append((x2 - x1) * (y2 - y1) if item.area is None else item.area)
+            self.crowd.append(bool(marks.get("iscrowd")))
+            self.difficult.append(any(marks.values()))
+        self.image_ids.append(image_id or name)
+        self.files.append(file)
+        self.sizes.append(size)
+        self.exif_rotated.append(exif_rotated)
+        self.offsets.append(len(self.names))
 
     def _check_object(
         self, name: str, label: str, item: FoundObject, size: tuple[int, int]
     ) -> Box | None:
         """Return the object's box inside the image, or None if it is dropped."""
         if not label:
-            self.problems.add("no_class_name", name)
+            self.problems.add("no_class_name", name, item.text)
             return None
         if item.box is None:
             self.problems.add("bad_box", name, f"{label} {item.text}".rstrip())
@@ -191,7 +206,7 @@ class IndexBuilder:
             return None
         height, width = size
         clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height))
-        if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+        if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) <= _EMPTY:
             self.problems.add("outside", name, f"{what} in {width}x{height}")
             return None
         if max(abs(a - b) for a, b in zip(clipped, item.box, strict=True)) > _ROUNDING:
@@ -200,7 +215,7 @@ class IndexBuilder:
 
     def check_classes(self) -> None:
         """Count classes that were asked for and have no object, where no list of classes tells."""
-        found = {name for image in self.images for name in image.names}
+        found = set(self.names)
         for name in self.classes:
             if class_name(name) not in found:
                 near = difflib.get_close_matches(name, self.problems.unknown_classes, 1)
@@ -209,22 +224,25 @@ class IndexBuilder:
 
     def index(self, root: Path, split: str) -> Index:
         """Return the index of everything added."""
-        names = [name for image in self.images for name in image.names]
-        classes = self.classes or tuple(sorted(set(names)))
+        classes = self.classes or tuple(sorted(set(self.names)))
         number = {class_name(name): i for i, name in enumerate(classes)}
-        counts = [len(image.boxes) for image in self.images]
-        boxes = [box for image in self.images for box in image.boxes]
+        truth = CocoTruth(
+            boxes=np.array(self.stated, dtype=np.float64).reshape(-1, 4),
+            areas=np.array(self.areas, dtype=np.float64),
+            crowd=np.array(self.crowd, dtype=bool),
+        )
         return Index(
             root=root,
             split=split,
             classes=classes,
-            image_ids=[image.name for image in self.images],
-            image_files=[image.file for image in self.images],
-            sizes=np.array([i.size for i in self.images], dtype=np.int32).reshape(-1, 2),
-            exif_rotated=np.array([image.exif_rotated for image in self.images], dtype=bool),
-            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
-            labels=np.array([number[name] for name in names], dtype=np.int64),
-            difficult=np.array([d for i in self.images for d in i.difficult], dtype=bool),
+            image_ids=self.image_ids,
+            image_files=self.files,
+            sizes=np.array(self.sizes, dtype=np.int32).reshape(-1, 2),
+            exif_rotated=np.array(self.exif_rotated, dtype=bool),
+            offsets=np.array(self.offsets, dtype=np.int64),
+            boxes=np.array(self.clipped, dtype=np.float32).reshape(-1, 4),
+            labels=np.array([number[name] for name in self.names], dtype=np.int64),
+            difficult=np.array(self.difficult, dtype=bool),
             problems=self.problems,
+            coco=truth if self.coco else None,
         )

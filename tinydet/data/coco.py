@@ -12,21 +12,18 @@ import io
 import json
 import logging
 import os
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 from unicodedata import normalize
 
-import numpy as np
 from pycocotools.coco import COCO
 
-from tinydet.data.annotation import class_name, parse_flag
-from tinydet.data.builder import check_image, check_names
+from tinydet.data.annotation import class_name
+from tinydet.data.builder import FoundObject, IndexBuilder, check_image, check_names
 from tinydet.data.image import files_below
-from tinydet.data.index import CocoTruth, Index, cached_index, no_such_split
-from tinydet.data.problems import Problems
+from tinydet.data.index import Index, cached_index, no_such_split
 from tinydet.progress import Progress
 from tinydet.text import read_text
 
@@ -37,10 +34,7 @@ WHAT_TO_FETCH = (
     "annotations_trainval2017.zip of http://images.cocodataset.org, unpacked in data.root"
 )
 _LAYOUT = "a folder in COCO layout holds annotations/instances_<split>.json and <split>/"
-# COCO's coordinates are rounded to hundredths: a box may be this far outside its image.
-_ROUNDING = 0.02
 _LARGEST = 1e15
-_SMALLEST = 0.001  # side in pixels below which a box may be empty in float32
 
 
 def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Index:
@@ -139,7 +133,7 @@ def _read_json(file: Path) -> COCO:
 
 
 class _Reader:
-    """Checks the images and objects of one annotation file, and puts them into an index."""
+    """Finds the images and objects of one annotation file, and puts them into an index."""
 
     def __init__(
         self, root: Path, split: str, coco: COCO, files: list[str], classes: tuple[str, ...]
@@ -147,54 +141,26 @@ class _Reader:
         self.root, self.split, self.coco = root, split, coco
         self.files = {_plain(file): file for file in files} | {file: file for file in files}
         self.names = {number: _name(coco.cats[number]) for number in sorted(coco.cats)}
-        self.classes = classes or tuple(dict.fromkeys(filter(None, self.names.values())))
-        self.label_of = {class_name(name): label for label, name in enumerate(self.classes)}
-        self.problems = Problems()
-        # Flat arrays of numbers: COCO has 860,000 objects.
-        self.boxes, self.clipped, self.areas = array("d"), array("f"), array("d")
-        self.labels, self.crowd, self.difficult = array("q"), bytearray(), bytearray()
+        known = tuple(dict.fromkeys(filter(None, self.names.values())))
+        self.builder = IndexBuilder(classes or known, coco=True)
+        self.problems = self.builder.problems
 
     def index(self) -> Index:
         """Return the index of everything usable."""
-        check_names(self.names, self.classes, self.problems)
+        check_names(self.names, self.builder.classes, self.problems)
         for number in self.coco.imgToAnns.keys() - self.coco.imgs.keys():
             for item in self.coco.imgToAnns[number]:
                 self.problems.add("unknown_image", f"object {item['id']}", f"image {number!r}")
-        ids, files, sizes, exif_rotated, offsets = [], [], [], [], [0]
         with Progress("checking images", len(self.coco.imgs), "images") as progress:
             for file, row in self._image_rows():
                 progress.advance()
                 stated = _stated_size(row)
                 checked = check_image(file, self.root / self.split / file, stated, self.problems)
-                if checked is None:
-                    continue
-                for item in self.coco.imgToAnns.get(row["id"], ()):
-                    self._add_object(file, item, checked[0])
-                ids.append(str(row["id"]))
-                files.append(f"{self.split}/{file}")
-                sizes.append(checked[0])
-                exif_rotated.append(checked[1])
-                offsets.append(len(self.labels))
-        crowd = np.array(self.crowd, dtype=bool)
-        return Index(
-            root=self.root,
-            split=self.split,
-            classes=self.classes,
-            image_ids=ids,
-            image_files=files,
-            sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
-            exif_rotated=np.array(exif_rotated, dtype=bool),
-            offsets=np.array(offsets, dtype=np.int64),
-            boxes=np.array(self.clipped, dtype=np.float32).reshape(-1, 4),
-            labels=np.array(self.labels, dtype=np.int64),
-            difficult=np.array(self.difficult, dtype=bool),
-            problems=self.problems,
-            coco=CocoTruth(
-                boxes=np.array(self.boxes, dtype=np.float64).reshape(-1, 4),
-                areas=np.array(self.areas, dtype=np.float64),
-                crowd=crowd,
-            ),
-        )
+                if checked is not None:
+                    objects = self._objects(file, self.coco.imgToAnns.get(row["id"], ()))
+                    place = f"{self.split}/{file}"
+                    self.builder.add_image(file, place, checked, objects, str(row["id"]))
+        return self.builder.index(self.root, self.split)
 
     def _image_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the file's images and their image files, each once, by ascending id."""
@@ -237,50 +203,21 @@ class _Reader:
     def _by_stem(self) -> dict[str, str]:
         return {Path(file).stem: file for file in self.files.values()}
 
-    def _add_object(self, file: str, item: dict[str, Any], size: tuple[int, int]) -> None:
-        """Check one object of an image of `size` (height, width), and keep it if it is usable."""
-        name = self.names.get(item["category_id"])
-        if name is None:
-            self.problems.add("unknown_category", file, f"{item['category_id']!r}")
-            return
-        if not name:
-            self.problems.add("no_class_name", file, f"category {item['category_id']}")
-            return
-        box = item.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
-            self.problems.add("bad_box", file, f"{name}, object {item['id']}")
-            return
-        x, y, width, height = map(float, box)
-        what = f"{name} {x:g},{y:g},{width:g},{height:g}"
-        if min(width, height) < _SMALLEST:
-            self.problems.add("zero_area", file, what)
-            return
-        if name not in self.label_of:
-            self.problems.add("unknown_class", file, name)
-            counts = self.problems.unknown_classes
-            counts[name] = counts.get(name, 0) + 1
-            return
-        stated = (x, y, x + width, y + height)
-        clipped = (max(x, 0.0), max(y, 0.0), min(stated[2], size[1]), min(stated[3], size[0]))
-        if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < _SMALLEST:
-            self.problems.add("outside", file, f"{what} in {size[1]}x{size[0]}")
-            return
-        if max(abs(a - b) for a, b in zip(clipped, stated, strict=True)) > _ROUNDING:
-            self.problems.add("clipped", file, f"{what} in {size[1]}x{size[0]}")
-        area = item.get("area")
-        self.boxes.extend(stated)
-        self.clipped.extend(clipped)
-        self.areas.append(area if _is_number(area) else width * height)
-        self.labels.append(self.label_of[name])
-        crowd, ignored = (self._mark(file, item, key) for key in ("iscrowd", "ignore"))
-        self.crowd.append(crowd)
-        self.difficult.append(crowd or ignored)
-
-    def _mark(self, file: str, item: dict[str, Any], key: str) -> bool:
-        value = parse_flag(item.get(key))
-        if value is None:
-            self.problems.add("unclear_mark", file, f"{key} is {item[key]!r}")
-        return bool(value)
+    def _objects(self, file: str, items: Iterable[dict[str, Any]]) -> Iterator[FoundObject]:
+        """Yield an image's objects of known categories."""
+        for item in items:
+            category, box, area = item["category_id"], item.get("bbox"), item.get("area")
+            name = self.names.get(category)
+            if name is None:
+                self.problems.add("unknown_category", file, f"{category!r}")
+            elif isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
+                x, y, width, height = map(float, box)
+                text = f"{x:g},{y:g},{width:g},{height:g}" if name else f"category {category}"
+                marks = {key: item.get(key) for key in ("iscrowd", "ignore")}
+                area = area if _is_number(area) else None
+                yield FoundObject(name, (x, y, x + width, y + height), text, marks, area)
+            else:
+                yield FoundObject(name, None, f"object {item['id']}")
 
 
 def _name(category: dict[str, Any]) -> str:

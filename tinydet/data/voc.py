@@ -106,7 +106,9 @@ def _found(item: RawObject) -> FoundObject:
         return FoundObject(item.name, None)
     xmin, ymin, xmax, ymax = item.box
     text = f"{xmin:g},{ymin:g},{xmax:g},{ymax:g}"
-    return FoundObject(item.name, (xmin - 1, ymin - 1, xmax, ymax), text, item.difficult)
+    return FoundObject(
+        item.name, (xmin - 1, ymin - 1, xmax, ymax), text, {"difficult": item.difficult}
+    )
 
 
 def split_names(root: str | Path) -> list[str]:

@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _LAYOUT = "a folder in YOLO layout holds data.yaml, and folders images/ and labels/"
 _NO_SPLITS = ("path", "names", "download")  # other fields that are text or lists
-_SMALLEST = 0.001  # side in pixels below which a box may be empty in float32
 # Fractions are rounded to six or fewer digits: this far outside 0 to 1 they are clipped.
 _ROUNDING = 0.01
 
@@ -68,7 +67,7 @@ def read_index(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ind
 
     def build() -> Index:
         logger.info("reading the labels of %d images of %s (%s)", len(images), root, split)
-        builder = IndexBuilder(classes or tuple(dict.fromkeys(names.values())), _SMALLEST)
+        builder = IndexBuilder(classes or tuple(dict.fromkeys(names.values())))
         check_names(names, classes, builder.problems)
         taken: dict[Path, Path] = {}
         with Progress("reading labels", len(images), "images") as progress:
