@@ -10,6 +10,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import tinydet.reparam.online
 from tinydet.reparam import BLOCKS, expand, expanded_names, fold
 from tinydet.reparam.branches import ChannelScale
 from tinydet.training.ema import AveragedWeights
@@ -207,3 +208,15 @@ def test_an_assigned_weight_is_the_sum(grown):
     weight = torch.randn_like(grown[0].weight)
     grown[0].weight = weight
     torch.testing.assert_close(grown[0].weight, weight)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_prepared_for_a_cpu_kernels_are_still_composed(block, monkeypatch):
+    """Reading them off responses to impulses takes longer than the convolution itself."""
+    convs = nn.Sequential(nn.Conv2d(3, 32, 3, groups=1), nn.Conv2d(32, 32, 5, groups=32))
+    grown = online(convs, block)
+    prepare_for_cpu(grown, bfloat16=True)
+    monkeypatch.setattr(tinydet.reparam.online, "_measured", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        grown(torch.randn(2, 3, 20, 20)).sum().backward()
+    assert all(p.grad is not None for p in grown.parameters() if p.requires_grad)

@@ -17,6 +17,7 @@ from tinydet.config import ConfigError, Train
 from tinydet.progress import Progress
 from tinydet.reparam.expand import ExpandedConv2d
 from tinydet.reparam.module_class import class_of, set_class, with_mixin
+from tinydet.reparam.online import BranchKernels
 from tinydet.training.device import fast_memory_format, training_dtypes
 from tinydet.training.distributed import world_size
 from tinydet.training.folded_stages import fold_frozen_stages, is_folded
@@ -151,8 +152,15 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
     number 6035; to be removed once torch ships the fix). Depthwise 1x1 ones without a stride are
     computed as what they are, a product with a factor for each channel, 10 to 20 times as fast. In
     bfloat16, other grouped convolutions run in float32, where the backward pass of most is several
-    times faster.
+    times faster. Branches inside a weight see no image, and are composed from layers of torch's own
+    classes.
     """
+    inside = {
+        part
+        for module in model.modules()
+        if isinstance(module, BranchKernels)
+        for part in module.modules()
+    }
     for module in model.modules():
         if not isinstance(module, nn.Conv2d) or is_folded(module):
             continue
@@ -164,6 +172,8 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
         )
         if plain_1x1 and strided and module.in_channels < 16:
             set_class(module, with_mixin(_Subsampled, kind))  # type: ignore[arg-type]
+        elif module in inside:
+            continue
         elif plain_1x1 and not strided and module.groups == module.in_channels > 1:
             set_class(module, with_mixin(_Scaling, kind))  # type: ignore[arg-type]
         elif bfloat16 and module.groups > 1:
