@@ -67,7 +67,7 @@ def test_measure_costs__measured_side_by_side_once(untrained, tmp_path, monkeypa
     runs["broken"] = tmp_path
     (tmp_path / "last.pt").write_bytes(b"no checkpoint")
     monkeypatch.setattr(cost_module, "_TURNS", 6)
-    found, where = measure_costs(experiments, runs, tmp_path / "price.json")
+    found, where = measure_costs(experiments, runs, tmp_path / "costs.json")
     assert "ONNX Runtime" in where
     base, idea = found["base"], found["idea"]
     assert "last.pt: damaged" in found["broken"].problem  # which ends nothing
@@ -81,25 +81,25 @@ def test_measure_costs__measured_side_by_side_once(untrained, tmp_path, monkeypa
         assert (cost.params, cost.multiply_adds) == (folded.params, folded.multiply_adds)
 
     monkeypatch.setattr(cost_module, "_measure", lambda *_: pytest.fail("measured again"))
-    assert measure_costs(experiments, runs, tmp_path / "price.json") == (found, where)
+    assert measure_costs(experiments, runs, tmp_path / "costs.json") == (found, where)
 
 
 def test_measure_costs__of_other_runs_are_measured_anew(untrained, tmp_path, monkeypatch):
     experiments, runs = untrained
     monkeypatch.setattr(cost_module, "_measure", lambda *_: {"base": Cost(1), "idea": Cost(2)})
-    measure_costs(experiments, runs, tmp_path / "price.json")
+    measure_costs(experiments, runs, tmp_path / "costs.json")
     monkeypatch.setattr(cost_module, "_measure", lambda *_: {"base": Cost(3), "idea": Cost(4)})
     other = {**runs, "idea": Path("runs/idea/2")}
-    found, _ = measure_costs(experiments, other, tmp_path / "price.json")
+    found, _ = measure_costs(experiments, other, tmp_path / "costs.json")
     assert found["idea"] == Cost(4)
-    assert json.loads((tmp_path / "price.json").read_text())["prices"]["base"]["params"] == 3
+    assert json.loads((tmp_path / "costs.json").read_text())["costs"]["base"]["params"] == 3
 
 
 def test_measure_costs__what_cannot_be_exported_has_a_reason(untrained, tmp_path):
     experiments, runs = untrained
     for run in runs.values():
         (run / "last.pt").write_bytes(b"no checkpoint")
-    found, _ = measure_costs(experiments, runs, tmp_path / "price.json")
+    found, _ = measure_costs(experiments, runs, tmp_path / "costs.json")
     for cost in found.values():
         assert (cost.ms, cost.ratio, cost.params) == (None, None, None)
         assert "last.pt: damaged" in cost.problem

@@ -275,7 +275,7 @@ def _report(
     costs, where = measure_costs(
         [entry.experiment for entry in complete],
         {entry.experiment.name: entry.runs[0] for entry in complete},
-        plan.folder / "price.json",
+        plan.folder / "costs.json",
     )
     outcomes = []
     for entry in entries:

@@ -72,13 +72,13 @@ def measure_costs(
         where,
         {name: str(runs[name]) for name in names},
     ):
-        return {name: _from_json(values) for name, values in kept["prices"].items()}, where
+        return {name: _from_json(values) for name, values in kept["costs"].items()}, where
     logger.info("timing the folded networks side by side")
     measured = _measure(experiments, runs)
     content = {
         "where": where,
         "runs": {name: str(runs[name]) for name in names},
-        "prices": {name: asdict(cost) for name, cost in measured.items()},
+        "costs": {name: asdict(cost) for name, cost in measured.items()},
     }
     write_json(path, content)
     return measured, where

@@ -168,7 +168,7 @@ def _outcome_json(outcome: Outcome, report: Report) -> dict[str, Any]:
         "ms_interval": cost and cost.ms_interval,
         "latency_ratio": cost and cost.ratio,
         "latency_ratio_interval": cost and cost.ratio_interval,
-        "price_problem": cost.problem if cost else "",
+        "cost_problem": cost.problem if cost else "",
     }
 
 
