@@ -33,6 +33,7 @@ from tinydet.training.optim import make_optimizer, make_schedule
 from tinydet.yolof.build import build_detector
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "experiments").glob("*.py"))
+COMPARED = sorted((Path(__file__).resolve().parent / "benchmarks" / "compared").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -59,6 +60,13 @@ def test_an_experiment_builds_and_takes_a_step_that_lowers_its_loss(path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert torch.isfinite(torch.tensor(losses)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_a_compared_file_builds(path):
+    experiment = load_experiment(path, ["model.weights=random"])
+    build_detector(experiment.model, ("a", "b"))
 
 
 def test_the_defaults_are_the_reference_recipe():
