@@ -166,3 +166,16 @@ def test_bfloat16_is_kept_from_depthwise_convs_that_are_slow_in_it():
         "depthwise",
         "strided scale",
     }
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_depthwise_1x1_convs_are_products(bfloat16, monkeypatch):
+    """As convolutions, oneDNN computes some of them group by group."""
+    layers = nn.Sequential(nn.Conv2d(6, 12, 1, groups=6), nn.Conv2d(12, 12, 1, groups=12))
+    prepare_for_cpu(layers, bfloat16)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        y = layers(torch.randn(2, 6, 9, 9))
+    assert y.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layers.parameters())
