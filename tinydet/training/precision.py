@@ -150,7 +150,7 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
     Strided 1x1 convolutions of few channels subsample their input first: oneDNN writes beyond its
     workspace in their backward pass and the process crashes (github.com/uxlfoundation/oneDNN,
     number 6035; to be removed once torch ships the fix). Depthwise 1x1 ones without a stride are
-    computed as what they are, a product with a factor for each channel, 10 to 20 times as fast. In
+    computed as what they are, a product with a factor for each channel, up to 20 times as fast. In
     bfloat16, other grouped convolutions run in float32, where the backward pass of most is several
     times faster. Branches inside a weight see no image, and are composed from layers of torch's own
     classes.
