@@ -81,7 +81,7 @@ def convert(source: Path, target: Path, layout: str) -> list[str]:
         items, renamed = _yolo_splits(items)
         lines += renamed
     items, left_out = _fitting(layout, items)
-    lines += filter(None, [left_out])
+    lines += left_out
     write: dict[str, Callable[[Path, tuple[str, ...], dict[str, list[_Item]]], None]] = {
         "voc": _write_voc,
         "coco": _write_coco,
@@ -180,10 +180,12 @@ def turn_boxes(
     return np.stack([x[0], y[0], x[1], y[1]], axis=1)
 
 
-def _fitting(layout: str, items: dict[str, list[_Item]]) -> tuple[dict[str, list[_Item]], str]:
-    """Leave out the objects that a layout cannot have; also return a line about them, or ""."""
+def _fitting(
+    layout: str, items: dict[str, list[_Item]]
+) -> tuple[dict[str, list[_Item]], list[str]]:
+    """Leave out the objects that a layout cannot have, and tell how many."""
     if layout == "coco":
-        return items, ""
+        return items, []
     if layout == "yolo":
         why = "difficult objects, which YOLO cannot mark"
     else:
@@ -197,7 +199,7 @@ def _fitting(layout: str, items: dict[str, list[_Item]]) -> tuple[dict[str, list
             dropped += int((~keep).sum())
             parts = {k: getattr(item, k)[keep] for k in ("boxes", "labels", "difficult", "crowd")}
             kept[split].append(replace(item, **parts))
-    return kept, f"left out {dropped} {why}" if dropped else ""
+    return kept, [f"left out {dropped} {why}"] if dropped else []
 
 
 def _yolo_splits(items: dict[str, list[_Item]]) -> tuple[dict[str, list[_Item]], list[str]]:

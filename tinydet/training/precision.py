@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,11 +166,7 @@ def prepare_for_cpu(model: nn.Module, bfloat16: bool) -> None:
         if not isinstance(module, nn.Conv2d) or is_folded(module):
             continue
         kind, strided = class_of(module), max(module.stride) > 1
-        plain_1x1 = (
-            module.kernel_size == (1, 1)
-            and module.padding_mode == "zeros"
-            and kind in (nn.Conv2d, ExpandedConv2d)
-        )
+        plain_1x1 = module.kernel_size == (1, 1) and kind in (nn.Conv2d, ExpandedConv2d)
         if plain_1x1 and strided and module.in_channels < 16:
             set_class(module, with_mixin(_Subsampled, kind))  # type: ignore[arg-type]
         elif module in inside:
@@ -189,24 +186,22 @@ def _undo_prepare_for_cpu(model: nn.Module) -> None:
 class _Subsampled(nn.Module):
     """Mixin before a conv class: subsamples the input of a strided 1x1 convolution."""
 
-    padding: tuple[int, int] | str
     stride: tuple[int, int]
     groups: int
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = _pad_1x1(x, self.padding)[..., :: self.stride[0], :: self.stride[1]]
+        x = _padded(x, self)[..., :: self.stride[0], :: self.stride[1]]
         return F.conv2d(x, weight, bias, groups=self.groups)
 
 
 class _Scaling(nn.Module):
     """Mixin before a conv class: a 1x1 depthwise convolution as a product."""
 
-    padding: tuple[int, int] | str
     groups: int
     out_channels: int
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = _pad_1x1(x, self.padding)
+        x = _padded(x, self)
         if torch.is_autocast_enabled(x.device.type):  # Products are not cast, as convolutions are.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.out_channels > self.groups:
@@ -215,11 +210,11 @@ class _Scaling(nn.Module):
         return y if bias is None else y + bias.to(x.dtype).view(-1, 1, 1)
 
 
-def _pad_1x1(x: Tensor, padding: tuple[int, int] | str) -> Tensor:
-    if isinstance(padding, str):  # For a kernel of 1x1, "same" and "valid" are no padding.
-        return x
-    top, left = padding
-    return F.pad(x, (left, left, top, top)) if top or left else x
+def _padded(x: Tensor, conv: Any) -> Tensor:
+    """Pad the input of a conv as it does itself, in any mode."""
+    pads = conv._reversed_padding_repeated_twice  # (left, right, top, bottom), also of "same"
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, pads, mode) if any(pads) else x
 
 
 class _InFloat32(nn.Module):
