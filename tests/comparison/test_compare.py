@@ -74,7 +74,7 @@ def test_the_copy_is_the_same_and_the_idea_is_not(compared):
     base, copy, idea = _result(folder)["experiments"]
     assert base["verdict"] is None
     assert copy["verdict"]["kind"] == "the same"
-    assert "copy: the same: all 2 runs have exactly the detections of the base's" in told
+    assert "copy: the same: all 2 runs detect exactly what the base's do" in told
     assert copy["scores"] == base["scores"] != idea["scores"]
     assert idea["verdict"]["kind"] in ("better", "worse", "can't tell yet")
     assert idea["differences"]["AP50"]["estimate"] == pytest.approx(

@@ -129,7 +129,7 @@ def test_files(report, tmp_path):
 def test_an_idea_that_never_finished_two_runs(report, tmp_path):
     lost = Outcome(
         "lost", "lost.py", 22, [], {"AP50": [], "AP": []}, {},
-        Verdict("can't tell yet", float("nan"), float("nan"), "seed 1 failed: out of memory"),
+        Verdict("can't tell yet", "seed 1 failed: out of memory"),
         {}, None, None,
     )  # fmt: skip
     write_report(replace(report, outcomes=[*report.outcomes, lost]), tmp_path)

@@ -334,16 +334,13 @@ def _verdict(
     too_few: str,
 ) -> Verdict:
     if found is None:
-        reason = idea.ended or too_few
-        return Verdict("can't tell yet", float("nan"), float("nan"), reason)
+        return Verdict("can't tell yet", idea.ended or too_few)
     pairs = list(zip(base.detections, idea.detections, strict=False))
     if not any(len(image.scores) for pair in pairs for saved in pair for image in saved.detections):
-        reason = "no run detects anything yet; give a larger --budget"
-        return Verdict("can't tell yet", float("nan"), float("nan"), reason)
+        return Verdict("can't tell yet", "no run detects anything yet; give a larger --budget")
     same = [of_base.same_as(of_idea) for of_base, of_idea in pairs]
     if all(same):
-        reason = f"all {len(same)} runs have exactly the detections of the base's"
-        return Verdict("the same", 0.0, 0.0, reason)
+        return Verdict("the same", f"all {len(same)} runs detect exactly what the base's do")
     verdict = make_verdict(found, confidence, ideas, metric)
     if idea.dropped:
         reason = f"{idea.ended.removeprefix('dropped ')}; {_no_better(found)}"

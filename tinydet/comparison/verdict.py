@@ -18,15 +18,11 @@ class Verdict:
 
     Attributes:
         kind: "the same" means identical detections; "dropped" is decided by `--halving`.
-        low: lower end of the interval that the verdict rests on.
-        high: its upper end.
         reason: the rest of the sentence.
         more_seeds: how many more would probably be enough, if the verdict is open.
     """
 
     kind: Literal["better", "worse", "can't tell yet", "the same", "dropped"]
-    low: float
-    high: float
     reason: str
     more_seeds: int | None = None
 
@@ -65,7 +61,7 @@ def make_verdict(found: Difference, confidence: float, ideas: int, metric: str) 
     """
     kind, low, high = decide(found, confidence, ideas)
     if kind != "can't tell yet":
-        return Verdict(kind, low, high, f"{metric} {_points(low)} to {_points(high)} points")
+        return Verdict(kind, f"{metric} {_points(low)} to {_points(high)} points")
     single = single_confidence(confidence, ideas)
     more = _more_seeds(found, single)
     limit = replace(found.error(), seed_variance=0.0).quantile((1 + single) / 2)
@@ -82,7 +78,7 @@ def make_verdict(found: Difference, confidence: float, ideas: int, metric: str) 
     else:
         reason = f"{MOST_SEEDS} seeds would not be enough, the difference is small if there is any"
     reason += f"; {metric} {_points(low)} to {_points(high)} points"
-    return Verdict(kind, low, high, reason, more)
+    return Verdict(kind, reason, more)
 
 
 def single_confidence(confidence: float, ideas: int) -> float:
