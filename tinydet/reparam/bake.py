@@ -185,9 +185,8 @@ def _store(name: str, module: nn.Module, flow: DataFlow) -> tuple[str, Replaceme
     loading: dict[int, Any] = dict(module._load_state_dict_pre_hooks)
     for key, hook in loading.items():
         if hook.hook.__module__.startswith("torch.nn.utils."):
-            del module._load_state_dict_pre_hooks[
-                key
-            ]  # They look for the tensors that are gone, and cannot be pickled.
+            # They look for the tensors that are gone, and cannot be pickled.
+            del module._load_state_dict_pre_hooks[key]
     return f"the computed weights of this {kind.__name__} are stored", {}
 
 
