@@ -146,18 +146,14 @@ class Augment(Checked, path="data.augment"):
 
     An image is resized, flipped, pasted onto a canvas (shifted, cropped, padded) and recoloured;
     with `mosaic`, four such images share a canvas. Then `rotate`, `shear`, `translate` and `zoom`
-    transform the canvas, and `mixup` blends it with another one. A box cut at an edge is dropped if
-    less than 20 % of its area, or less than a pixel of a side, is left.
+    transform the canvas, and `mixup` blends it with another one.
     """
 
     color_jitter: float = option(
         0.0, "largest relative change of brightness, contrast and saturation; 0 is off", at_least=0
     )
     hue: float = option(
-        0.0,
-        "largest change of the hue, as a fraction of the colour circle",
-        at_least=0,
-        at_most=0.5,
+        0.0, "largest change of the hue (fraction of the colour circle)", at_least=0, at_most=0.5
     )
     scale: tuple[float, float] = option(
         (1.0, 1.0),
@@ -185,10 +181,7 @@ class Augment(Checked, path="data.augment"):
         at_most=1,
     )
     mosaic: float = option(
-        0.0,
-        "probability of a mosaic of four images, each at half to full size",
-        at_least=0,
-        at_most=1,
+        0.0, "probability of a mosaic of four images, at half to full size", at_least=0, at_most=1
     )
     mixup: float = option(
         0.0,
@@ -218,6 +211,13 @@ class Augment(Checked, path="data.augment"):
         "epochs at the end without mosaic, mixup, hsv, rotate, shear, translate and zoom, so that "
         "training ends on pictures like those evaluated",
         at_least=0,
+    )
+    min_visible: float = option(
+        0.2,
+        "a box cut at an edge is dropped if less than this fraction of its area, or less than a "
+        "pixel of a side, is left",
+        at_least=0,
+        at_most=1,
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinydet.config import Augment
-from tinydet.data.canvas import MIN_VISIBLE, PAD_VALUE, random_affine
+from tinydet.data.canvas import PAD_VALUE, random_affine
 from tinydet.data.sample import Sample
 
 OFF = Augment()
@@ -69,7 +69,7 @@ def test_random_affine__boxes_bound_the_painted_pixels(name, sample, seed):
         # The box around the rotated corners is larger than what is painted, at most three times.
         factor = 1.6**2 * 3
         full = (sample.boxes[:, 2:] - sample.boxes[:, :2]).prod() * factor
-        assert seen.sum() <= MIN_VISIBLE * full + height + width
+        assert seen.sum() <= AFFINES[name].min_visible * full + height + width
         assert len(out.labels) == len(out.difficult) == 0
         return
     assert (out.labels.tolist(), out.difficult.tolist()) == ([7], [True])
@@ -84,6 +84,19 @@ def test_random_affine__boxes_bound_the_painted_pixels(name, sample, seed):
     assert (found[2:] <= box[2:] + 1.5).all()
     if name in ("translate", "zoom") or ((box > 0).all() and (box < edges).all()):
         torch.testing.assert_close(box, found, atol=2.0, rtol=0)
+
+
+@pytest.mark.parametrize("least", [0.2, 0.6])
+def test_random_affine__drops_what_is_mostly_cut_off(least):
+    augment = dataclasses.replace(OFF, translate=0.5, min_visible=least)
+    sample = painted(100, 100, (20, 20, 60, 60))
+    kept, dropped = [], []
+    for seed in range(200):
+        out = random_affine(sample, augment, torch.Generator().manual_seed(seed))
+        visible = int((out.image[0] > 160).sum()) / (40 * 40)
+        (kept if len(out.boxes) else dropped).append(visible)
+    assert least - 0.05 <= min(kept) <= least + 0.2
+    assert least - 0.2 <= max(dropped) <= least + 0.05
 
 
 def test_random_affine__rotates_about_the_centre():

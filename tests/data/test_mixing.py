@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinydet.config import Augment, Data
-from tinydet.data.canvas import MIN_VISIBLE
 from tinydet.data.mixing import Tile, draw_tiles, mixup, mosaic
 from tinydet.data.sample import Sample
 from tinydet.data.transforms import network_size, train_transform
@@ -82,7 +81,8 @@ def test_mosaic__boxes_bound_the_painted_pixels(name, samples, seed, keep_ratio)
                 samples[number].size
             )
             full = (samples[number].boxes[:, 2:] - samples[number].boxes[:, :2]).prod()
-            assert seen.sum() <= MIN_VISIBLE * full * (2 * 1.5 * factor) ** 2 + 400
+            least = AUGMENTS[name].min_visible
+            assert seen.sum() <= least * full * (2 * 1.5 * factor) ** 2 + 400
             continue
         assert bool(out.difficult[at[number]]) == (number % 2 == 1)
         if seen.any():

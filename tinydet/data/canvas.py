@@ -2,7 +2,7 @@
 
 Pixels are uint8 and stay in the decoder's memory layout (channels last) up to the batch: converting
 it would cost more than everything else here. A box that crosses the canvas's edge is clipped, and
-dropped if less than `MIN_VISIBLE` of its area or less than `MIN_SIDE` pixels of a side is left.
+dropped if less than `augment.min_visible` of its area or `MIN_SIDE` pixels of a side is left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tinydet.data.seeding import integer, uniform
 
 # Grey near ImageNet's mean colour (123.7, 116.3, 103.5): close to zero after normalisation.
 PAD_VALUE = 114
-MIN_VISIBLE = 0.2
 MIN_SIDE = 1.0
 
 
@@ -98,7 +97,9 @@ def paste(
         canvas[:, y1:y2, x1:x2] = image
         image = canvas
     edges = torch.tensor([[x1, y1, x1, y1], [x2, y2, x2, y2]], dtype=whole.dtype)
-    return keep_visible(replace(sample, image=image), whole.clamp(*edges), whole)
+    return keep_visible(
+        replace(sample, image=image), whole.clamp(*edges), whole, augment.min_visible
+    )
 
 
 def random_affine(sample: Sample, augment: Augment, generator: torch.Generator) -> Sample:
@@ -137,21 +138,22 @@ def random_affine(sample: Sample, augment: Augment, generator: torch.Generator) 
     whole = F.affine(boxes, **affine).as_subclass(Tensor)
     edges = torch.tensor([width, height, width, height], dtype=whole.dtype)
     clipped = whole.clamp(min=torch.zeros(4, dtype=whole.dtype), max=edges)
-    return keep_visible(replace(sample, image=image), clipped, whole)
+    return keep_visible(replace(sample, image=image), clipped, whole, augment.min_visible)
 
 
-def keep_visible(sample: Sample, boxes: Tensor, whole: Tensor) -> Sample:
+def keep_visible(sample: Sample, boxes: Tensor, whole: Tensor, min_visible: float) -> Sample:
     """Return the sample with clipped boxes, without those of which too little is left.
 
     Args:
         sample: with labels and difficult flags of all boxes; its own boxes are not used.
         boxes: (N, 4) xyxy, clipped to the canvas.
         whole: (N, 4) xyxy, the same boxes before clipping.
+        min_visible: smallest fraction of a box's area that has to be left.
     """
     sides = boxes[:, 2:] - boxes[:, :2]
     whole_sides = whole[:, 2:] - whole[:, :2]
     visible = sides.prod(1) / whole_sides.prod(1).clamp(min=1e-6)
-    kept = (visible >= MIN_VISIBLE) & (sides.amin(1) >= MIN_SIDE)
+    kept = (visible >= min_visible) & (sides.amin(1) >= MIN_SIDE)
     return replace(
         sample, boxes=boxes[kept], labels=sample.labels[kept], difficult=sample.difficult[kept]
     )
