@@ -29,8 +29,8 @@ def test_accuracy_points__only_measured_rows(tmp_path):
         ExperimentRow("d", "", "", latency_ms=9.0, ap50=[0.0, 0.02], data="VOC"),
     ]
     a, d = accuracy_points(rows)
-    assert a == Point("a", 4.0, 50.0, "VOC", 0.0)
+    assert a == Point("a", 4.0, 50.0, "VOC")
     assert (d.name, d.x, d.y, d.group) == ("d", 9.0, 1.0, "VOC")
-    assert d.spread == pytest.approx(2**0.5)
+    assert d.y_bar == pytest.approx((1 - 2**0.5, 1 + 2**0.5))
     assert len(write_zoo(rows, "", tmp_path)) == 3
     assert len(list(tmp_path.iterdir())) == 3

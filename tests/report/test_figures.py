@@ -47,12 +47,6 @@ def test_draw_scatter__groups_are_told_only_if_there_are_several():
     assert axes.get_legend() is None
 
 
-def test_draw_scatter__a_spread_is_a_bar_of_twice_its_length():
-    (axes,) = draw_scatter([Point("p", 3.0, 50.0, spread=1.5), Point("q", 4.0, 9.0)], "x", "y").axes
-    (bar,) = [c for c in axes.collections if isinstance(c, LineCollection)]
-    assert [segment.tolist() for segment in bar.get_segments()] == [[[3, 48.5], [3, 51.5]]]
-
-
 def test_draw_scatter__bars_end_where_they_are_told():
     point = Point("p", 3.0, 50.0, x_bar=(2.5, 4.0), y_bar=(49.0, 53.0))
     (axes,) = draw_scatter([point, Point("q", 4.0, 9.0)], "x", "y").axes

@@ -87,11 +87,13 @@ def write_zoo(rows: Sequence[ExperimentRow], where: str, folder: Path) -> list[P
 
 def accuracy_points(rows: Sequence[ExperimentRow]) -> list[Point]:
     """Return AP50 in percent over milliseconds for the rows that have both."""
-    return [
-        Point(row.experiment, row.latency_ms, 100 * mean(row.ap50), row.data, _spread(row.ap50))
-        for row in rows
-        if row.latency_ms is not None and row.ap50
-    ]
+    points = []
+    for row in rows:
+        if row.latency_ms is not None and row.ap50:
+            y, spread = 100 * mean(row.ap50), _spread(row.ap50)
+            bar = (y - spread, y + spread) if spread else None
+            points.append(Point(row.experiment, row.latency_ms, y, row.data, y_bar=bar))
+    return points
 
 
 def percent(ap50: Sequence[float]) -> str:

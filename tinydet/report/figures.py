@@ -141,7 +141,6 @@ class Point:
         x: position, in the plot's units.
         y: position, in the plot's units.
         group: points of a group share a color; with several groups there is a legend.
-        spread: half the length of an error bar along y; 0 draws none.
         x_bar: ends of an error bar along x; None draws none.
         y_bar: the same along y.
     """
@@ -150,7 +149,6 @@ class Point:
     x: float
     y: float
     group: str = ""
-    spread: float = 0.0
     x_bar: tuple[float, float] | None = None
     y_bar: tuple[float, float] | None = None
 
@@ -213,11 +211,10 @@ def _draw(points: Sequence[Point], labels: dict[str, str], front: bool) -> Figur
         members = [point for point in points if point.group == group]
         axes.scatter([p.x for p in members], [p.y for p in members], label=group, zorder=2)
     for p in points:
-        y_bar = p.y_bar or (p.y - p.spread, p.y + p.spread)
         axes.errorbar(
             *(p.x, p.y),
             xerr=_error_bar(p.x, p.x_bar),
-            yerr=_error_bar(p.y, y_bar if y_bar[0] < y_bar[1] else None),
+            yerr=_error_bar(p.y, p.y_bar),
             fmt="none",
             ecolor="gray",
             elinewidth=1,
